@@ -1,0 +1,110 @@
+"""Content hashes, atomic files, and the working folders that survive a kill.
+
+An artefact is a folder that describes itself. It is built under `data/.work/<fingerprint>/`, where
+the fingerprint names the settings and inputs that determine it, and renamed into place once it is
+complete: DVC deletes a stage's outputs before it runs the stage, so unfinished work must not live
+there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kava_core.errors import KavaError
+
+CHUNK = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spare spaces, so that equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_fingerprint(folder: Path, names: list[str]) -> str:
+    """One hash over the named files of `folder` (name and content of each)."""
+    return fingerprint({name: file_digest(folder / name) for name in sorted(names)})
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`; KavaError if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise KavaError(f"{path} is not valid JSON ({error}). Make it again.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success fsync it and rename it to `path`.
+
+    A reader sees the old file, the new file or none, never a part of one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a directory (so that a rename in it is durable)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def work_folder(output: Path, key: Any) -> Path:
+    """The folder where `output` is built: `<data>/.work/<stage>-<fingerprint of key>`.
+
+    `output` is `<data>/<pipeline>/<name…>`, and `key` holds all that determines the artefact's
+    content; the same key finds the unfinished work of a killed run.
+    """
+    data = next(
+        (p for p in output.absolute().parents if p.name == "data"), output.absolute().parent
+    )
+    folder = data / ".work" / f"{output.name}-{fingerprint(key)[:24]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def publish(built: Path, output: Path) -> None:
+    """Rename the complete folder `built` to `output`, replacing what was there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists():
+        shutil.rmtree(output)
+    sync(built)
+    built.replace(output)
+    sync(output.parent)

@@ -1,0 +1,1 @@
+"""Causal language models: loading, the teacher's recorded pass, the latent-reasoning student."""

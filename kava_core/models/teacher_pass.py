@@ -1,0 +1,251 @@
+"""One teacher-forced pass over `Q C A`: the CoT's cache, the answer's attention, the endpoint.
+
+METHOD sections 1 and 2. The *answer rows* are the positions that predict the answer's tokens, from
+the `:` of the answer prompt to the last token before the end of sequence: N_A rows for N_A answer
+tokens (the end of sequence is one of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kava_core.errors import KavaError
+from kava_core.models.capture import recording
+from kava_core.models.phase import rotary_of
+from kava_core.problems.traces import Trace
+from kava_core.rotary import Rotary, unrotate
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """What the teacher knows about the CoT of B traces, concatenated along their tokens.
+
+    keys, values: [ΣN_C, L, H, D], keys without rotary phase
+    importance:   [ΣN_C, L, H] float32, sums to at least 1 over a trace (max over a query group)
+    endpoint:     [B, L+1, E], hidden states at the last token of the answer prompt
+    offsets:      [B+1] int64, trace b owns tokens offsets[b] : offsets[b+1]
+    """
+
+    keys: Tensor
+    values: Tensor
+    importance: Tensor
+    endpoint: Tensor
+    offsets: Tensor
+
+
+def attention_windows(config: Any) -> dict[int, int]:
+    """layer → sliding window, for the layers that have one; KavaError on other attention kinds."""
+    layers = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "full_attention"] * layers
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise KavaError(
+            f"{config.model_type} has layers of kind {', '.join(unknown)}, which keep no key and "
+            "value per token; expected full or sliding attention."
+        )
+    return {i: window for i, kind in enumerate(kinds) if kind == "sliding_attention" and window}
+
+
+def check_lengths(traces: Sequence[Trace], config: Any) -> None:
+    """Refuse traces that the model cannot hold: past its context, or past a sliding window."""
+    context = getattr(config, "max_position_embeddings", None)
+    windows = attention_windows(config)
+    narrowest = min(windows.values(), default=None)
+    for trace in traces:
+        total = _length(trace)
+        if context is not None and total > context:
+            raise KavaError(
+                f"problem {trace.id} is {total} tokens long and the model's context is {context}. "
+                "Drop long problems in `prepare` or use a model with a longer context."
+            )
+        reach = total - len(trace.question_ids)
+        if narrowest is not None and reach > narrowest:
+            layer = next(i for i, w in windows.items() if w == narrowest)
+            raise KavaError(
+                f"the CoT and answer of problem {trace.id} span {reach} tokens, more than the "
+                f"sliding window of {narrowest} in layer {layer}: the answer cannot see the whole "
+                "trace there. Drop long traces in `prepare` or use another teacher."
+            )
+
+
+class TeacherPass:
+    """The frozen teacher, ready to run over batches of traces.
+
+    model: any causal LM with a dynamic cache, in evaluation mode on its device.
+    dtype: of the returned keys, values and endpoint states.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.model = model.eval()
+        self.dtype = dtype
+        self.rotary: Rotary = rotary_of(model)
+
+    @torch.no_grad()
+    def __call__(self, traces: Sequence[Trace]) -> TeacherCache:
+        """Right-padded, so that causality alone keeps padding out of every real position."""
+        device = next(self.model.parameters()).device
+        sequences = [
+            t.question_ids + t.cot_ids + t.answer_prompt_ids + t.answer_ids for t in traces
+        ]
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(traces), longest, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+        spans = _Spans.of(traces).to(device)
+        recorder = _CoTRecorder(spans, self.model.config.get_text_config().num_hidden_layers)
+        with recording(self.model, recorder):
+            output = self.model.base_model(
+                input_ids=ids.to(device),
+                position_ids=torch.arange(longest, device=device).expand(len(traces), -1),
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        keys, values, importance = recorder.ragged()
+        batch = torch.arange(len(traces), device=device)
+        endpoint = torch.stack([h[batch, spans.endpoint] for h in output.hidden_states], dim=1)
+        return TeacherCache(
+            keys=self._without_phase(keys, spans).to(self.dtype),
+            values=values.to(self.dtype),
+            importance=importance,
+            endpoint=endpoint.to(self.dtype),
+            offsets=spans.offsets,
+        )
+
+    def _without_phase(self, keys: Tensor, spans: _Spans) -> Tensor:
+        """keys [ΣN_C, L, H, D] post-RoPE → pre-RoPE, in float32 or wider."""
+        cos, sin = self.rotary.cos_sin(spans.token_positions)  # [L, ΣN_C, R/2]
+        # The model rotates with cosines of its own dtype; undoing them exactly needs the same.
+        cos, sin = (x.to(keys.dtype).transpose(0, 1)[:, :, None] for x in (cos, sin))
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        return unrotate(keys.to(wide), cos.to(wide), sin.to(wide))
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """Where the parts of each trace lie in its sequence; all int64."""
+
+    cot_start: Tensor  # [B]
+    cot_length: Tensor  # [B]
+    endpoint: Tensor  # [B]
+    rows: Tensor  # [B, R] answer rows, clamped where a trace has fewer
+    row_mask: Tensor  # [B, R] bool
+    offsets: Tensor  # [B+1]
+    token_record: Tensor  # [ΣN_C] which record a CoT token belongs to
+    token_positions: Tensor  # [ΣN_C] where it stands in that record's sequence
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace]) -> _Spans:
+        start = torch.tensor([len(t.question_ids) for t in traces])
+        length = torch.tensor([len(t.cot_ids) for t in traces])
+        endpoint = start + length + torch.tensor([len(t.answer_prompt_ids) for t in traces]) - 1
+        answer = torch.tensor([len(t.answer_ids) for t in traces])
+        row = torch.arange(int(answer.max()))
+        offsets = torch.cat((torch.zeros(1, dtype=torch.long), length.cumsum(0)))
+        record = torch.repeat_interleave(torch.arange(len(traces)), length)
+        within = torch.arange(int(offsets[-1])) - offsets[record]
+        return cls(
+            cot_start=start,
+            cot_length=length,
+            endpoint=endpoint,
+            rows=endpoint[:, None] + torch.minimum(row, answer[:, None] - 1),
+            row_mask=row < answer[:, None],
+            offsets=offsets,
+            token_record=record,
+            token_positions=start[record] + within,
+        )
+
+    def to(self, device: torch.device) -> _Spans:
+        return _Spans(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class _CoTRecorder:
+    """Keeps each layer's CoT keys and values, and the answer's attention to them."""
+
+    def __init__(self, spans: _Spans, layers: int) -> None:
+        self.spans = spans
+        self.layers: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
+
+    def record(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        spans = self.spans
+        at = (spans.token_record, slice(None), spans.token_positions)
+        importance = answer_importance(
+            query,
+            key,
+            spans.rows,
+            spans.row_mask,
+            spans.cot_start,
+            spans.cot_length,
+            scaling,
+            softcap,
+        )
+        self.layers[layer] = (key[at], value[at], importance[at])  # [ΣN_C, H, …]
+
+    def ragged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """keys, values [ΣN_C, L, H, D] post-RoPE, importance [ΣN_C, L, H]."""
+        missing = [i for i, layer in enumerate(self.layers) if layer is None]
+        if missing:
+            raise KavaError(
+                f"layers {missing} did not pass through transformers' attention interface; "
+                "this architecture's cache cannot be recorded."
+            )
+        keys, values, importance = zip(*self.layers, strict=True)  # type: ignore[arg-type]
+        return torch.stack(keys, 1), torch.stack(values, 1), torch.stack(importance, 1)
+
+
+def answer_importance(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    row_mask: Tensor,
+    cot_start: Tensor,
+    cot_length: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """I_i of METHOD section 2 for every position of the sequence (0 outside the CoT).
+
+    query [B, H_q, S, D], key [B, H, S, D] post-RoPE; rows, row_mask [B, R]; cot_start, cot_length
+    [B] → [B, H, S] float32. Softmax over the CoT positions only, per query head and answer row; the
+    maximum over the query heads of a group; the mean over the answer rows. Only R rows of the
+    attention matrix are ever formed.
+    """
+    b, hq, s, d = query.shape
+    h = key.shape[1]
+    picked = query.gather(2, rows[:, None, :, None].expand(b, hq, rows.shape[1], d))
+    picked = picked.view(b, h, hq // h * rows.shape[1], d)  # [B, H, g·R, D]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = picked.to(wide) @ key.to(wide).transpose(2, 3) * scaling  # [B, H, g·R, S]
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    position = torch.arange(s, device=key.device)
+    inside = (position >= cot_start[:, None]) & (position < (cot_start + cot_length)[:, None])
+    logits = logits.masked_fill(~inside[:, None, None], -torch.inf)
+    attention = logits.softmax(-1).view(b, h, hq // h, rows.shape[1], s).amax(2)  # [B, H, R, S]
+    attention = attention * row_mask[:, None, :, None]
+    return (attention.sum(2) / row_mask.sum(1)[:, None, None]).float()
+
+
+def _length(trace: Trace) -> int:
+    return (
+        len(trace.question_ids)
+        + len(trace.cot_ids)
+        + len(trace.answer_prompt_ids)
+        + len(trace.answer_ids)
+    )

@@ -1,0 +1,158 @@
+"""Problem → Trace: token ids with exact spans.
+
+Each piece (question, chain of thought, answer prompt, answer) is tokenised on its own and the ids
+are concatenated, so that no token reaches across a border whatever the tokenizer merges. The
+teacher's sequence is `question_ids + cot_ids + answer_prompt_ids + answer_ids`; its CoT span
+starts at `len(question_ids)`, and the *endpoint* is the last token of the answer prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.errors import KavaError
+from kava_core.problems.records import Problem, TraceForm
+
+ANSWER_PROMPT = "The answer is:"
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A problem in token ids: Q, C (N_C ids), the answer prompt, and A (N_A ids, the last is eos).
+
+    `n_steps` is the number of steps of the problem and `answer` its text.
+    """
+
+    id: str
+    question_ids: list[int]
+    cot_ids: list[int]
+    answer_prompt_ids: list[int]
+    answer_ids: list[int]
+    source: str
+    topic: str
+    n_steps: int
+    answer: str
+
+
+class TraceEncoder:
+    """Turns problems into traces with one tokenizer.
+
+    Equations are joined without anything between them, sentences end in a line end each
+    (`traces`). `bos` stands first in the question if the tokenizer has one and would put it there
+    itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write the answer
+    prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, traces: TraceForm = "equations") -> None:
+        if tokenizer.eos_token_id is None:
+            raise KavaError(
+                "Expected a tokenizer with an end-of-sequence token, found none: answers could "
+                "not end. Set the tokenizer's `eos_token`."
+            )
+        if traces not in ("equations", "sentences"):
+            raise KavaError(f"Expected `traces` to be equations or sentences, found {traces!r}.")
+        self.tokenizer = tokenizer
+        self.traces = traces
+        self.eos: int = tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("1")["input_ids"][:1] == [bos]
+        self.first: list[int] = [bos] if adds_bos else []
+        self._special = frozenset(tokenizer.all_special_ids)
+        self.answer_prompt_ids: list[int] = self._ids([ANSWER_PROMPT])[0]
+        if not self.answer_prompt_ids or self._special.intersection(self.answer_prompt_ids):
+            raise KavaError(
+                f"The tokenizer cannot write {ANSWER_PROMPT!r} in ordinary tokens. Use another."
+            )
+
+    def question_text(self, question: str) -> str:
+        """The question as it is tokenised."""
+        return question + "\n"
+
+    def cot_text(self, steps: Sequence[str]) -> str:
+        """The chain of thought as it is tokenised."""
+        if self.traces == "equations":
+            return "".join(steps)
+        return "".join(step + "\n" for step in steps)
+
+    def encode(self, problem: Problem) -> Trace:
+        """The trace of one problem; KavaError as `encode_all`."""
+        return self.encode_all([problem])[0]
+
+    def encode_all(self, problems: Sequence[Problem]) -> list[Trace]:
+        """The traces of many problems, in their order, tokenised in one call per kind of piece.
+
+        KavaError, naming the problem, if its trace or answer is empty, if its text holds one of
+        the tokenizer's special tokens, or if decoding the ids does not give the text back (white
+        space aside): such a tokenizer would teach something else than the problem.
+        """
+        for problem in problems:
+            if not self.cot_text(problem.steps).strip():
+                raise KavaError(f"Problem {problem.id} has an empty trace. Remove it or mend it.")
+            if not problem.answer.strip():
+                raise KavaError(f"Problem {problem.id} has an empty answer. Remove it or mend it.")
+        questions = self._ids([self.question_text(problem.question) for problem in problems])
+        cots = self._ids([self.cot_text(problem.steps) for problem in problems])
+        answers = self._ids([" " + problem.answer for problem in problems])
+        prompt = self.answer_prompt_ids
+        written = [q + c + prompt + a for q, c, a in zip(questions, cots, answers, strict=True)]
+        self._check(problems, written)
+        return [
+            Trace(
+                id=problem.id,
+                question_ids=self.first + question,
+                cot_ids=cot,
+                answer_prompt_ids=list(prompt),
+                answer_ids=[*answer, self.eos],
+                source=problem.source,
+                topic=problem.topic,
+                n_steps=len(problem.steps),
+                answer=problem.answer,
+            )
+            for problem, question, cot, answer in zip(
+                problems, questions, cots, answers, strict=True
+            )
+        ]
+
+    def encode_questions(self, questions: Sequence[str]) -> list[list[int]]:
+        """The question ids of bare questions, as `encode` makes them."""
+        texts = [self.question_text(question) for question in questions]
+        return [self.first + ids for ids in self._ids(texts)]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a long trace is checked against the model's length, not here
+        )["input_ids"]
+        return ids
+
+    def _check(self, problems: Sequence[Problem], written: list[list[int]]) -> None:
+        texts = self.tokenizer.batch_decode(
+            written, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        for problem, ids, text in zip(problems, written, texts, strict=True):
+            special = self._special.intersection(ids)
+            if special:
+                names = self.tokenizer.convert_ids_to_tokens(sorted(special))
+                raise KavaError(
+                    f"Problem {problem.id} turns into the tokenizer's special tokens {names}. "
+                    "Remove them from its text, or use a tokenizer that knows its characters."
+                )
+            expected = (
+                self.question_text(problem.question)
+                + self.cot_text(problem.steps)
+                + ANSWER_PROMPT
+                + problem.answer
+            )
+            if "".join(text.split()) != "".join(expected.split()):
+                raise KavaError(
+                    f"Problem {problem.id} does not survive the tokenizer: expected "
+                    f"{expected!r}, decoding gives {text!r}. Use another tokenizer."
+                )

@@ -1,0 +1,113 @@
+"""What all policies share: scoring block by block, the best M per head, temporal order.
+
+A policy is a frozen dataclass in a file of its own: its fields are its settings, and it overrides
+`score`, the one method that differs. To add one, write the file and list it in `__init__.py`; the
+tests walk over that list.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kava_core.errors import KavaError
+from kava_core.eviction.batch import CacheBatch
+
+PADDING = torch.iinfo(torch.int64).min
+SELECT_ELEMENTS = 1 << 24  # scores ranked at a time
+
+
+class Policy(ABC):
+    """Says how much each token of a trace is worth keeping."""
+
+    @abstractmethod
+    def score(self, batch: CacheBatch) -> Tensor:
+        """[T, L', H] float32, the higher the better, finite.
+
+        A token's score may depend on its own record only, and bit by bit so: whatever reduces over
+        the tokens of a record is computed for each record on its own, because the order in which a
+        library adds up numbers changes with the shape it is given.
+        """
+
+
+def score_all(policy: Policy, batch: CacheBatch) -> Tensor:
+    """Scores of a whole batch, [T, L', H] float32, in memory for one block beside the result.
+
+    Raises KavaError naming the record whose score is not a finite number.
+    """
+    scores = torch.empty(batch.shape, dtype=torch.float32, device=batch.keys.device)
+    for block, tokens, layers in batch.blocks():
+        scores[tokens, layers] = policy.score(block)
+    broken = (~torch.isfinite(scores)).flatten(1).any(1)
+    if broken.any():
+        token = int(broken.nonzero()[0])
+        record = next(i for i, (_, last) in enumerate(batch.spans) if token < last)
+        raise KavaError(
+            f"record {batch.ids[record]!r}: expected finite scores from {policy}, found NaN or "
+            f"infinity at token {token - batch.offsets[record]} of the trace. The teacher cache "
+            "holds broken numbers: run the generate stage again."
+        )
+    return scores
+
+
+def select(scores: Tensor, lengths: Sequence[int], budgets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The budgets[l] best tokens of each record and head, in temporal order.
+
+    scores [T, L', H] float32 of records of `lengths` laid end to end; budgets: one per layer.
+    Returns positions [B, L', H, M] int32, the kept tokens' places in their trace, −1 after the last
+    (M is the largest budget), and counts [B, L'] int32 = min(N_C, budget). Of equal scores the
+    earlier token wins.
+    """
+    n_layers, heads = scores.shape[1:]
+    width = max(budgets)
+    device = scores.device
+    sizes = torch.tensor(lengths, device=device)
+    starts = sizes.cumsum(0) - sizes
+    counts = torch.minimum(sizes[:, None], torch.tensor(budgets, device=device))  # [B, L']
+    positions = torch.full(
+        (len(lengths), n_layers, heads, width), -1, dtype=torch.int32, device=device
+    )
+    ranks = _ranking_keys(scores, sizes, starts)
+    for chosen in _similar_lengths(lengths, n_layers * heads):
+        records = torch.tensor(chosen, device=device)
+        longest = max(lengths[record] for record in chosen)
+        tokens = torch.arange(longest, device=device)
+        valid = tokens < sizes[records, None]  # [B', N]
+        rows = (starts[records, None] + tokens).clamp(max=scores.shape[0] - 1)
+        padded = ranks[rows].masked_fill(~valid[..., None, None], PADDING)  # [B', N, L', H]
+        kept = min(width, longest)
+        best = padded.permute(0, 2, 3, 1).topk(kept, dim=-1).indices  # best first
+        excess = torch.arange(kept, device=device) >= counts[records, :, None, None]
+        best = best.masked_fill(excess, longest).sort(dim=-1).values
+        positions[records, ..., :kept] = best.masked_fill(best == longest, -1).to(torch.int32)
+    return positions, counts.to(torch.int32)
+
+
+def _ranking_keys(scores: Tensor, sizes: Tensor, starts: Tensor) -> Tensor:
+    """[T, L', H] int64, ordered as the scores and, among equals, from late to early.
+
+    A top-k over distinct integers has one answer; over floats with ties it may have many. The upper
+    half is the float's bits made monotone, the lower half counts down along the trace.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns −0 into 0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    tokens = torch.arange(scores.shape[0], device=scores.device)
+    place = tokens - starts.repeat_interleave(sizes, output_size=scores.shape[0])
+    return (ordered << 32) + (0x7FFFFFFF - place)[:, None, None]
+
+
+def _similar_lengths(lengths: Sequence[int], columns: int) -> list[list[int]]:
+    """Records cut into groups that pad each other to less than twice their length."""
+    groups: list[list[int]] = []
+    open_groups: dict[int, list[int]] = {}
+    for record, length in enumerate(lengths):
+        scale = (length - 1).bit_length()
+        group = open_groups.get(scale)
+        if group is None or len(group) * columns << scale >= SELECT_ELEMENTS:
+            group = open_groups[scale] = []
+            groups.append(group)
+        group.append(record)
+    return groups

@@ -1,0 +1,34 @@
+"""R-KV: what the answer looks at, plus what nothing else repeats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kava_core.errors import KavaError
+from kava_core.eviction.base import Policy
+from kava_core.eviction.batch import CacheBatch, RotaryPhase
+from kava_core.eviction.redundancy import redundancy
+
+
+@dataclass(frozen=True)
+class RKV(Policy):
+    """S = λ·I + (1 − λ)·R (Cai et al., *R-KV*, arXiv 2505.24133; KaVa uses λ = 0.1).
+
+    lam: λ in [0, 1], the weight of importance; 1 is attention only, 0 redundancy only.
+    redundancy_phase: the keys that redundancy compares, `pre_rope` or `post_rope`.
+    """
+
+    lam: float = 0.1
+    redundancy_phase: RotaryPhase = "pre_rope"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:
+            raise KavaError(f"expected λ (`lam`) from 0 to 1, found {self.lam}. Change `lam`.")
+
+    def score(self, batch: CacheBatch) -> Tensor:
+        if self.lam == 1:
+            return batch.float_importance()
+        score = redundancy(batch, self.redundancy_phase).mul_(1 - self.lam)
+        return score if self.lam == 0 else score.add_(batch.float_importance() * self.lam)

@@ -11,15 +11,26 @@ from kava_core.eviction.base import Policy
 from kava_core.eviction.batch import CacheBatch
 from kava_core.eviction.budgets import make_budgets
 from kava_core.eviction.crop import Crop
+from kava_core.eviction.key_norm import KeyNorm
+from kava_core.eviction.layers import group_layers, parse_layers
+from kava_core.eviction.random import Random
 from kava_core.eviction.redundancy import Redundancy
 from kava_core.eviction.rkv import RKV
-from kava_core.eviction.targets import Targets, evict
+from kava_core.eviction.streaming import Streaming
+from kava_core.eviction.targets import Targets, evict, merge
+from kava_core.eviction.uniform import Uniform
+from kava_core.eviction.value_norm import ValueNorm
 
 POLICIES: dict[str, type[Policy]] = {
     "rkv": RKV,
     "attention": Attention,
     "redundancy": Redundancy,
     "crop": Crop,
+    "uniform": Uniform,
+    "random": Random,
+    "key_norm": KeyNorm,
+    "value_norm": ValueNorm,
+    "streaming": Streaming,
 }
 
 __all__ = [
@@ -28,8 +39,11 @@ __all__ = [
     "Policy",
     "Targets",
     "evict",
+    "group_layers",
     "make_budgets",
     "make_policy",
+    "merge",
+    "parse_layers",
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -240,6 +240,12 @@ class CacheBatch:
         if step > 0 and layers == tuple(range(layers[0], layers[-1] + 1, step)):
             return tensor[:, layers[0] : layers[-1] + 1 : step]
         return tensor[:, list(layers)]
+
+
+def check_phase(setting: str, phase: str) -> None:
+    """KavaError naming `setting` unless `phase` is one of the two."""
+    if phase not in get_args(RotaryPhase):
+        raise KavaError(f"expected `{setting}` to be pre_rope or post_rope, found {phase!r}.")
 
 
 def _check_shapes(

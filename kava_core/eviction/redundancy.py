@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch, RotaryPhase
+from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Redundancy(Policy):
     """
 
     redundancy_phase: RotaryPhase = "pre_rope"
+
+    def __post_init__(self) -> None:
+        check_phase("redundancy_phase", self.redundancy_phase)
 
     def score(self, batch: CacheBatch) -> Tensor:
         return redundancy(batch, self.redundancy_phase)

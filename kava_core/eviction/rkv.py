@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch, RotaryPhase
+from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
 from kava_core.eviction.redundancy import redundancy
 
 
@@ -24,8 +24,9 @@ class RKV(Policy):
     redundancy_phase: RotaryPhase = "pre_rope"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam <= 1:
-            raise KavaError(f"expected λ (`lam`) from 0 to 1, found {self.lam}. Change `lam`.")
+        if not isinstance(self.lam, int | float) or not 0 <= self.lam <= 1:
+            raise KavaError(f"expected λ (`lam`) to be a number from 0 to 1, found {self.lam!r}.")
+        check_phase("redundancy_phase", self.redundancy_phase)
 
     def score(self, batch: CacheBatch) -> Tensor:
         if self.lam == 1:

@@ -1,4 +1,4 @@
-"""From teacher caches to targets: choose layers, select slots, gather them."""
+"""From teacher caches to targets: score, select, gather, and merge where layers share a cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.base import Policy, score_all, select
-from kava_core.eviction.batch import CacheBatch
+from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
+from kava_core.eviction.layers import Share, check_groups
+from kava_core.rotary import rotate
 
 
 @dataclass(frozen=True)
 class Targets:
     """What is left of B caches.
+
+    L' counts the chosen layers, or the groups of layers where each has one merged cache.
 
     keys, values:   [B, L', H, M, D] in the dtype of the cache, zero in slots without a token.
     slot_positions: [B, L', H, M] int32, index into the chain of thought, ascending; −1 = no token.
@@ -31,35 +35,90 @@ class Targets:
 
     @property
     def engaged(self) -> Tensor:
-        """[B, L', H] bool: eviction really dropped something there."""
+        """[B, L', H] bool: eviction really dropped something there (N_C above the budget)."""
         return self.slot_counts < self.lengths[:, None, None]
 
 
-def evict(batch: CacheBatch, policy: Policy, budgets: Sequence[int]) -> Targets:
-    """Keep the budgets[l] best slots of every record, layer and head; M is the largest budget.
+def evict(
+    batch: CacheBatch,
+    policy: Policy,
+    budgets: Sequence[int],
+    *,
+    share: Share = "none",
+    groups: Sequence[Sequence[int]] | None = None,
+    rotary_phase: RotaryPhase = "pre_rope",
+) -> Targets:
+    """Keep the best slots of every record, layer and head; M is the largest budget.
 
-    Scores are computed in float32, keys and values are copied in their stored dtype.
+    budgets: slots per chosen layer, or per group of layers where they share.
+    share:   "selection": the layers of a group keep the same tokens, the best by the mean of their
+             scores. "merged": and their keys and values become one cache (see `merge`).
+    groups:  adjacent layers that share, as indices into the chosen layers (`group_layers`).
+    rotary_phase: the keys of the result, as stored or rotated to their original positions.
+
+    Scores are float32; keys and values are copied in their stored dtype, computed with in float32.
+    Raises KavaError for budgets below 1 or not one per layer or group, and for groups that do not
+    cover the layers.
     """
-    budgets = _checked_budgets(budgets, len(batch.layers))
-    scores = score_all(policy, replace(batch, budgets=budgets))
-    positions, counts = select(scores, batch.lengths, budgets)
-    heads = batch.keys.shape[2]
-    return Targets(
-        _gather(batch.keys, batch, positions),
-        _gather(batch.values, batch, positions),
-        positions,
-        counts[..., None].expand(-1, -1, heads).contiguous(),
-        torch.tensor(batch.lengths, dtype=torch.int32, device=positions.device),
-    )
+    units = check_groups(share, groups, len(batch.layers))
+    _check_budgets(budgets, len(units))
+    check_phase("rotary_phase", rotary_phase)
+    unit_of = [unit for unit, group in enumerate(units) for _ in group]  # of each layer
+    per_layer = tuple(budgets[unit] for unit in unit_of)
+    scores = score_all(policy, replace(batch, budgets=per_layer))
+    positions, counts = select(_group_mean(scores, units), batch.lengths, budgets)
+    counts = counts[..., None].expand(-1, -1, scores.shape[2]).contiguous()
+    of_layer = positions[:, unit_of] if share != "none" else positions  # [B, layers, H, M]
+    keys, values = _gather(batch.keys, batch, of_layer), _gather(batch.values, batch, of_layer)
+    if rotary_phase == "post_rope":
+        _rotate_slots(keys, batch, of_layer)
+    if share == "selection":
+        positions, counts = of_layer, counts[:, unit_of]
+    if share == "merged":
+        keys, values = _merge_groups(keys, units), _merge_groups(values, units)
+    lengths = torch.tensor(batch.lengths, dtype=torch.int32, device=positions.device)
+    return Targets(keys, values, positions, counts, lengths)
 
 
-def _checked_budgets(budgets: Sequence[int], count: int) -> tuple[int, ...]:
+def merge(vectors: Sequence[Tensor]) -> Tensor:
+    """One vector for several, direction and magnitude apart: [..., D] each → [..., D] float32.
+
+    The direction is the renormalised mean of the unit vectors, which for two is the midpoint of
+    their arc (the SLERP at ½ with which MiniCache, Liu et al., arXiv 2405.14366, merges adjacent
+    layers); the magnitude is the mean of the norms, so that opposing vectors do not shrink it.
+    Exactly opposite vectors have no common direction and give zero, as zero vectors do.
+    """
+    direction = torch.zeros_like(vectors[0], dtype=torch.float32)
+    magnitude = direction[..., :1].clone()
+    for vector in vectors:
+        norm = torch.linalg.vector_norm(vector.float(), dim=-1, keepdim=True)
+        direction += vector.float() / norm.masked_fill(norm == 0, 1.0)
+        magnitude += norm / len(vectors)
+    length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    return direction * (magnitude / length.masked_fill(length == 0, 1.0))
+
+
+def _check_budgets(budgets: Sequence[int], count: int) -> None:
     if len(budgets) != count:
-        raise KavaError(f"expected {count} budgets, one per layer, found {len(budgets)}.")
+        raise KavaError(
+            f"expected {count} budgets, one per layer or group of layers, found {len(budgets)}."
+        )
     for budget in budgets:
-        if budget < 1:
-            raise KavaError(f"expected `budget` to be at least 1, found {budget}.")
-    return tuple(budgets)
+        if not isinstance(budget, int) or budget < 1:
+            raise KavaError(f"expected `budget` to be an integer of at least 1, found {budget!r}.")
+
+
+def _group_mean(scores: Tensor, groups: list[list[int]]) -> Tensor:
+    """[T, L', H] → [T, groups, H], added up layer by layer so that the order is always the same."""
+    if all(len(group) == 1 for group in groups):
+        return scores
+    means = []
+    for group in groups:
+        total = scores[:, group[0]]
+        for layer in group[1:]:
+            total = total + scores[:, layer]
+        means.append(total / len(group))
+    return torch.stack(means, dim=1)
 
 
 def _gather(rows: Tensor, batch: CacheBatch, positions: Tensor) -> Tensor:
@@ -73,3 +132,24 @@ def _gather(rows: Tensor, batch: CacheBatch, positions: Tensor) -> Tensor:
     index = (tokens * n_layers + layers) * heads + head  # row of the [T·L·H, D] table
     kept = rows.reshape(-1, dim).index_select(0, index.flatten()).view(*positions.shape, dim)
     return kept.masked_fill_((positions < 0)[..., None], 0)
+
+
+def _rotate_slots(keys: Tensor, batch: CacheBatch, positions: Tensor) -> None:
+    """Turn keys [B, L', H, M, D] in place to where their tokens stood; empty slots stay zero."""
+    rotary, cot_start = batch.rotation("rotary_phase: post_rope")
+    starts = torch.tensor(cot_start, device=keys.device)[:, None, None]
+    for index, layer in enumerate(batch.layers):
+        places = starts + positions[:, index].clamp(min=0)  # [B, H, M]
+        cos, sin = rotary.layers([layer]).cos_sin(places)  # [1, B, H, M, R/2]
+        keys[:, index] = rotate(keys[:, index].float(), cos[0], sin[0]).to(keys.dtype)
+
+
+def _merge_groups(slots: Tensor, groups: list[list[int]]) -> Tensor:
+    """[B, layers, H, M, D] → [B, groups, H, M, D]; a group of one keeps its bits."""
+    merged = [
+        slots[:, group[0]]
+        if len(group) == 1
+        else merge([slots[:, layer] for layer in group]).to(slots.dtype)
+        for group in groups
+    ]
+    return torch.stack(merged, dim=1)

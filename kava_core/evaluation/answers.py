@@ -1,0 +1,210 @@
+"""Finding the answer in a generated text, and deciding whether it is the right one.
+
+Numbers are compared exactly, as fractions. What is not a number (LaTeX, expressions) goes to
+math-verify, through its LaTeX grammar only: its other parser evaluates text as Python.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import unicodedata
+from fractions import Fraction
+from typing import NamedTuple
+
+_LONGEST_NUMBER = 200  # a model in a loop can write digits without end
+_LONGEST_EXPRESSION = 300
+
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+_SIGNED = re.compile(
+    rf"(?<![\w.)])(?P<sign>[-+]?)"
+    rf"(?:(?P<whole>\d+)\s+(?:and\s+)?(?P<part>\d+\s*/\s*\d+)"
+    rf"|(?P<top>{_NUMBER})\s*/\s*(?P<bottom>{_NUMBER})"
+    rf"|(?P<number>{_NUMBER}))"
+)
+# After these a number is only the beginning of an expression, a range, a time or a date.
+_GOES_ON = re.compile(
+    r"[\d,.:]\d|\d|[eE][-+]?\d|\s*(?:[\^*+×÷·=\\({√]|[-/x]\s*[\d(\\.])|[a-bd-fi-kn-rt-zA-Z]\b"
+)
+# Before these too: a root, a power, an operand.
+_STARTED = re.compile(r"[\\^√{]|[-+*/×÷·]\s*$|sqrt")
+_TUPLE = re.compile(r"[(\[][^)\]]*,(?!\d{3})")
+_SCALE = re.compile(r"\s*(%|percent\b|thousand\b|million\b|billion\b|trillion\b)", re.IGNORECASE)
+_SCALES = {
+    "%": Fraction(1, 100),
+    "percent": Fraction(1, 100),
+    "thousand": Fraction(10**3),
+    "million": Fraction(10**6),
+    "billion": Fraction(10**9),
+    "trillion": Fraction(10**12),
+}
+
+_LEAD_IN = re.compile(r"the (?:final )?answer is\s*:?", re.IGNORECASE)
+_MATH = re.compile(r"[\\^=+*/()\[\]{}<>|√π]|\d\s*[a-z]\b|-")
+# Powers that would keep a computer algebra system busy for ever.
+_EXPLODES = re.compile(r"\^[^\^]{0,40}\^|\^\s*\{?\s*\d{4,}|!")
+
+
+class _Number(NamedTuple):
+    value: Fraction  # as written
+    scale: Fraction  # 1/100 for percent, 10⁶ for "million", 1 for any other unit
+
+
+def extract_answer(generated: str) -> str | None:
+    """The answer that a generated text ends in, or None if there is none.
+
+    The first of these that is there: the rest of the line after the last "The answer is:"; the
+    same after the last "####"; the content of the last `\\boxed{…}`; the last number.
+    """
+    for parts in (_LEAD_IN.split(generated), generated.split("####")):
+        if len(parts) > 1:
+            lines = parts[-1].strip().splitlines()
+            if lines:
+                return _boxed(lines[0]) or lines[0].strip()
+    boxed = _boxed(generated)
+    if boxed:
+        return boxed
+    text = _plain(generated)
+    numbers = list(_SIGNED.finditer(text))
+    if not numbers:
+        return None
+    start, end = numbers[-1].span()
+    scale = _SCALE.match(text, end)
+    return text[start : scale.end() if scale else end]
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a text that states one number, or None.
+
+    Commas, currency signs, units and words around the number do not matter; "3 million" counts in
+    full and "50%" is 50. Understood are integers, decimals, fractions, mixed numbers and scientific
+    notation, in plain text or simple LaTeX. Of "10 - 9 = 1" it is the right side. A text in which
+    the number is only a part of an expression, a tuple, a time or a range gives None.
+    """
+    number = _parse(text)
+    if number is None:
+        return None
+    return number.value if number.scale < 1 else number.value * number.scale
+
+
+def same_answer(predicted: str | None, gold: str) -> bool:
+    """Whether a predicted answer means the same as the gold answer.
+
+    Two numbers are compared exactly. Where only one of them has a percent sign or a word such as
+    "million", either reading of it counts ("50%" is both 50 and 0.5). Anything else is equal as
+    text without case and spacing, or by math-verify where it looks like mathematics.
+    """
+    if predicted is None:
+        return False
+    left, right = _parse(predicted), _parse(gold)
+    if left is not None and right is not None:
+        scaled = left.value * left.scale == right.value * right.scale
+        if left.scale == 1 or right.scale == 1:
+            return scaled or left.value == right.value
+        return scaled
+    texts = [" ".join(_plain(text).casefold().strip(" .").split()) for text in (predicted, gold)]
+    if texts[0] == texts[1]:
+        return True
+    if not all(texts) or not any(_MATH.search(text) for text in texts):
+        return False
+    return _same_expression(predicted, gold)
+
+
+def _parse(text: str) -> _Number | None:
+    plain = _plain(text).rpartition("=")[2].strip()
+    if plain.startswith("-"):
+        plain = "-" + plain[1:].lstrip()
+    match = _SIGNED.search(plain)
+    if match is None or _TUPLE.search(plain) or len(match[0]) > _LONGEST_NUMBER:
+        return None
+    if _GOES_ON.match(plain, match.end()) or _STARTED.search(plain[: match.start()]):
+        return None
+    if match["whole"]:
+        bottom = _fraction(match["part"].partition("/")[2])
+        if not bottom:
+            return None
+        value = _fraction(match["whole"]) + _fraction(match["part"].partition("/")[0]) / bottom
+    elif match["top"]:
+        bottom = _fraction(match["bottom"])
+        if not bottom:
+            return None
+        value = _fraction(match["top"]) / bottom
+    else:
+        value = _fraction(match["number"])
+    scale = _SCALE.match(plain, match.end())
+    return _Number(
+        -value if match["sign"] == "-" else value,
+        _SCALES[scale[1].lower()] if scale else Fraction(1),
+    )
+
+
+def _fraction(digits: str) -> Fraction:
+    return Fraction(digits.replace(",", "").strip())
+
+
+def _boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{…}` with balanced braces."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    begin = start + len("\\boxed{")
+    depth = 1
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[begin:position].strip()
+    return None
+
+
+_BOXED = "\\boxed{"
+_FRACTION = re.compile(
+    r"(\d?)\s*\\[dt]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|(\d)\s*(\d))"
+)
+_REPLACEMENTS = (
+    (re.compile(r"[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),
+    (re.compile(r"\\[,;:! ]|\{,\}|\\left|\\right|\\[()\[\]]|\*\*"), ""),
+    (re.compile(r"\\?%"), "%"),
+    (re.compile(r"(?:US|A|C)?\\?[$€£¥₹]"), ""),
+    (re.compile(r"\\(?:text|textbf|mathrm|mbox|mathbf)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°"), " degrees"),
+    (re.compile(r"[~\s]+"), " "),
+)
+
+
+def _plain(text: str) -> str:
+    """The text with one kind of minus and space, and without currency and LaTeX's dressing."""
+    boxed = _boxed(text)
+    if boxed is not None:
+        text = boxed
+    text = "".join(_vulgar(sign) if ord(sign) > 127 else sign for sign in text)
+    for pattern, replacement in _REPLACEMENTS:
+        text = pattern.sub(replacement, text)
+    return _FRACTION.sub(_write_fraction, text).strip()
+
+
+def _vulgar(sign: str) -> str:
+    """ "½" as " 1/2"; any other sign as it is."""
+    if not unicodedata.decomposition(sign).startswith("<fraction>"):
+        return sign
+    return " " + unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+
+
+def _write_fraction(match: re.Match[str]) -> str:
+    before, top, bottom, short_top, short_bottom = match.groups()
+    return f"{before}{' ' if before else ''}{top or short_top}/{bottom or short_bottom}"
+
+
+def _same_expression(predicted: str, gold: str) -> bool:
+    texts = [_boxed(text) or text.strip().strip("$").rstrip(".") for text in (predicted, gold)]
+    if any(len(text) > _LONGEST_EXPRESSION or _EXPLODES.search(text) for text in texts):
+        return False
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # math-verify's time limit is an alarm signal, which only the main thread may set.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else 0
+    grammar = [LatexExtractionConfig()]
+    left, right = (
+        parse(f"${text}$", grammar, fallback_mode="no_fallback", parsing_timeout=seconds)
+        for text in texts
+    )
+    return bool(left) and bool(right) and bool(verify(right, left, timeout_seconds=seconds))

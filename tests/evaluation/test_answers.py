@@ -1,0 +1,197 @@
+"""What counts as the same answer."""
+
+import threading
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kava_core.evaluation.answers import extract_answer, parse_number, same_answer
+
+SAME = [
+    ("42", "42"),
+    (" 42", "42"),
+    ("42.", "42"),
+    ("42.0", "42"),
+    ("042", "42"),
+    ("+42", "42"),
+    ("1,000", "1000"),
+    ("1,234,567", "1234567"),
+    ("1,234.50", "1234.5"),
+    ("10{,}000", "10000"),
+    ("10\\,000", "10000"),
+    ("$18", "18"),
+    ("\\$18", "18"),
+    ("$ 18.00", "18"),
+    ("US$18", "18"),
+    ("€18", "18"),
+    ("£1,080", "1080"),
+    ("-$5", "-5"),
+    ("$-5", "-5"),
+    ("-5", "-5"),
+    ("\u22125", "-5"),
+    ("\u20135", "-5"),
+    ("- 5", "-5"),
+    ("0.5", "1/2"),
+    (".5", "0.5"),
+    ("3/4", "0.75"),
+    ("6/8", "3/4"),
+    ("1 1/2", "1.5"),
+    ("1 and 1/2", "3/2"),
+    ("1½", "1.5"),
+    ("-½", "-0.5"),
+    ("-3/4", "-0.75"),
+    ("\\frac{3}{4}", "3/4"),
+    ("\\dfrac{3}{4}", "0.75"),
+    ("\\frac34", "3/4"),
+    ("-\\frac{1}{2}", "-0.5"),
+    ("1\\frac{1}{2}", "1.5"),
+    ("$\\frac{1}{2}$", "1/2"),
+    ("\\boxed{42}", "42"),
+    ("**42**", "42"),
+    ("1e3", "1000"),
+    ("2.5e-1", "1/4"),
+    ("42 apples", "42"),
+    ("42 apples. Ian is happy.", "42"),
+    ("Ian has 42 apples", "42"),
+    ("5kg", "5"),
+    ("5 m", "5"),
+    ("$5/hour", "5"),
+    ("5 a day", "5"),
+    ("90^\\circ", "90"),
+    ("90°", "90 degrees"),
+    ("12\\text{ cm}", "12"),
+    ("50%", "50"),
+    ("50\\%", "50"),
+    ("50 percent", "50%"),
+    ("50%", "0.5"),
+    ("1/2", "50%"),
+    ("3 million", "3000000"),
+    ("3 million", "3"),
+    ("2.5 thousand", "2,500"),
+    ("10 - 9 = 1", "1"),
+    ("x = 5", "5"),
+    ("Evelyn", "evelyn"),
+    ("\\text{Evelyn}", "Evelyn"),
+    ("3:30", "3:30"),
+    ("3\\times10^3", "3000"),
+    ("2^3", "8"),
+    ("\\sqrt{9}", "3"),
+    ("\\frac{\\sqrt{3}}{2}", "\\sqrt{3}/2"),
+    ("1+x^2", "x^2+1"),
+    ("\\pi\\cdot 2", "2\\pi"),
+    ("(1, 2)", "(1,2)"),
+]
+
+DIFFERENT = [
+    (None, "42"),
+    ("", "42"),
+    ("43", "42"),
+    ("4", "42"),
+    ("420", "42"),
+    ("-42", "42"),
+    ("42", "-42"),
+    ("0.333", "1/3"),
+    ("0.30000000000000004", "0.3"),
+    ("1.5", "1"),
+    ("1,5", "15"),
+    ("10,00", "1000"),
+    ("1/0", "0"),
+    ("50%", "0.5%"),
+    ("5%", "0.5"),
+    ("3 million", "3 thousand"),
+    ("3000", "3 million"),
+    ("5-10", "5"),
+    ("3:30", "3"),
+    ("1/2/2020", "0.5"),
+    ("2x", "2"),
+    ("2x+1", "2"),
+    ("2^3", "2"),
+    ("\\sqrt{2}", "2"),
+    ("2\\sqrt{3}", "2"),
+    ("\\frac{x}{2}", "2"),
+    ("(1, 2)", "1"),
+    ("(1,2)", "(2,1)"),
+    ("x^2+1", "x^2-1"),
+    ("no idea", "42"),
+    ("Evelyn", "Eve"),
+    ("9^{9^9}", "1"),
+    ("9" * 10_000, "9"),
+    ("1e999999999", "1"),
+]
+
+
+@pytest.mark.parametrize(("predicted", "gold"), SAME)
+def test_means_the_same(predicted: str, gold: str) -> None:
+    assert same_answer(predicted, gold)
+
+
+@pytest.mark.parametrize(("predicted", "gold"), DIFFERENT)
+def test_means_something_else(predicted: str | None, gold: str) -> None:
+    assert not same_answer(predicted, gold)
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer"),
+    [
+        ("<<10-9=1>>The answer is: 1", "1"),
+        ("The answer is: 1. No, wait. The answer is: 2", "2"),
+        ("The answer is: 12\nThe next problem has 99 apples", "12"),
+        ("the final answer is 7", "7"),
+        ("The answer is: $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+        ("He sold 3.\n#### 1,080", "1,080"),
+        ("The answer is:\n#### 5", "#### 5"),
+        ("so $x = \\boxed{\\frac{a}{b}}$ and that is 3", "\\frac{a}{b}"),
+        ("first \\boxed{1}, then \\boxed{2}", "2"),
+        ("\\boxed{1 and 17", "17"),
+        ("He had 10, sold 9, so -3 remains", "-3"),
+        ("it grew by 50% of 3/4", "3/4"),
+        ("that is 1,250.50 dollars", "1250.5"),
+        ("10-9", "9"),
+        ("about 3 million", "3000000"),
+    ],
+)
+def test_the_answer_is_found_in_a_text(generated: str, answer: str) -> None:
+    found = extract_answer(generated)
+    assert found is not None
+    assert found == answer or parse_number(found) == parse_number(answer)
+
+
+@pytest.mark.parametrize("generated", ["", "no number here", "The answer is:", "####  "])
+def test_a_text_without_an_answer_has_none(generated: str) -> None:
+    assert extract_answer(generated) is None
+
+
+@given(st.integers(), st.sampled_from(["{}", "{} apples", "${}", "{}.", "The total is {}"]))
+def test_every_integer_is_read_exactly(number: int, form: str) -> None:
+    if abs(number) < 10**150:
+        assert parse_number(form.format(f"{number:,}")) == number
+
+
+@given(st.fractions())
+def test_every_fraction_is_read_exactly(number: Fraction) -> None:
+    text = f"{number.numerator}/{number.denominator}"
+    if len(text) < 200:
+        assert parse_number(text) == number
+
+
+@given(st.text(alphabet="0123456789.,-/%$\\{}^()=+ xeE½frac", max_size=40))
+def test_no_text_breaks_the_reader(text: str) -> None:
+    parse_number(text)
+    extract_answer(text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(alphabet="0123456789.,-/\\{}^()=+ x", min_size=1, max_size=15))
+def test_every_text_is_the_same_as_itself_and_as_no_answer(text: str) -> None:
+    assert same_answer(text, text)
+    assert not same_answer(None, text)
+
+
+def test_expressions_can_be_compared_outside_the_main_thread() -> None:
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(same_answer("1+x^2", "x^2+1")))
+    thread.start()
+    thread.join()
+    assert results == [True]

@@ -88,6 +88,8 @@ class TraceEncoder:
         the tokenizer's special tokens, or if decoding the ids does not give the text back (white
         space aside): such a tokenizer would teach something else than the problem.
         """
+        if not problems:
+            return []
         for problem in problems:
             if not self.cot_text(problem.steps).strip():
                 raise KavaError(f"Problem {problem.id} has an empty trace. Remove it or mend it.")
@@ -118,12 +120,12 @@ class TraceEncoder:
 
     def encode_questions(self, questions: Sequence[str]) -> list[list[int]]:
         """The question ids of bare questions, as `encode` makes them."""
+        if not questions:
+            return []
         texts = [self.question_text(question) for question in questions]
         return [self.first + ids for ids in self._ids(texts)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
         ids: list[list[int]] = self.tokenizer(
             texts,
             add_special_tokens=False,

@@ -163,6 +163,8 @@ class CacheBatch:
         if phase == "pre_rope":
             return keys
         rotary, cot_start = self.rotation("redundancy_phase: post_rope")
+        if rotary.inv_freq.shape[-1] == 0:  # the model does not rotate
+            return keys
         starts = torch.tensor(cot_start, device=keys.device)
         sizes = torch.tensor(self.lengths, device=keys.device)
         positions = self.token_indices() + starts.repeat_interleave(sizes)

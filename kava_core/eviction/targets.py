@@ -137,6 +137,8 @@ def _gather(rows: Tensor, batch: CacheBatch, positions: Tensor) -> Tensor:
 def _rotate_slots(keys: Tensor, batch: CacheBatch, positions: Tensor) -> None:
     """Turn keys [B, L', H, M, D] in place to where their tokens stood; empty slots stay zero."""
     rotary, cot_start = batch.rotation("rotary_phase: post_rope")
+    if rotary.inv_freq.shape[-1] == 0:  # the model does not rotate
+        return
     starts = torch.tensor(cot_start, device=keys.device)[:, None, None]
     for index, layer in enumerate(batch.layers):
         places = starts + positions[:, index].clamp(min=0)  # [B, H, M]

@@ -1,0 +1,264 @@
+"""Every policy, against slow references and against the promises that all of them make."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kava_core.errors import KavaError
+from kava_core.eviction import POLICIES, CacheBatch, evict, make_policy
+from kava_core.eviction.base import score_all
+from tests.eviction import naive
+
+LENGTHS = [7, 1, 23, 12, 2, 8]
+NUMERIC = ["rkv", "attention", "redundancy", "key_norm", "value_norm"]
+VARIANTS = [
+    *((name, {}) for name in POLICIES),
+    ("rkv", {"lam": 0.0}),
+    ("rkv", {"lam": 1.0}),
+    ("rkv", {"lam": 0.5, "redundancy_phase": "post_rope"}),
+    ("redundancy", {"redundancy_phase": "post_rope"}),
+    ("random", {"seed": 7}),
+    ("streaming", {"first": 0}),
+    ("streaming", {"first": 30}),
+]
+every_policy = pytest.mark.parametrize(("name", "settings"), VARIANTS)
+
+
+def alone(batch: CacheBatch, record: int) -> CacheBatch:
+    """One record in freshly allocated tensors of its own."""
+    first, last = batch.spans[record]
+    return CacheBatch.from_ragged(
+        batch.keys[first:last].clone(),
+        batch.values[first:last].clone(),
+        batch.importance[first:last].clone(),
+        [0, last - first],
+        [batch.ids[record]],
+        rotary=batch.rotary,
+        cot_start=[batch.cot_start[record]],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [variant for variant in VARIANTS if variant[0] in NUMERIC]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_the_formulas(name: str, settings: dict, dtype: torch.dtype) -> None:
+    batch = naive.make_batch(LENGTHS, dtype=dtype)
+    scores = score_all(make_policy(name, **settings), batch)
+    for record, (first, last) in enumerate(batch.spans):
+        for layer in range(3):
+            for head in range(2):
+                expected = naive.scores(name, settings, batch, record, layer, head, 4)
+                torch.testing.assert_close(
+                    scores[first:last, layer, head].double(),
+                    torch.tensor(expected, dtype=torch.float64),
+                    rtol=1e-5,
+                    atol=0,
+                )
+
+
+@every_policy
+@pytest.mark.parametrize("budgets", [[4, 4, 4], [9, 3, 1], [1, 1, 1], [40, 23, 7]])
+def test_the_best_slots_are_kept_in_temporal_order(
+    name: str, settings: dict, budgets: list[int]
+) -> None:
+    batch = naive.make_batch(LENGTHS)
+    targets = evict(batch, make_policy(name, **settings), budgets)
+    assert targets.slot_positions.shape == (6, 3, 2, max(budgets))
+    for record, (first, last) in enumerate(batch.spans):
+        for layer, budget in enumerate(budgets):
+            for head in range(2):
+                at = (record, layer, head)
+                count = min(last - first, budget)
+                kept = targets.slot_positions[at].tolist()
+                assert kept[count:] == [-1] * (max(budgets) - count)
+                kept = kept[:count]
+                scores = naive.scores(name, settings, batch, record, layer, head, budget)
+                expected = naive.best(scores, budget)
+                if last - first == 2 and count == 1:  # the two are equally like each other
+                    assert scores[kept[0]] == pytest.approx(scores[expected[0]], rel=1e-6)
+                else:
+                    assert kept == expected
+                assert targets.slot_counts[at] == count
+                assert targets.engaged[at] == (last - first > budget)
+                for result, cache in ((targets.keys, batch.keys), (targets.values, batch.values)):
+                    assert torch.equal(result[at][:count], cache[first:last, layer, head][kept])
+                    assert not result[at][count:].any()
+
+
+@every_policy
+def test_padding_is_never_selected_whatever_it_holds(name: str, settings: dict) -> None:
+    batch = naive.make_batch(LENGTHS)
+    padded = {
+        field: torch.full((6, 30, *getattr(batch, field).shape[1:]), float("nan"))
+        for field in ("keys", "values", "importance")
+    }
+    for record, (first, last) in enumerate(batch.spans):
+        for field, tensor in padded.items():
+            tensor[record, : last - first] = getattr(batch, field)[first:last]
+    again = CacheBatch.from_padded(
+        padded["keys"].permute(0, 2, 3, 1, 4),
+        padded["values"].permute(0, 2, 3, 1, 4),
+        padded["importance"].permute(0, 2, 3, 1),
+        torch.tensor(LENGTHS),
+        batch.ids,
+        rotary=batch.rotary,
+        cot_start=batch.cot_start,
+    )
+    policy = make_policy(name, **settings)
+    expected, found = evict(batch, policy, [5, 5, 5]), evict(again, policy, [5, 5, 5])
+    assert torch.equal(found.slot_positions, expected.slot_positions)
+    assert torch.equal(found.keys, expected.keys)
+    assert torch.equal(found.values, expected.values)
+
+
+@every_policy
+@pytest.mark.parametrize("shape", [(3, 2, 8), (2, 3, 5), (1, 1, 64), (4, 2, 33)])
+def test_scores_do_not_depend_on_the_batch(
+    name: str, settings: dict, shape: tuple[int, int, int]
+) -> None:
+    if settings.get("redundancy_phase") == "post_rope" and shape[2] % 2:
+        pytest.skip("a rotated head has an even dimension")
+    layers, heads, dim = shape
+    lengths = [*LENGTHS, 130, 64, 65, 1, 257, 700]
+    batch = naive.make_batch(lengths, layers=layers, heads=heads, dim=dim, dtype=torch.bfloat16)
+    batch = replace(batch, budgets=(5,) * layers)
+    policy = make_policy(name, **settings)
+    scores = score_all(policy, batch)
+    for record, (first, last) in enumerate(batch.spans):
+        single = replace(alone(batch, record), budgets=batch.budgets)
+        assert torch.equal(score_all(policy, single), scores[first:last])  # to the bit
+
+
+@every_policy
+def test_a_record_too_long_for_one_block_is_scored_the_same(name: str, settings: dict) -> None:
+    batch = naive.make_batch([40, 9000, 3], layers=2, heads=2, dim=64)
+    blocks = [(block.ids, layers) for block, _, layers in batch.blocks()]
+    assert (("r1",), slice(0, 1)) in blocks
+    policy = make_policy(name, **settings)
+    together = evict(batch, policy, [6, 4])
+    for record in range(3):
+        single = evict(alone(batch, record), policy, [6, 4])
+        assert torch.equal(single.slot_positions[0], together.slot_positions[record])
+
+
+@pytest.mark.parametrize("name", ["redundancy", "rkv", "attention", "key_norm", "value_norm"])
+def test_the_earlier_of_equal_tokens_wins(name: str) -> None:
+    for length in (9, 100, 2000):
+        ones = torch.ones(length, 1, 1, 4)
+        batch = CacheBatch.from_ragged(ones, ones, ones[..., 0], [0, length], ["same"])
+        targets = evict(batch, make_policy(name), [5])
+        assert targets.slot_positions.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_zero_keys_resemble_nothing() -> None:
+    batch = naive.make_batch([6])
+    batch.keys[2] = 0
+    scores = score_all(make_policy("redundancy"), batch)
+    expected = naive.scores("redundancy", {}, batch, 0, 1, 1, 3)
+    torch.testing.assert_close(scores[:, 1, 1].double(), torch.tensor(expected).double())
+
+
+def test_random_is_a_fair_draw_that_follows_the_seed_the_id_the_layer_and_the_head() -> None:
+    batch = naive.make_batch([50] * 40, layers=4, heads=4, dim=2)
+    kept = evict(batch, make_policy("random"), [10] * 4).slot_positions
+    shares = torch.bincount(kept.flatten(), minlength=50) / (40 * 16)
+    assert (shares - 0.2).abs().max() < 0.08
+    other = evict(batch, make_policy("random", seed=1), [10] * 4).slot_positions
+    assert not torch.equal(kept, other)
+    assert len({tuple(row) for row in kept.reshape(-1, 10).tolist()}) == 40 * 16
+    chosen = evict(batch.choose_layers([1, 3]), make_policy("random"), [10] * 2).slot_positions
+    assert torch.equal(chosen, kept[:, [1, 3]])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_policy
+def test_a_gpu_keeps_what_a_cpu_keeps(name: str, settings: dict) -> None:
+    batch = naive.make_batch(LENGTHS, dtype=torch.bfloat16)
+    policy = make_policy(name, **settings)
+    expected, found = evict(batch, policy, [4, 4, 4]), evict(batch.to("cuda"), policy, [4, 4, 4])
+    assert torch.equal(found.slot_positions.cpu(), expected.slot_positions)
+    assert torch.equal(found.keys.cpu(), expected.keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        ("snapkv", {}, "policy"),
+        ("rkv", {"lam": 1.2}, "lam"),
+        ("rkv", {"lam": -0.1}, "lam"),
+        ("rkv", {"lam": float("nan")}, "lam"),
+        ("rkv", {"lam": "high"}, "lam"),
+        ("rkv", {"redundancy_phase": "rope"}, "redundancy_phase"),
+        ("redundancy", {"redundancy_phase": "none"}, "redundancy_phase"),
+        ("streaming", {"first": -1}, "first"),
+        ("random", {"seed": 0.5}, "seed"),
+        ("crop", {"lam": 0.1}, "lam"),
+    ],
+)
+def test_a_bad_setting_is_named(name: str, settings: dict, named: str) -> None:
+    with pytest.raises(KavaError, match=named):
+        make_policy(name, **settings)
+
+
+def test_a_store_without_importance_is_refused_where_it_is_needed() -> None:
+    batch = replace(naive.make_batch([5]), importance=None)
+    for policy in (make_policy("attention"), make_policy("rkv")):
+        with pytest.raises(KavaError, match=r"importance.*generate"):
+            evict(batch, policy, [2, 2, 2])
+    for policy in (make_policy("redundancy"), make_policy("rkv", lam=0)):
+        assert evict(batch, policy, [2, 2, 2]).slot_counts.eq(2).all()
+
+
+def test_post_rope_redundancy_needs_the_rotation() -> None:
+    batch = replace(naive.make_batch([5]), rotary=None)
+    with pytest.raises(KavaError, match="redundancy_phase"):
+        evict(batch, make_policy("rkv", redundancy_phase="post_rope"), [2, 2, 2])
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_record_is_named(name: str, broken: float) -> None:
+    batch = naive.make_batch([4, 6, 5])
+    for tensor in (batch.keys, batch.values, batch.importance):
+        tensor[7] = broken
+    with pytest.raises(KavaError, match="'r1'"):
+        evict(batch, make_policy(name), [2, 2, 2])
+
+
+def test_an_empty_trace_is_named() -> None:
+    tensor = torch.zeros(4, 1, 1, 2)
+    with pytest.raises(KavaError, match="'b'"):
+        CacheBatch.from_ragged(tensor, tensor, None, [0, 4, 4], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"keys": torch.zeros(4, 2, 3)}, "keys"),
+        ({"values": torch.zeros(4, 1, 1, 3)}, "keys and values"),
+        ({"importance": torch.zeros(4, 2, 1)}, "importance"),
+        ({"offsets": [0, 3]}, "offsets"),
+        ({"offsets": []}, "offsets"),
+        ({"ids": ["a", "b"]}, "ids"),
+        ({"cot_start": [1, 2]}, "positions"),
+    ],
+)
+def test_tensors_that_do_not_fit_together_are_refused(changed: dict, named: str) -> None:
+    tensor = torch.zeros(4, 1, 1, 2)
+    good = {"keys": tensor, "values": tensor, "importance": None, "offsets": [0, 4], "ids": ["a"]}
+    with pytest.raises(KavaError, match=named):
+        CacheBatch.from_ragged(**(good | changed))
+
+
+@pytest.mark.parametrize("lengths", [[3], [5, 5], [3, 6]])
+def test_lengths_that_do_not_fit_the_padding_are_refused(lengths: list[int]) -> None:
+    tensor = torch.zeros(2, 1, 1, 5, 2)
+    if lengths == [5, 5]:
+        assert CacheBatch.from_padded(tensor, tensor, None, lengths, ["a", "b"]).lengths == [5, 5]
+        return
+    with pytest.raises(KavaError, match="length"):
+        CacheBatch.from_padded(tensor, tensor, None, lengths, ["a", "b"])

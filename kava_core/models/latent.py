@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ from kava_core.rotary import Rotary, unrotate
 class LatentReasonerConfig(PreTrainedConfig):
     """What a saved student needs besides its weights.
 
-    decoder: the decoder's own configuration as a dict; latents: M; iterations: T;
+    decoder_config: the decoder's own configuration as a dict (transformers takes an attribute named
+    `decoder` for a configuration object); latents: M; iterations: T;
     reasoning: "jacobi" or "sequential"; projection: whether hidden states pass a small MLP before
     they become latents; per_position: one learned initial latent per position, or one for all;
     answer_prompt_ids, eos_token_id: what `generate` writes before the answer and stops at.
@@ -49,7 +50,7 @@ class LatentReasonerConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        decoder: dict[str, Any] | None = None,
+        decoder_config: dict[str, Any] | None = None,
         latents: int = 0,
         iterations: int = 0,
         reasoning: str = "jacobi",
@@ -59,7 +60,7 @@ class LatentReasonerConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.decoder = decoder or {}
+        self.decoder_config = decoder_config or {}
         self.latents = latents
         self.iterations = iterations
         self.reasoning = reasoning
@@ -127,7 +128,7 @@ class _State:
         """The state after the first columns only; shares tensors (and gradients) with this one."""
         state = self.fork()
         state.mask = self.mask[:, :columns]
-        for layer in state.cache.layers:
+        for layer in state.layers:
             layer.keys = layer.keys[:, :, :columns]
             layer.values = layer.values[:, :, :columns]
         return state
@@ -135,8 +136,13 @@ class _State:
     def fork(self) -> _State:
         """A state that can be advanced without this one noticing; its tensors are shared."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.layers = [copy.copy(layer) for layer in self.layers]
         return _State(cache, self.mask)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The cache's layers, each with keys and values [B, H, S, D]."""
+        return self.cache.layers
 
 
 class LatentReasoner(PreTrainedModel):
@@ -148,14 +154,20 @@ class LatentReasoner(PreTrainedModel):
     supports_gradient_checkpointing = False
     _supports_sdpa = True
 
-    def __init__(self, config: LatentReasonerConfig) -> None:
+    def __init__(
+        self, config: LatentReasonerConfig, decoder: PreTrainedModel | None = None
+    ) -> None:
         super().__init__(config)
         if config.reasoning not in ("jacobi", "sequential"):
             raise KavaError(f"reasoning must be jacobi or sequential, not {config.reasoning!r}.")
-        decoder_config = AutoConfig.for_model(**config.decoder)
-        self.decoder: PreTrainedModel = AutoModelForCausalLM.from_config(
-            decoder_config, attn_implementation=attention_implementation(decoder_config)
-        )
+        decoder_config = AutoConfig.for_model(**config.decoder_config)
+        if decoder is None:
+            decoder = AutoModelForCausalLM.from_config(
+                decoder_config,
+                attn_implementation=attention_implementation(decoder_config),
+                dtype=torch.get_default_dtype(),  # that of the rest, whatever the teacher's was
+            )
+        self.decoder: PreTrainedModel = decoder
         self._rotary: Rotary | None = None
         self._size = size = decoder_config.hidden_size
         if config.latents:
@@ -190,7 +202,7 @@ class LatentReasoner(PreTrainedModel):
         """A student with the teacher's weights and fresh latents of the embeddings' own scale."""
         decoder_config = teacher.config.get_text_config()
         config = LatentReasonerConfig(
-            decoder=decoder_config.to_dict(),
+            decoder_config=decoder_config.to_dict(),
             latents=latents,
             iterations=iterations,
             reasoning=reasoning,
@@ -200,11 +212,13 @@ class LatentReasoner(PreTrainedModel):
             eos_token_id=eos_token_id,
             tie_word_embeddings=decoder_config.tie_word_embeddings,
         )
-        student = cls(config).to(next(teacher.parameters()).dtype)
-        student.decoder.load_state_dict(teacher.state_dict())
+        student = cls(config, copy.deepcopy(teacher))
+        for parameter in student.parameters():
+            # Not `student.to(dtype)`, which would round the rotary frequencies as well.
+            parameter.data = parameter.data.to(next(teacher.parameters()).dtype)
         if latents:
             generator = torch.Generator().manual_seed(seed)
-            embed = teacher.get_input_embeddings()
+            embed = cast(nn.Embedding, teacher.get_input_embeddings())
             with torch.no_grad():
                 sample = torch.linspace(0, embed.num_embeddings - 1, 4096).long().unique()
                 embeddings = embed(sample.to(embed.weight.device)).float().cpu()
@@ -222,6 +236,21 @@ class LatentReasoner(PreTrainedModel):
                         module.bias.zero_()
         return student
 
+    @classmethod
+    def plain(
+        cls, model: PreTrainedModel, *, answer_prompt_ids: list[int], eos_token_id: int
+    ) -> LatentReasoner:
+        """`model` itself, without latents, so that every system is asked in the same way.
+
+        With an answer prompt it answers at once; with none it writes its chain of thought first.
+        """
+        config = LatentReasonerConfig(
+            decoder_config=model.config.get_text_config().to_dict(),
+            answer_prompt_ids=answer_prompt_ids,
+            eos_token_id=eos_token_id,
+        )
+        return cls(config, model).eval()
+
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
 
@@ -231,7 +260,7 @@ class LatentReasoner(PreTrainedModel):
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         raise KavaError(
             "gradient checkpointing detaches the cache: the KV loss would descend and supervise "
-            "nothing. Use a smaller batch with gradient accumulation instead."
+            "nothing. Turn it off; use a smaller batch with gradient accumulation instead."
         )
 
     # --- training -------------------------------------------------------------------------------
@@ -250,8 +279,9 @@ class LatentReasoner(PreTrainedModel):
         question_ids, question_mask [B, Q], padded on either side; answer_ids, answer_mask [B, A],
         right-padded, the answer without its prompt. chain_ids, chain_mask [B, N], right-padded, are
         the written chain `C A-prompt A`; given, it is predicted from the question in the same
-        weights as well (w_cot), and questions must then be left-padded.
+        weights as well (w_cot).
         """
+        question_ids, question_mask = _left_padded(question_ids, question_mask)
         state, pending, pending_mask = self._reason(question_ids, question_mask)
         tail_ids = torch.cat((self._prompt(len(answer_ids)), answer_ids), 1)
         tail_mask = torch.cat((torch.ones_like(tail_ids[:, : self._prompt_length]), answer_mask), 1)
@@ -308,6 +338,7 @@ class LatentReasoner(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = _left_padded(input_ids, attention_mask)
         warpers = LogitsProcessorList()
         if do_sample:
             warpers.append(TemperatureLogitsWarper(temperature))
@@ -324,10 +355,11 @@ class LatentReasoner(PreTrainedModel):
         for step in range(max_new_tokens):
             scores = self._feed(state, embeds, mask, logits=1).logits[:, -1].float()
             if do_sample:
-                chosen = torch.multinomial(warpers(tokens, scores).softmax(-1), 1)
+                scores = warpers(cast(torch.LongTensor, tokens), cast(torch.FloatTensor, scores))
+                chosen = torch.multinomial(scores.softmax(-1), 1)
             else:
                 chosen = scores.argmax(-1, keepdim=True)
-            chosen[finished] = self.config.eos_token_id
+            chosen = chosen.masked_fill(finished[:, None], self.config.eos_token_id)
             passes += ~finished if step else 0
             tokens = torch.cat((tokens, chosen), 1)
             finished |= chosen[:, 0] == self.config.eos_token_id
@@ -353,6 +385,8 @@ class LatentReasoner(PreTrainedModel):
         Returns the decoder's state and what is still to be fed, embeddings and mask: the last
         latents, preceded by the question where nothing has been fed yet.
         """
+        if self.training and self.is_gradient_checkpointing:
+            self.gradient_checkpointing_enable()  # was switched on elsewhere; says why not
         rows, width = question_ids.shape
         state = _State(DynamicCache(), question_mask[:, :0])
         question = self._embed(question_ids)
@@ -398,10 +432,9 @@ class LatentReasoner(PreTrainedModel):
         if not m:
             return [], [], positions
         slots = slice(first, first + m)
-        layers = state.cache.layers
         return (
-            [layer.keys[:, :, slots] for layer in layers],
-            [layer.values[:, :, slots] for layer in layers],
+            [layer.keys[:, :, slots] for layer in state.layers],
+            [layer.values[:, :, slots] for layer in state.layers],
             positions,
         )
 
@@ -468,6 +501,15 @@ class LatentReasoner(PreTrainedModel):
         if not self.config.latents:
             return self.get_input_embeddings().weight.new_zeros(rows, 0, self._size)
         return self.eot.expand(rows, 1, -1)
+
+
+def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with all padding on their left.
+
+    Padding between a question and its latents would count as distance in a sliding window.
+    """
+    order = mask.long().argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 AutoConfig.register("latent_reasoner", LatentReasonerConfig)

@@ -80,13 +80,12 @@ def check_lengths(traces: Sequence[Trace], config: Any) -> None:
 class TeacherPass:
     """The frozen teacher, ready to run over batches of traces.
 
-    model: any causal LM with a dynamic cache, in evaluation mode on its device.
-    dtype: of the returned keys, values and endpoint states.
+    model: any causal LM with a dynamic cache, on its device. Keys come back in float32 or wider,
+    values and endpoint states in the model's own dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
-        self.dtype = dtype
         self.rotary: Rotary = rotary_of(model)
 
     @torch.no_grad()
@@ -113,10 +112,10 @@ class TeacherPass:
         batch = torch.arange(len(traces), device=device)
         endpoint = torch.stack([h[batch, spans.endpoint] for h in output.hidden_states], dim=1)
         return TeacherCache(
-            keys=self._without_phase(keys, spans).to(self.dtype),
-            values=values.to(self.dtype),
+            keys=self._without_phase(keys, spans),
+            values=values,
             importance=importance,
-            endpoint=endpoint.to(self.dtype),
+            endpoint=endpoint,
             offsets=spans.offsets,
         )
 
@@ -127,6 +126,36 @@ class TeacherPass:
         cos, sin = (x.to(keys.dtype).transpose(0, 1)[:, :, None] for x in (cos, sin))
         wide = torch.promote_types(keys.dtype, torch.float32)
         return unrotate(keys.to(wide), cos.to(wide), sin.to(wide))
+
+
+def over(teacher: TeacherPass, traces: Sequence[Trace], batch_size: int) -> TeacherCache:
+    """The pass over many traces in batches of similar length; the result is in their own order.
+
+    Which traces share a batch depends on the traces alone, so repeating it gives the same bytes.
+    """
+    lengths = [_length(t) for t in traces]
+    order = sorted(range(len(traces)), key=lambda i: (lengths[i], i))
+    pieces: list[TeacherCache] = [None] * len(traces)  # type: ignore[list-item]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        cache = teacher([traces[i] for i in chosen])
+        for row, i in enumerate(chosen):
+            span = slice(int(cache.offsets[row]), int(cache.offsets[row + 1]))
+            pieces[i] = TeacherCache(
+                cache.keys[span],
+                cache.values[span],
+                cache.importance[span],
+                cache.endpoint[row : row + 1],
+                cache.offsets[:2],
+            )
+    sizes = torch.tensor([0, *(len(p.keys) for p in pieces)])
+    return TeacherCache(
+        keys=torch.cat([p.keys for p in pieces]),
+        values=torch.cat([p.values for p in pieces]),
+        importance=torch.cat([p.importance for p in pieces]),
+        endpoint=torch.cat([p.endpoint for p in pieces]),
+        offsets=sizes.cumsum(0),
+    )
 
 
 @dataclass(frozen=True)

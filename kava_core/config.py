@@ -1,0 +1,309 @@
+"""The settings of every stage, read from `pipelines.yaml` and checked before any work starts.
+
+A pipeline is one mapping per stage. Each stage is tracked by DVC through exactly its own section;
+`resources` is the one section that changes no result and is tracked by none. Every value that is
+unknown, of the wrong type or impossible is an error that names its key path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kava_core.errors import KavaError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Half = Literal["bfloat16", "float16"]
+Bits = Literal[32, 16, 8, 4]
+EndpointBits = Literal[32, 16, 8]
+Distance = Literal["l1", "smooth_l1", "mse"]
+Phase = Literal["pre_rope", "post_rope"]
+
+
+class Section(BaseModel):
+    """A mapping of settings: unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Synthetic(Section):
+    """Generated word problems (`kava_core.problems.synthetic.Generator`)."""
+
+    steps: tuple[Positive, Positive] = (2, 4)
+    operations: tuple[Literal["add", "subtract", "multiply", "divide"], ...] = (
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+    )
+    max_value: Positive = 99
+    max_operand: Positive = 20
+    factors: tuple[Positive, ...] = (2, 3)
+    style: Literal["compact", "prose"] = "compact"
+    distractors: Fraction = 0.0
+
+
+class GSM8K(Section):
+    """GSM8K rows from a folder with train.jsonl and test.jsonl, or from a Hub name."""
+
+    path: str
+    allow_leakage: bool = False
+
+
+class Prepare(Section):
+    """Problems: where they come from, how many, and how their steps are written."""
+
+    source: Literal["synthetic", "gsm8k"]
+    traces: Literal["equations", "sentences"] = "equations"
+    train: Positive | None = None
+    validation: Positive
+    test: Positive | None = None
+    seed: int = 0
+    synthetic: Synthetic = Synthetic()
+    gsm8k: GSM8K | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Prepare:
+        if self.source == "gsm8k" and self.gsm8k is None:
+            raise ValueError("source gsm8k needs a `gsm8k` mapping with a `path`")
+        if self.source == "synthetic" and (self.train is None or self.test is None):
+            raise ValueError("source synthetic needs the numbers `train` and `test`")
+        return self
+
+
+class LoRA(Section):
+    """Low-rank adapters on the named projections; merged into the weights when training ends."""
+
+    rank: Positive = 128
+    alpha: Positive = 32
+    dropout: Fraction = 0.1
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Training(Section):
+    """How weights are fitted; AdamW with a cosine schedule."""
+
+    steps: Positive
+    batch_size: Positive = 64
+    accumulation: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Weight = 0.01
+    warmup: Fraction = 0.05
+    max_grad_norm: Annotated[float, Field(gt=0)] = 2.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRA | None = None
+    log_every: Positive = 25
+    save_every: Positive = 200
+    seed: int = 0
+    threads: Positive = 2
+
+
+class Scratch(Section):
+    """A byte-level BPE tokenizer and a small Llama, both made from the training problems."""
+
+    vocabulary: Annotated[int, Field(ge=270)] = 512
+    hidden_size: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    intermediate_size: Positive = 384
+    context_length: Positive = 512
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Scratch:
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, "
+                f"and that a multiple of kv_heads {self.kv_heads}"
+            )
+        return self
+
+
+class Teacher(Section):
+    """`model: scratch` builds one; anything else is a Hugging Face folder or id to start from.
+
+    `training: null` takes the model as it is (it can already write the chain of thought).
+    """
+
+    model: str = "scratch"
+    scratch: Scratch = Scratch()
+    training: Training | None
+    validate_on: Positive = 200
+    batch_size: Positive = 128
+    max_new_tokens: Positive = 256
+
+    @model_validator(mode="after")
+    def _trained(self) -> Teacher:
+        if self.model == "scratch" and self.training is None:
+            raise ValueError("a teacher from scratch needs `training`")
+        return self
+
+
+class Generate(Section):
+    """The teacher's caches over the training problems.
+
+    keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half` dtype,
+    8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
+    """
+
+    keys_bits: Bits = 16
+    values_bits: Bits = 16
+    endpoint_bits: EndpointBits = 16
+    half: Half = "bfloat16"
+    model_dtype: Dtype = "float32"
+    shard_size: Positive = 512
+    batch_size: Positive = 64
+    threads: Positive = 1
+
+
+class LastLayers(Section):
+    """The deepest n layers."""
+
+    last: Positive
+
+
+class EveryLayer(Section):
+    """Every n-th layer."""
+
+    every: Positive
+
+
+class Evict(Section):
+    """From N_C tokens to `budget` slots per layer and head.
+
+    lambda, redundancy_phase, first and seed belong to the policies that have them; null takes the
+    policy's own default. share: `share_size` adjacent layers keep the same tokens (`selection`) or
+    one merged cache (`merged`). granularity `channel` and `tensor` take their ranges from
+    `calibration_records` records, clipped to `calibration_percentile` per cent of the numbers.
+    """
+
+    policy: str = "rkv"
+    budget: Positive
+    budgets: Literal["uniform", "pyramid"] = "uniform"
+    lambda_: Fraction | None = Field(default=None, alias="lambda")
+    redundancy_phase: Phase | None = None
+    first: NotNegative | None = None
+    seed: int | None = None
+    phase: Phase = "pre_rope"
+    layers: Literal["all"] | LastLayers | EveryLayer | tuple[NotNegative, ...] = "all"
+    share: Literal["none", "selection", "merged"] = "none"
+    share_size: Positive = 2
+    keys_bits: Bits = 16
+    values_bits: Bits = 16
+    endpoint_bits: EndpointBits = 16
+    half: Half = "bfloat16"
+    granularity: Literal["token", "channel", "tensor"] = "token"
+    calibration_records: Positive = 256
+    calibration_percentile: Annotated[float, Field(gt=50, le=100)] = 99.9
+    threads: Positive = 1
+
+
+class Student(Section):
+    """One student: how it reasons, what it is taught by, and how long."""
+
+    training: Training
+    reasoning: Literal["jacobi", "sequential", "none"] = "jacobi"
+    iterations: NotNegative = 3
+    projection: bool = True
+    per_position: bool = True
+    alpha_kv: Weight = 0.0
+    alpha_codi: Weight = 0.0
+    w_cot: Weight = 0.0
+    kv_distance: Distance = "smooth_l1"
+    kv_std: bool = True
+    codi_distance: Distance = "smooth_l1"
+    codi_std: bool = True
+    shard_window: Positive = 16
+    gradient_share_every: NotNegative = 0
+
+    @model_validator(mode="after")
+    def _has_latents(self) -> Student:
+        if self.reasoning == "none" and self.alpha_kv:
+            raise ValueError("a student with `reasoning: none` has no latents for alpha_kv")
+        return self
+
+
+class Evaluate(Section):
+    """Accuracy and cost of every system on the test problems."""
+
+    limit: Positive | None = None
+    batch_size: Positive = 128
+    max_new_tokens: Positive = 256
+    similarity_records: Positive = 256
+    threads: Positive = 2
+
+
+class Report(Section):
+    """The page at the end."""
+
+    title: str
+
+
+class Resources(Section):
+    """What is used to compute, never what is computed: not tracked by DVC.
+
+    workers: Ray workers of generate and evict; 0 runs in process; null shares the cores there are.
+    """
+
+    workers: NotNegative | None = None
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    loader_workers: NotNegative = 0
+
+
+class Pipeline(Section):
+    """A named pipeline, complete."""
+
+    prepare: Prepare
+    teacher: Teacher
+    generate: Generate
+    evict: Evict
+    students: dict[str, Student]
+    evaluate: Evaluate
+    report: Report
+    resources: Resources = Resources()
+
+
+def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
+    """The pipeline `name` of the file, or the one its `pipeline:` key names, validated.
+
+    Raises KavaError with the key path of every wrong setting.
+    """
+    try:
+        document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing. Run this where pipelines.yaml lies.") from None
+    except yaml.YAMLError as error:
+        raise KavaError(f"{path} is not valid YAML: {error}") from None
+    pipelines = document.get("pipelines") if isinstance(document, dict) else None
+    if not isinstance(pipelines, dict):
+        raise KavaError(f"{path} has no `pipelines:` mapping.")
+    name = name or document.get("pipeline")
+    if name not in pipelines:
+        raise KavaError(f"{path} has no pipeline {name!r}. There are: {', '.join(pipelines)}.")
+    if "." in str(name):
+        raise KavaError(f"pipeline name {name!r} has a dot, which DVC reads as a path. Rename it.")
+    try:
+        return str(name), Pipeline.model_validate(pipelines[name])
+    except ValidationError as error:
+        raise KavaError(_explain(path, f"pipelines.{name}", error)) from None
+
+
+def _explain(path: Path, root: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join([root, *map(str, problem["loc"])])
+        found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message, found = "no such setting", ""
+        lines.append(f"{key}: {message}{found}")
+    return f"{path} has {len(lines)} wrong setting(s):\n  " + "\n  ".join(lines)

@@ -1,0 +1,89 @@
+"""Records → padded tensors, and the datasets the trainer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kava_core.problems.traces import Trace
+
+
+def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Token ids → ids, mask [B, longest] int64; padding is 0, on the `left` or the `right`."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, span] = torch.as_tensor(row, dtype=torch.long)
+        mask[i, span] = 1
+    return ids, mask
+
+
+def answer_batch(
+    ids: Sequence[str],
+    questions: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    chains: Sequence[Sequence[int]] | None,
+) -> dict[str, Any]:
+    """The token part of a student's batch: questions left-padded, answers and chains right-padded.
+
+    chains are `C A-prompt A`, given when w_cot > 0.
+    """
+    question_ids, question_mask = pad(questions, "left")
+    answer_ids, answer_mask = pad(answers, "right")
+    batch: dict[str, Any] = {
+        "ids": list(ids),
+        "question_ids": question_ids,
+        "question_mask": question_mask,
+        "answer_ids": answer_ids,
+        "answer_mask": answer_mask,
+    }
+    if chains is not None:
+        batch["chain_ids"], batch["chain_mask"] = pad(chains, "right")
+    return batch
+
+
+class AnswerDataset(Dataset[dict[str, Any]]):
+    """Questions and answers (and chains, if asked for) of traces; what No-CoT learns from."""
+
+    def __init__(self, traces: Sequence[Trace], chains: bool) -> None:
+        self.traces = traces
+        self.chains = chains
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        chosen = [self.traces[i] for i in indices]
+        return answer_batch(
+            [t.id for t in chosen],
+            [t.question_ids for t in chosen],
+            [t.answer_ids for t in chosen],
+            [t.cot_ids + t.answer_prompt_ids + t.answer_ids for t in chosen]
+            if self.chains
+            else None,
+        )
+
+
+class ChainDataset(Dataset[dict[str, Any]]):
+    """Whole sequences `Q C A-prompt A`, supervised from the first token of C on: the teacher's."""
+
+    def __init__(self, traces: Sequence[Trace]) -> None:
+        self.traces = traces
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        chosen = [self.traces[i] for i in indices]
+        chains = [t.cot_ids + t.answer_prompt_ids + t.answer_ids for t in chosen]
+        ids, mask = pad([t.question_ids + c for t, c in zip(chosen, chains, strict=True)], "right")
+        taught = mask.clone()
+        for row, trace in enumerate(chosen):
+            taught[row, : len(trace.question_ids)] = 0
+        return {"ids": [t.id for t in chosen], "input_ids": ids, "mask": mask, "taught": taught}

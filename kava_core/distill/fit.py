@@ -1,0 +1,322 @@
+"""Fit a model with `transformers.Trainer`: resumable at any step, the same to the last bit.
+
+Checkpoints, schedules, mixed precision, clipping and distribution are the Trainer's. What is ours
+is the loss, the order of the data, and that a killed run goes on where its last whole checkpoint
+stands and ends with the weights of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from kava_core.console import progress, say
+from kava_core.errors import KavaError
+
+Batch = dict[str, Any]
+# Maps a model and a batch to named weighted terms, each a scalar; their sum is minimised.
+Terms = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+LOWEST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How long and how fast; every field changes the result.
+
+    `warmup` is the share of `steps` over which the learning rate rises; a batch is `batch_size`
+    records, `accumulation` of them make a step.
+    """
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    weight_decay: float
+    warmup: float
+    max_grad_norm: float
+    precision: str
+    log_every: int
+    save_every: int
+    seed: int
+
+
+class Stopped(Exception):
+    """SIGTERM arrived; the state is saved and the run can be repeated."""
+
+
+def fit(
+    model: PreTrainedModel,
+    terms: Terms,
+    dataset: Dataset[Any],
+    sampler: Sampler[int],
+    settings: FitSettings,
+    *,
+    folder: Path,
+    live_folder: Path,
+    title: str,
+    loader_workers: int = 0,
+    shares_every: int = 0,
+) -> None:
+    """Train `model` in place.
+
+    dataset: `dataset.__getitems__(indices)` returns a collated batch; the sampler's order is that
+    of the run and depends on (seed, epoch) alone. folder: where checkpoints live until the run is
+    complete; a whole checkpoint found there is continued from. live_folder: loss curves in
+    DVCLive's format. shares_every: every so many steps (0: never) the share of each term in the
+    gradient's norm is measured and logged.
+
+    Raises KavaError on a loss that is not a number (naming the records), `Stopped` on SIGTERM.
+    """
+    # The Trainer moves the model; initial states must not depend on what ran before.
+    set_seed(settings.seed)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=round(settings.warmup * settings.steps),
+        lr_scheduler_type="cosine",
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        logging_steps=settings.log_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        dataloader_num_workers=loader_workers,
+        dataloader_persistent_workers=loader_workers > 0,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to=[],
+        disable_tqdm=True,
+        optim="adamw_torch",
+    )
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint:
+        say(f"{title}: continuing from {checkpoint.name}")
+    with progress() as display, _Terminable() as termination:
+        task = display.add_task(title, total=settings.steps, note="")
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=_as_it_is,
+            callbacks=[_Display(display, task), _Live(live_folder), _Stop(termination)],
+        )
+        trainer.bind(terms, sampler, shares_every)
+        trainer.pop_callback(_printer())
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if termination.is_set() and trainer.state.global_step < settings.steps:
+        raise Stopped(
+            f"{title}: stopped at step {trainer.state.global_step} of {settings.steps} and saved. "
+            "Run the same command again to go on."
+        )
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (the Trainer writes its state last)."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for checkpoint in reversed(found):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(checkpoint)  # a kill left it half-written
+        else:
+            return checkpoint
+    return None
+
+
+class _Trainer(Trainer):
+    model_accepts_loss_kwargs = False  # every term is a mean over records: plain averaging is right
+
+    def bind(self, terms: Terms, sampler: Sampler[int], shares_every: int) -> None:
+        self.terms = terms
+        self.sampler = sampler
+        self.shares_every = shares_every
+        self.sums: dict[str, float] = {}
+        self.batches = 0
+        self.shares: dict[str, float] = {}
+        self.warned: set[str] = set()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        terms = self.terms(model, inputs)
+        if self.shares_every and self.state.global_step % self.shares_every == 0:
+            self._measure_shares(terms, model)
+        loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            raise KavaError(
+                f"the loss became {float(loss):g} at step {self.state.global_step + 1}, on the "
+                f"records {', '.join(inputs['ids'])}. The last checkpoint is kept. Lower the "
+                "learning rate, or look at these records."
+            )
+        for name, value in {"loss": loss, **terms}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        self.batches += 1
+        return (loss, None) if return_outputs else loss
+
+    def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        norms = {}
+        for name, term in terms.items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            squares = [g.float().square().sum() for g in gradients if g is not None]
+            norms[name] = float(torch.stack(squares).sum().sqrt())
+        total = sum(norms.values()) or 1.0
+        self.shares = {name: norm / total for name, norm in norms.items()}
+        for name, share in self.shares.items():
+            if share < LOWEST_SHARE and name not in self.warned:
+                self.warned.add(name)
+                say(
+                    f"warning: the {name} term carries {share:.2%} of the gradient at step "
+                    f"{self.state.global_step}; at this weight it teaches next to nothing."
+                )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.batches and "loss" in logs:
+            for name, total in self.sums.items():
+                logs["loss" if name == "loss" else f"loss_{name}"] = total / self.batches
+            for name, share in self.shares.items():
+                logs[f"gradient_share_{name}"] = share
+            self.sums, self.batches = {}, 0
+        super().log(logs, *args, **kwargs)
+
+
+class _Display(TrainerCallback):
+    def __init__(self, display: Progress, task: TaskID) -> None:
+        self.display, self.task = display, task
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.display.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        note = "  ".join(
+            f"{name.removeprefix('loss_')} {value:.3f}"
+            for name, value in (logs or {}).items()
+            if name.startswith("loss")
+        )
+        if note:
+            self.display.update(self.task, note=note)
+
+
+class _Live(TrainerCallback):
+    """Loss curves in DVCLive's files. What a killed run wrote past its checkpoint is written anew,
+    so that the files of a repeated run are those of an uninterrupted one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        from dvclive import Live
+
+        self.live = Live(str(self.folder), save_dvc_exp=False, dvcyaml=None)
+        for entry in state.log_history:
+            self._write(entry, int(entry["step"]))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self._write(logs or {}, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.live.end()
+
+    def _write(self, logs: dict[str, float], step: int) -> None:
+        if "loss" not in logs:
+            return  # the Trainer's closing summary holds seconds, which no artefact may
+        self.live.step = step
+        for name, value in logs.items():
+            if name.startswith(("loss", "learning_rate", "grad_norm", "gradient_share")):
+                self.live.log_metric(name, value)
+        self.live.make_summary()
+
+
+class _Stop(TrainerCallback):
+    def __init__(self, termination: threading.Event) -> None:
+        self.termination = termination
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.termination.is_set():
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class _Terminable:
+    """Turns SIGTERM into an event while training runs (main thread only, as signals are)."""
+
+    def __enter__(self) -> threading.Event:
+        self.event = threading.Event()
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, self._receive)
+        return self.event
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.event.set()
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _printer() -> type[TrainerCallback]:
+    """The Trainer's own callback that prints every log to stdout when there is no tqdm."""
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback

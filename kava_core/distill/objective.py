@@ -1,0 +1,117 @@
+"""The objective of METHOD section 4, term by term.
+
+    loss = CE(A | Q, z) + w_cot · CE(C, A | Q) + α_codi · d(endpoint) + α_kv · ½ (d(K) + d(V))
+
+Every term is a mean over a record's own entries first and over the records of the batch then, so
+that no term depends on how a batch is cut over steps or processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from kava_core.models.latent import Reasoning
+
+
+def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """logits [B, N, V], ids and mask [B, N]; row j of the logits predicts ids[:, j] → scalar."""
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), ids.flatten(), reduction="none"
+    ).view_as(ids)
+    weight = mask.to(losses.dtype)
+    return ((losses * weight).sum(1) / weight.sum(1)).mean()
+
+
+def distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Elementwise d: `l1`, `smooth_l1` (β = 1) or `mse`; the teacher gets no gradient."""
+    teacher = teacher.detach().to(student.dtype)
+    if kind == "l1":
+        return functional.l1_loss(student, teacher, reduction="none")
+    if kind == "smooth_l1":
+        return functional.smooth_l1_loss(student, teacher, reduction="none")
+    return functional.mse_loss(student, teacher, reduction="none")
+
+
+def kv_loss(
+    student: Tensor, teacher: Tensor, slot_mask: Tensor, kind: str, std: Tensor | None
+) -> Tensor:
+    """d over the valid slots.
+
+    student, teacher [B, L, H, M, D]; slot_mask [B, L, H, M], false where a trace had fewer tokens
+    than slots; std [L] divides both sides layer by layer → scalar.
+    """
+    if std is not None:
+        scale = std.to(student)[None, :, None, None, None]
+        student, teacher = student / scale, teacher.to(student.dtype) / scale
+    # What lies in a slot without a target must not matter, not even if it is not a number.
+    teacher = teacher.masked_fill(~slot_mask[..., None], 0)
+    per_slot = distance(student, teacher, kind).mean(-1)
+    weight = slot_mask.to(per_slot.dtype)
+    per_record = (per_slot * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1)
+    return per_record.mean()
+
+
+def endpoint_loss(student: Tensor, teacher: Tensor, kind: str, std: Tensor | None) -> Tensor:
+    """CODI: d over the hidden states at the last token of the answer prompt.
+
+    student, teacher [B, L+1, E]; std [L+1]. The embedding level (index 0) is left out: its spread
+    is a tenth of the others', and dividing by it would make the term mostly about embeddings.
+    """
+    student, teacher = student[:, 1:], teacher[:, 1:].to(student.dtype)
+    if std is not None:
+        scale = std[1:].to(student)[None, :, None]
+        student, teacher = student / scale, teacher / scale
+    return distance(student, teacher, kind).mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights, distances and the store's statistics; the std fields are None where not divided.
+
+    keys_std, values_std: [L']; endpoint_std: [L+1].
+    """
+
+    alpha_kv: float
+    alpha_codi: float
+    w_cot: float
+    kv_distance: str
+    codi_distance: str
+    keys_std: Tensor | None = None
+    values_std: Tensor | None = None
+    endpoint_std: Tensor | None = None
+
+    def weighted(
+        self,
+        reasoning: Reasoning,
+        batch: dict[str, Tensor],
+        slot_keys: Tensor | None,
+        slot_values: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The active terms, each times its weight; their sum is the loss.
+
+        batch: answer_ids, answer_mask [B, A]; with targets also keys, values [B, L', H, M, D],
+        slot_mask [B, L', H, M] and endpoint [B, L+1, E]; slot_keys, slot_values are the student's.
+        """
+        terms = {
+            "answer": cross_entropy(
+                reasoning.logits[:, :-1], batch["answer_ids"], batch["answer_mask"]
+            )
+        }
+        if self.w_cot and reasoning.cot_logits is not None:
+            terms["cot"] = self.w_cot * cross_entropy(
+                reasoning.cot_logits, batch["chain_ids"], batch["chain_mask"]
+            )
+        if self.alpha_codi:
+            terms["codi"] = self.alpha_codi * endpoint_loss(
+                reasoning.endpoint, batch["endpoint"], self.codi_distance, self.endpoint_std
+            )
+        if self.alpha_kv and slot_keys is not None and slot_values is not None:
+            mask = batch["slot_mask"]
+            terms["kv"] = (self.alpha_kv / 2) * (
+                kv_loss(slot_keys, batch["keys"], mask, self.kv_distance, self.keys_std)
+                + kv_loss(slot_values, batch["values"], mask, self.kv_distance, self.values_std)
+            )
+        return terms

@@ -1,0 +1,115 @@
+"""Shards → Ray actors, or one after the other in process when there are no workers.
+
+What is done to a shard does not know where it runs: a `Job` is opened once per worker and called
+once per shard. Scheduling, restarts and retries are Ray's; finished shards lie on disk, so nothing
+but their numbers goes through Ray. Ray is imported only when there are workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from kava_core.errors import KavaError
+
+ShardResult = dict[str, Any]
+
+
+class Job(Protocol):
+    """A picklable description of the work; `threads` is the number of torch threads per worker."""
+
+    threads: int
+
+    def open(self) -> Callable[[int], ShardResult]:
+        """Load what the worker needs once; the result works on one shard and returns its counts."""
+        ...
+
+
+def run_shards(
+    job: Job,
+    shards: Sequence[int],
+    *,
+    workers: int | None,
+    cpus_per_worker: float = 1,
+    gpus_per_worker: float = 0,
+) -> Iterator[tuple[int, ShardResult]]:
+    """Run `job` on every shard and yield (shard, result) as they finish, in any order.
+
+    workers: None shares the cores there are, one worker per `cpus_per_worker`; 0 works in process.
+    Each worker may die and be restarted by Ray three times; a shard is a retry's unit. KavaErrors
+    of a worker arrive as they are.
+    """
+    if not shards:
+        return
+    if workers == 0:
+        yield from _in_process(job, shards)
+    else:
+        yield from _on_ray(job, shards, workers, cpus_per_worker, gpus_per_worker)
+
+
+def _in_process(job: Job, shards: Sequence[int]) -> Iterator[tuple[int, ShardResult]]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads)
+    try:
+        work = job.open()
+        for shard in shards:
+            yield shard, work(shard)
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Worker:
+    """The actor. Errors a person can mend travel as values, since Ray wraps exceptions."""
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.threads)
+        self.job = job
+        self.work: Callable[[int], ShardResult] | None = None
+
+    def run(self, shard: int) -> tuple[int, ShardResult | None, str | None]:
+        try:
+            self.work = self.work or self.job.open()
+            return shard, self.work(shard), None
+        except KavaError as error:
+            return shard, None, str(error)
+
+
+def _on_ray(
+    job: Job, shards: Sequence[int], workers: int | None, cpus: float, gpus: float
+) -> Iterator[tuple[int, ShardResult]]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import ActorPool
+
+    started = not ray.is_initialized()
+    if started:
+        # RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us.
+        ray.init(
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(job.threads)}},
+        )
+    try:
+        if workers is None:
+            workers = max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
+        actor = ray.remote(_Worker).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
+        )
+        pool = ActorPool([actor.remote(job) for _ in range(min(workers, len(shards)))])
+        for shard, result, error in pool.map_unordered(lambda a, s: a.run.remote(s), list(shards)):
+            if error is not None or result is None:
+                raise KavaError(error or f"shard {shard} came back empty")
+            yield shard, result
+    except RayError as error:
+        raise KavaError(
+            f"a worker failed and Ray's retries did not help: {error}. Finished shards are kept; "
+            "run the stage again to go on, or with resources.workers: 0 to see the error itself."
+        ) from error
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,92 @@
+"""What every stage command does the same way: find its settings, its folders, and log its run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kava_core.config import Pipeline, load_pipeline
+from kava_core.console import say
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage's view of its pipeline."""
+
+    name: str
+    settings: Pipeline
+    data: Path
+
+    def path(self, *parts: str) -> Path:
+        """data/<pipeline>/<parts…>, absolute."""
+        return (self.data / self.name).joinpath(*parts).absolute()
+
+
+def stage(function: Callable[..., None]) -> click.Command:
+    """Make a click command of `function(run, …)`: options, settings, run log."""
+
+    @click.option("--pipeline", help="Name of the pipeline; default: the active one of the file.")
+    @click.option(
+        "--pipelines",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default=Path("pipelines.yaml"),
+        show_default=True,
+        help="File with the settings of all pipelines.",
+    )
+    @click.option(
+        "--data",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("data"),
+        show_default=True,
+        help="Folder of the artefacts.",
+    )
+    @functools.wraps(function)
+    def command(pipeline: str | None, pipelines: Path, data: Path, **options: Any) -> None:
+        name, settings = load_pipeline(pipelines, pipeline)
+        run = Run(name, settings, data)
+        with _logged(run, " ".join([function.__name__, *map(str, options.values())])):
+            function(run, **options)
+
+    return click.command(function.__name__)(command)
+
+
+@contextmanager
+def _logged(run: Run, what: str) -> Iterator[None]:
+    """Times and hosts go to a log outside the artefacts, which must not depend on them."""
+    started, began = datetime.now(UTC), time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    log = run.data / ".runs" / f"{run.name}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "stage": what,
+        "seconds": round(seconds, 1),
+        "started": started.isoformat(timespec="seconds"),
+        "host": platform.node(),
+    }
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    say(f"{what}: done in {seconds:.0f} s")
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Run with this many torch threads: results depend on it, so it is a tracked setting."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,50 @@
+"""The store: a folder of safetensors shards, an Arrow index and a manifest that describes them.
+
+Two kinds: `teacher_kv`, the whole cache of every trace, and `kv_targets`, the slots kept of it.
+`docs/store-format.md` is the specification.
+"""
+
+from kava_core.store.codec import Encoded, Ranges, calibrate, fake_quantise
+from kava_core.store.index import Record, RecordFields
+from kava_core.store.layout import Codec, Geometry
+from kava_core.store.manifest import Expectation, Manifest, load_manifest
+from kava_core.store.read import (
+    Buffer,
+    TargetsBatch,
+    TargetsStore,
+    TargetTensors,
+    TeacherShard,
+    TeacherStore,
+    read_ahead,
+)
+from kava_core.store.write import (
+    finalise,
+    finished_shards,
+    write_targets_shard,
+    write_teacher_shard,
+)
+
+__all__ = [
+    "Buffer",
+    "Codec",
+    "Encoded",
+    "Expectation",
+    "Geometry",
+    "Manifest",
+    "Ranges",
+    "Record",
+    "RecordFields",
+    "TargetTensors",
+    "TargetsBatch",
+    "TargetsStore",
+    "TeacherShard",
+    "TeacherStore",
+    "calibrate",
+    "fake_quantise",
+    "finalise",
+    "finished_shards",
+    "load_manifest",
+    "read_ahead",
+    "write_targets_shard",
+    "write_teacher_shard",
+]

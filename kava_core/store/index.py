@@ -1,0 +1,238 @@
+"""index.arrow: one row per record, memory-mapped, one record batch per shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from kava_core.artefacts import atomic_path, file_digest
+from kava_core.errors import KavaError
+from kava_core.store.layout import INDEX_FILE
+from kava_core.store.manifest import REMAKE, Manifest
+
+TOKENS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (
+            ("id", pa.string()),
+            ("shard", pa.int32()),
+            ("row", pa.int32()),
+            ("n_question", pa.int32()),
+            ("n_cot", pa.int32()),
+            ("n_answer", pa.int32()),
+            ("cot_start", pa.int32()),
+            ("question_ids", TOKENS),
+            ("cot_ids", TOKENS),
+            ("answer_prompt_ids", TOKENS),
+            ("answer_ids", TOKENS),
+            ("source", pa.string()),
+            ("topic", pa.string()),
+            ("n_steps", pa.int32()),
+        )
+    ]
+)
+TOKEN_COLUMNS = ("question_ids", "cot_ids", "answer_prompt_ids", "answer_ids")
+LENGTH_OF = {"n_question": "question_ids", "n_cot": "cot_ids", "n_answer": "answer_ids"}
+
+
+class RecordFields(Protocol):
+    """What a writer needs to know about a record; a Trace or a Record has it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def question_ids(self) -> Sequence[int]: ...
+    @property
+    def cot_ids(self) -> Sequence[int]: ...
+    @property
+    def answer_prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def answer_ids(self) -> Sequence[int]: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def topic(self) -> str: ...
+    @property
+    def n_steps(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a store: token ids of its spans, and where it comes from.
+
+    The teacher's sequence is question_ids + cot_ids + answer_prompt_ids + answer_ids, so that the
+    trace starts at len(question_ids).
+    """
+
+    id: str
+    question_ids: list[int]
+    cot_ids: list[int]
+    answer_prompt_ids: list[int]
+    answer_ids: list[int]
+    source: str
+    topic: str
+    n_steps: int
+
+
+def index_columns(shard: int, records: Sequence[RecordFields]) -> dict[str, list[Any]]:
+    """The index rows of a shard, column by column; KavaError names a record that has no tokens."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for row, record in enumerate(records):
+        for name in TOKEN_COLUMNS:
+            tokens = [int(token) for token in getattr(record, name)]
+            if not tokens:
+                raise KavaError(
+                    f"record {record.id!r} has no tokens in {name}. Leave it out or mend it: a "
+                    "record needs a question, a trace, an answer prompt and an answer."
+                )
+            columns[name].append(tokens)
+        for name in ("id", "source", "topic"):
+            columns[name].append(str(getattr(record, name)))
+        for name, tokens_of in LENGTH_OF.items():
+            columns[name].append(len(columns[tokens_of][-1]))
+        columns["cot_start"].append(columns["n_question"][-1])
+        columns["shard"].append(shard)
+        columns["row"].append(row)
+        columns["n_steps"].append(int(record.n_steps))
+    return columns
+
+
+def write_index(path: Path, shards: Iterator[dict[str, list[Any]]]) -> None:
+    """Write index.arrow from the columns of each shard, in order, one record batch per shard."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        for columns in shards:
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+
+
+class Index:
+    """The index of a store, opened (and its checksum checked) when it is first needed.
+
+    Nothing is copied out of the memory map but the rows that are asked for.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, checksums: bool = True) -> None:
+        self.path = path / INDEX_FILE
+        self._manifest = manifest
+        self._checksums = checksums
+        self._starts = np.concatenate(([0], np.cumsum(manifest.shards)))
+        self._reader: pa.ipc.RecordBatchFileReader | None = None
+        self._batches: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return self._manifest.records
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Shard and row of record i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of a store of {len(self)}")
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return shard, i - int(self._starts[shard])
+
+    def record(self, i: int) -> Record:
+        """Record i, in the order of the store."""
+        shard, row = self.locate(i)
+        return self._record(self.shard(shard), row)
+
+    def records(self, shard: int) -> list[Record]:
+        """All records of a shard."""
+        columns = self.shard(shard)
+        return [self._record(columns, row) for row in range(self._manifest.shards[shard])]
+
+    def tokens(self, i: int, column: str) -> np.ndarray:
+        """Token ids of record i in `column`, int32, read-only, straight from the memory map."""
+        shard, row = self.locate(i)
+        offsets, values = self.shard(shard)[column]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole column of integers (`n_cot`, `n_steps`, …), int32 [records]."""
+        return np.concatenate([self.shard(k)[name] for k in range(len(self._manifest.shards))])
+
+    def strings(self, name: str) -> list[str]:
+        """A whole column of text (`id`, `source`, `topic`)."""
+        shards = range(len(self._manifest.shards))
+        return [text for k in shards for text in self.shard(k)[name].to_pylist()]
+
+    def shard(self, shard: int) -> dict[str, Any]:
+        """Columns of a shard: numbers as arrays, tokens as (offsets, values), text as Arrow."""
+        if shard not in self._batches:
+            try:
+                batch = self._open().get_batch(shard)
+                columns = {name: _native(batch.column(name)) for name in SCHEMA.names}
+            except (pa.ArrowException, OSError) as error:
+                raise KavaError(f"{self.path} cannot be read ({error}). {REMAKE}") from None
+            self._check(shard, batch.num_rows, columns)
+            self._batches[shard] = columns
+        return self._batches[shard]
+
+    def _open(self) -> pa.ipc.RecordBatchFileReader:
+        if self._reader is None:
+            info = self._manifest.files[INDEX_FILE]
+            if self._checksums and file_digest(self.path) != info.sha256:
+                raise KavaError(
+                    f"{self.path} does not match its checksum: its content is damaged. {REMAKE}"
+                )
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            if not reader.schema.equals(SCHEMA):
+                raise KavaError(f"{self.path} has other columns than the format says. {REMAKE}")
+            if reader.num_record_batches != len(self._manifest.shards):
+                raise KavaError(
+                    f"{self.path} has {reader.num_record_batches} batches, the manifest has "
+                    f"{len(self._manifest.shards)} shards. {REMAKE}"
+                )
+            self._reader = reader
+        return self._reader
+
+    def _check(self, shard: int, found: int, columns: dict[str, Any]) -> None:
+        """The rows of a shard agree with the manifest and with themselves."""
+        expected = self._manifest.shards[shard]
+        if found != expected:
+            raise KavaError(
+                f"{self.path} has {found} rows for shard {shard}, the manifest says {expected}. "
+                f"{REMAKE}"
+            )
+        right = (columns["shard"] == shard).all() and (columns["row"] == np.arange(found)).all()
+        for name, tokens in LENGTH_OF.items():
+            right &= (np.diff(columns[tokens][0]) == columns[name]).all()
+        right &= (columns["cot_start"] == columns["n_question"]).all()
+        right &= (columns["n_cot"] > 0).all() and (columns["n_answer"] > 0).all()
+        if not right:
+            raise KavaError(f"{self.path} contradicts itself in shard {shard}. {REMAKE}")
+
+    @staticmethod
+    def _record(columns: dict[str, Any], row: int) -> Record:
+        def tokens(name: str) -> list[int]:
+            offsets, values = columns[name]
+            return values[offsets[row] : offsets[row + 1]].tolist()
+
+        return Record(
+            id=columns["id"][row].as_py(),
+            question_ids=tokens("question_ids"),
+            cot_ids=tokens("cot_ids"),
+            answer_prompt_ids=tokens("answer_prompt_ids"),
+            answer_ids=tokens("answer_ids"),
+            source=columns["source"][row].as_py(),
+            topic=columns["topic"][row].as_py(),
+            n_steps=int(columns["n_steps"][row]),
+        )
+
+
+def _native(column: pa.Array) -> Any:
+    if pa.types.is_list(column.type):
+        return (
+            column.offsets.to_numpy(zero_copy_only=True),
+            column.values.to_numpy(zero_copy_only=True),
+        )
+    if pa.types.is_integer(column.type):
+        return column.to_numpy(zero_copy_only=True)
+    return column

@@ -1,0 +1,286 @@
+"""manifest.json: what a store is, what it was made from, and a checksum for each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, StringConstraints, ValidationError
+
+import kava_core
+from kava_core.artefacts import canonical_json, read_json
+from kava_core.errors import KavaError
+from kava_core.store.layout import (
+    CALIBRATION_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    Codec,
+    Geometry,
+    Kind,
+    Strict,
+    shard_name,
+)
+
+FORMAT_VERSION = 1
+KIND_NAMES = {"teacher_kv": "a teacher's cache", "kv_targets": "KV targets"}
+SOFTWARE = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class RotaryInfo(Strict):
+    """Which keys are stored, and how the model would turn them (see `kava_core.rotary`).
+
+    phase: `pre_rope`, keys as they are before the rotary embedding; `post_rope`, after it.
+    inv_freq: [L][R/2], scaling: [L]; empty lists for a model without rotary embedding.
+    """
+
+    phase: Literal["pre_rope", "post_rope"]
+    inv_freq: tuple[tuple[float, ...], ...] = ()
+    scaling: tuple[float, ...] = ()
+
+
+class Statistics(Strict):
+    """Standard deviations over the whole store, of the numbers a reader gets.
+
+    keys_std, values_std: [L'], over valid slots (or tokens), heads and dimensions.
+    endpoint_std: [L+1], over records and the hidden size.
+    """
+
+    keys_std: tuple[float, ...]
+    values_std: tuple[float, ...]
+    endpoint_std: tuple[float, ...]
+
+
+class Drift(Strict):
+    """What quantisation changed, per cache row: [L'] each.
+
+    *_relative_l2: ‖x − x̂‖ / ‖x‖ over the store.
+    *_neighbour_changed: the share of slots (or tokens) whose nearest other one in the same record,
+        row and head is another one after quantisation.
+    """
+
+    keys_relative_l2: tuple[float, ...]
+    values_relative_l2: tuple[float, ...]
+    keys_neighbour_changed: tuple[float, ...]
+    values_neighbour_changed: tuple[float, ...]
+
+
+class FileInfo(Strict):
+    """Checksum and length of one file."""
+
+    sha256: Digest
+    bytes: PositiveInt
+
+
+class Manifest(Strict):
+    """The whole of manifest.json; nothing in it tells two identical runs apart."""
+
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
+    kind: Kind
+    geometry: Geometry
+    codec: Codec
+    rotary: RotaryInfo
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    software: dict[str, str]
+    statistics: Statistics
+    drift: Drift | None
+    records: PositiveInt
+    trace_tokens: PositiveInt
+    shards: tuple[PositiveInt, ...]
+    files: dict[str, FileInfo]
+    digest: Digest
+
+    @classmethod
+    def build(cls, **fields: Any) -> Self:
+        """A manifest from all its fields but the version, the software and the digest."""
+        body = {"format_version": FORMAT_VERSION, "software": software_versions(), **fields}
+        draft = cls.model_validate({**body, "digest": "0" * 64})
+        plain = draft.model_dump(mode="json")
+        return draft.model_copy(update={"digest": manifest_digest(plain)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def shard_files(self) -> list[str]:
+        """File names of the shards, in order."""
+        return [shard_name(shard) for shard in range(len(self.shards))]
+
+
+def manifest_digest(plain: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical JSON of a manifest without its `digest`."""
+    body = {key: value for key, value in plain.items() if key != "digest"}
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what shapes the numbers, without importing it."""
+    found = {"kava": kava_core.__version__}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a run needs a store to be; None is not checked.
+
+    teacher, tokenizer, problems, teacher_kv: fingerprints. model_layers L, kv_heads H, head_dim D,
+    hidden_size E, slots M, rotary_phase: as in the manifest.
+    """
+
+    teacher: str | None = None
+    tokenizer: str | None = None
+    problems: str | None = None
+    teacher_kv: str | None = None
+    model_layers: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden_size: int | None = None
+    slots: int | None = None
+    rotary_phase: str | None = None
+
+    def check(self, manifest: Manifest, path: Path) -> None:
+        """KavaError naming both values where the store at `path` is not what is expected."""
+        for name in ("teacher", "tokenizer", "problems", "teacher_kv"):
+            expected, found = getattr(self, name), manifest.fingerprints.get(name)
+            if expected is not None and expected != found:
+                raise KavaError(
+                    f"{path} was made with the {name} {found or '(not recorded)'}, this run has "
+                    f"{expected}. Make the store again from this run's {name}, or point to the "
+                    "store that belongs to it."
+                )
+        for name in ("model_layers", "kv_heads", "head_dim", "hidden_size", "slots"):
+            self._equal(path, name, getattr(self, name), getattr(manifest.geometry, name))
+        self._equal(path, "rotary phase", self.rotary_phase, manifest.rotary.phase)
+
+    @staticmethod
+    def _equal(path: Path, name: str, expected: Any, found: Any) -> None:
+        if expected is not None and expected != found:
+            raise KavaError(
+                f"{path} has {name} {found}, this run expects {expected}. Use a store that was "
+                "made for this model and these settings."
+            )
+
+
+def load_manifest(path: Path, kind: str | None = None) -> Manifest:
+    """The manifest of the store in folder `path`.
+
+    Checks the manifest itself, that its digest is right, and that every file it names is there,
+    inside the folder and as long as it says. KavaError names the file and what to do.
+    """
+    file = path / MANIFEST_FILE
+    if not path.is_dir():
+        raise KavaError(f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}.")
+    check_inside(path, MANIFEST_FILE)
+    plain = read_json(file)
+    if not isinstance(plain, dict):
+        raise KavaError(f"{file} must hold a JSON object, found {type(plain).__name__}. {REMAKE}")
+    _check_version(file, plain.get("format_version"))
+    found = plain.get("kind")
+    if kind is not None and found != kind:
+        raise KavaError(
+            f"{path} holds {KIND_NAMES.get(str(found), f'kind {found!r}')} ({found}), but "
+            f"{KIND_NAMES[kind]} ({kind}) is needed here. Point to a store of that kind."
+        )
+    if plain.get("records") == 0:
+        raise KavaError(f"{file} says that the store has zero records. {REMAKE}")
+    if isinstance(plain.get("files"), dict):
+        for name in plain["files"]:
+            _check_name(file, name)
+    if plain.get("digest") != manifest_digest(plain):
+        raise KavaError(
+            f"{file} does not match its own digest: it was changed after it was written. {REMAKE}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "(top level)"
+        raise KavaError(f"{file}: {where}: {first['msg']}. {REMAKE}") from None
+    _check_counts(file, manifest)
+    for name, info in manifest.files.items():
+        check_file(path, name, info.bytes)
+    return manifest
+
+
+REMAKE = "Fetch the store again, or run the stage that makes it."
+
+
+def check_file(path: Path, name: str, expected: int) -> None:
+    """KavaError unless the folder has the file, not through a link out of it, of that length."""
+    check_inside(path, name)
+    try:
+        found = (path / name).stat().st_size
+    except FileNotFoundError:
+        raise KavaError(f"{path / name} is missing, but the manifest lists it. {REMAKE}") from None
+    if found != expected:
+        raise KavaError(
+            f"{path / name} has {found} bytes, the manifest says {expected}: it is truncated or "
+            f"was changed. {REMAKE}"
+        )
+
+
+def check_inside(path: Path, name: str) -> None:
+    """KavaError if the file is a symbolic link that leads out of the folder."""
+    file = path / name
+    if file.is_symlink() and file.resolve().parent != path.resolve():
+        raise KavaError(
+            f"{file} is a symbolic link out of the store's folder. Put a copy or a hard link in "
+            "its place (with DVC: set cache.type to reflink,hardlink,copy and run "
+            "`dvc checkout --relink`)."
+        )
+
+
+def _check_version(file: Path, found: Any) -> None:
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise KavaError(f"{file} has no valid format_version (found {found!r}). {REMAKE}")
+    if found > FORMAT_VERSION:
+        raise KavaError(
+            f"{file} is of format version {found}, this program reads up to {FORMAT_VERSION}. "
+            "Update the program, or make the store with this version."
+        )
+
+
+def _check_name(file: Path, name: str) -> None:
+    if not PLAIN_NAME.fullmatch(name):
+        raise KavaError(
+            f"{file} names the file {name!r}; only plain names inside the store's folder are "
+            f"allowed. Do not trust this store. {REMAKE}"
+        )
+
+
+def _check_counts(file: Path, manifest: Manifest) -> None:
+    expected = {*manifest.shard_files(), INDEX_FILE}
+    if manifest.codec.calibrated:
+        expected.add(CALIBRATION_FILE)
+    wrong = expected ^ manifest.files.keys()
+    if wrong:
+        raise KavaError(f"{file}: files lists wrongly or leaves out {sorted(wrong)[0]}. {REMAKE}")
+    if sum(manifest.shards) != manifest.records:
+        raise KavaError(
+            f"{file}: the shards have {sum(manifest.shards)} records, records says "
+            f"{manifest.records}. {REMAKE}"
+        )
+    if (manifest.geometry.slots == 0) != (manifest.kind == "teacher_kv"):
+        raise KavaError(
+            f"{file}: {manifest.kind} cannot have {manifest.geometry.slots} slots. {REMAKE}"
+        )
+    rows, levels = len(manifest.geometry.rows), manifest.geometry.model_layers + 1
+    statistics = manifest.statistics
+    lengths = [len(statistics.keys_std), len(statistics.values_std), len(statistics.endpoint_std)]
+    if lengths != [rows, rows, levels]:
+        raise KavaError(
+            f"{file}: statistics have {lengths} entries, expected {[rows, rows, levels]}. {REMAKE}"
+        )

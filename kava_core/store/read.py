@@ -1,0 +1,486 @@
+"""Reading a store: a teacher's shards one after the other, or batches of targets in any order.
+
+Opening reads the manifest and looks at file sizes, nothing else. A file's checksum is checked the
+first time something is read from it, so that a damaged store cannot give a wrong batch.
+
+Batches are read with `preadv` straight into a buffer that is used again, rather than through a
+memory map: as fast, and a file cut short while it is in use is an error that can be explained
+instead of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kava_core.artefacts import file_digest
+from kava_core.errors import KavaError
+from kava_core.store.codec import Encoded, spread
+from kava_core.store.index import Index, Record
+from kava_core.store.layout import (
+    CALIBRATION_FILE,
+    Codec,
+    Geometry,
+    TensorSpec,
+    calibration_layout,
+    describe,
+    shard_layout,
+    shard_name,
+)
+from kava_core.store.manifest import REMAKE, Expectation, Manifest, check_file, load_manifest
+
+OPEN_FILES = 128
+MAX_HEADER = 1 << 20
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class TeacherShard:
+    """One shard of a teacher store, memory-mapped.
+
+    records: N. offsets: [N+1] int64, record n owns tokens offsets[n] … offsets[n+1]. keys, values:
+    Encoded [ΣN_C, L', H, D]. importance: [ΣN_C, L', H] float32. endpoint: Encoded [N, L+1, E].
+    Cut keys and values before decoding them (`shard.keys[a:b].dequantise(device)`).
+    """
+
+    records: list[Record]
+    offsets: Tensor
+    keys: Encoded
+    values: Encoded
+    importance: Tensor
+    endpoint: Encoded
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass(frozen=True)
+class TargetTensors:
+    """A batch of targets as numbers: keys, values [B, L', H, M, D], endpoint [B, L+1, E].
+
+    slot_counts: [B, L', H] int32; slot_positions: [B, L', H, M] int32, −1 = none; slot_mask:
+    [B, L', H, M] bool, true where a slot holds a target.
+    """
+
+    keys: Tensor
+    values: Tensor
+    endpoint: Tensor
+    slot_counts: Tensor
+    slot_positions: Tensor
+    slot_mask: Tensor
+
+
+@dataclass(frozen=True)
+class TargetsBatch:
+    """A batch of targets as it is stored; B records.
+
+    indices: their places in the store. keys, values: Encoded [B, L', H, M, D]; endpoint: Encoded
+    [B, L+1, E]; slot_counts [B, L', H] and slot_positions [B, L', H, M] int32.
+    """
+
+    indices: list[int]
+    keys: Encoded
+    values: Encoded
+    endpoint: Encoded
+    slot_counts: Tensor
+    slot_positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TargetsBatch:
+        """The same, still encoded, on `device`."""
+        return replace(
+            self,
+            keys=self.keys.to(device, non_blocking),
+            values=self.values.to(device, non_blocking),
+            endpoint=self.endpoint.to(device, non_blocking),
+            slot_counts=self.slot_counts.to(device, non_blocking=non_blocking),
+            slot_positions=self.slot_positions.to(device, non_blocking=non_blocking),
+        )
+
+    def dequantise(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float32
+    ) -> TargetTensors:
+        """The targets as numbers on `device`: codes are moved first and worked out there.
+
+        dtype: of keys, values and endpoint; None leaves stored floats as they are.
+        """
+        here = self if device is None else self.to(device, non_blocking=True)
+        return TargetTensors(
+            keys=here.keys.dequantise(dtype=dtype),
+            values=here.values.dequantise(dtype=dtype),
+            endpoint=here.endpoint.dequantise(dtype=dtype),
+            slot_counts=here.slot_counts,
+            slot_positions=here.slot_positions,
+            slot_mask=here.slot_positions >= 0,
+        )
+
+
+class _Store:
+    """What both kinds have: folder, manifest, index."""
+
+    kind: str
+
+    def __init__(self, path: Path, manifest: Manifest, *, checksums: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.checksums = checksums
+        self.index = Index(path, manifest, checksums)
+        self._checked: set[str] = set()
+        self._calibration: dict[str, Tensor] | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, expect: Expectation | None = None, *, checksums: bool = True
+    ) -> Self:
+        """Open the store in folder `path`; milliseconds, whatever its size.
+
+        expect: what this run needs it to be. checksums: check each file's content the first time it
+        is read (once per process); False trusts the disk.
+
+        KavaError for another kind, a newer format, a store that is not what is expected, a damaged
+        manifest, and a file that is missing, of another length, or outside the folder.
+        """
+        folder = Path(path)
+        manifest = load_manifest(folder, cls.kind)
+        if expect is not None:
+            expect.check(manifest, folder)
+        return cls(folder, manifest, checksums=checksums)
+
+    def __len__(self) -> int:
+        return self.manifest.records
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.manifest.geometry
+
+    @property
+    def codec(self) -> Codec:
+        return self.manifest.codec
+
+    @property
+    def layer_map(self) -> dict[int, int]:
+        """Teacher layer → row of keys, values and slots that stands for it."""
+        return self.geometry.layer_map
+
+    def _check_content(self, name: str) -> None:
+        """Once per file: it is still there, whole, and has the content that was written."""
+        if name in self._checked:
+            return
+        info = self.manifest.files[name]
+        check_file(self.path, name, info.bytes)
+        if self.checksums and file_digest(self.path / name) != info.sha256:
+            raise KavaError(
+                f"{self.path / name} does not match its checksum: its content is damaged. {REMAKE}"
+            )
+        self._checked.add(name)
+
+    def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
+        """All tensors of a file, memory-mapped."""
+        self._check_content(name)
+        file = self.path / name
+        read_header(file, layout)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return {key: tensors.get_tensor(key) for key in layout}
+        except (SafetensorError, OSError) as error:
+            raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
+
+    def _shared(self) -> dict[str, Tensor]:
+        """Scale and zero of the calibration file; empty if every token has its own."""
+        if self._calibration is None:
+            layout = calibration_layout(self.geometry, self.codec)
+            self._calibration = self._tensors(CALIBRATION_FILE, layout) if layout else {}
+        return self._calibration
+
+    def _encoded(self, name: str, tensors: dict[str, Tensor], length: int) -> Encoded:
+        encoding = getattr(self.codec, name)
+        codes, scale, zero = tensors[name], tensors.get(f"{name}_scale"), None
+        shared = name in self.codec.calibrated
+        if shared:
+            scale, zero = (spread(self._shared()[f"{name}_{p}"], codes.ndim) for p in PARTS)
+        elif scale is not None:
+            scale, zero = scale[..., None], tensors[f"{name}_zero"][..., None]
+        return Encoded(codes, encoding, length, scale, zero, shared)
+
+
+PARTS = ("scale", "zero")
+
+
+class TeacherStore(_Store):
+    """A teacher's caches, read shard by shard."""
+
+    kind = "teacher_kv"
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return len(self.manifest.shards)
+
+    def shard(self, shard: int) -> TeacherShard:
+        """Shard `shard`, its tensors memory-mapped.
+
+        KavaError for a damaged shard and for one that disagrees with the index.
+        """
+        lengths = self.index.shard(shard)["n_cot"]
+        records, geometry = self.manifest.shards[shard], self.geometry
+        layout = shard_layout(
+            self.kind, geometry, self.codec, records=records, tokens=int(lengths.sum())
+        )
+        tensors = self._tensors(shard_name(shard), layout)
+        offsets = tensors["offsets"]
+        if offsets[0] != 0 or not np.array_equal(offsets.diff().numpy(), lengths):
+            raise KavaError(
+                f"{self.path / shard_name(shard)} and the index disagree about the lengths of the "
+                f"traces. {REMAKE}"
+            )
+        return TeacherShard(
+            records=self.index.records(shard),
+            offsets=offsets,
+            keys=self._encoded("keys", tensors, geometry.head_dim),
+            values=self._encoded("values", tensors, geometry.head_dim),
+            importance=tensors["importance"],
+            endpoint=self._encoded("endpoint", tensors, geometry.hidden_size),
+        )
+
+
+@dataclass
+class Buffer:
+    """Memory for a batch, used again and again: a batch read into it replaces the one before."""
+
+    tensors: dict[str, Tensor]
+    views: dict[str, memoryview] = field(repr=False)
+
+    def __len__(self) -> int:
+        return self.tensors["slot_counts"].shape[0]
+
+
+@dataclass
+class _OpenShard:
+    """An open file, and where each tensor begins and how long one record of it is (bytes)."""
+
+    file: int
+    places: dict[str, tuple[int, int]]
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+class TargetsStore(_Store):
+    """Targets, read by record in any order; what the trainer streams from.
+
+    May be used from several threads and processes: it pickles as its path.
+    """
+
+    kind = "kv_targets"
+
+    def __init__(self, path: Path, manifest: Manifest, *, checksums: bool) -> None:
+        super().__init__(path, manifest, checksums=checksums)
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._agreed: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.path), self.manifest, self.checksums)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Records per shard, as a sampler wants them."""
+        return self.manifest.shards
+
+    def buffer(self, records: int, *, pin: bool = False) -> Buffer:
+        """Memory for batches of up to `records` records; pinned for CUDA on request."""
+        layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
+        tensors = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, pin_memory=pin)
+            for name, spec in layout.items()
+        }
+        views = {name: _bytes(x) for name, x in tensors.items()}
+        return Buffer(tensors, views)
+
+    def batch(self, indices: Sequence[int], out: Buffer | None = None) -> TargetsBatch:
+        """The records at `indices`, in that order.
+
+        out: memory to read into (`buffer`); the batch is then valid until the next read into it.
+        """
+        count = len(indices)
+        out = out or self.buffer(count)
+        if count > len(out):
+            raise ValueError(f"a buffer for {len(out)} records cannot hold {count}")
+        with self._lock:
+            for slot, i in enumerate(indices):
+                shard, row = self.index.locate(int(i))
+                self._read_row(shard, row, slot, out)
+        return self._assemble([int(i) for i in indices], out)
+
+    def _read_row(self, shard: int, row: int, slot: int, out: Buffer) -> None:
+        opened = self._shard(shard)
+        for name, (begin, size) in opened.places.items():
+            view = out.views[name][slot * size : (slot + 1) * size]
+            if os.preadv(opened.file, [view], begin + row * size) != size:
+                self._read_rest(opened.file, view, begin + row * size, shard)
+
+    def _read_rest(self, file: int, view: memoryview, begin: int, shard: int) -> None:
+        """Read what one call left unread: huge rows, or a file that has become shorter."""
+        done = 0
+        while done < len(view):
+            got = os.preadv(file, [view[done:]], begin + done)
+            if got == 0:
+                raise KavaError(
+                    f"{self.path / shard_name(shard)} ended too early: it was cut short while in "
+                    f"use. {REMAKE}"
+                )
+            done += got
+
+    def _assemble(self, indices: list[int], out: Buffer) -> TargetsBatch:
+        tensors = {name: x[: len(indices)] for name, x in out.tensors.items()}
+        geometry = self.geometry
+        return TargetsBatch(
+            indices=indices,
+            keys=self._encoded("keys", tensors, geometry.head_dim),
+            values=self._encoded("values", tensors, geometry.head_dim),
+            endpoint=self._encoded("endpoint", tensors, geometry.hidden_size),
+            slot_counts=tensors["slot_counts"],
+            slot_positions=tensors["slot_positions"],
+        )
+
+    def _shard(self, shard: int) -> _OpenShard:
+        """The open file of a shard; checked when it is first opened by this process."""
+        opened = self._open_shards.get(shard)
+        if opened is not None:
+            self._open_shards.move_to_end(shard)
+            return opened
+        name = shard_name(shard)
+        self._check_content(name)
+        records = self.manifest.shards[shard]
+        layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
+        places = {
+            key: (begin, (end - begin) // records)
+            for key, (begin, end) in read_header(self.path / name, layout).items()
+        }
+        opened = _OpenShard(os.open(self.path / name, os.O_RDONLY), places)
+        if shard not in self._agreed:
+            self._check_slots(shard, opened)
+            self._agreed.add(shard)
+        self._open_shards[shard] = opened
+        if len(self._open_shards) > OPEN_FILES:
+            self._open_shards.popitem(last=False)
+        return opened
+
+    def _check_slots(self, shard: int, opened: _OpenShard) -> None:
+        """The slots of a shard fit the trace lengths in the index."""
+        lengths = self.index.shard(shard)["n_cot"]
+        begin, size = opened.places["slot_counts"]
+        counts = os.pread(opened.file, size * len(lengths), begin)
+        begin, size = opened.places["slot_positions"]
+        positions = os.pread(opened.file, size * len(lengths), begin)
+        highest = np.frombuffer(positions, np.int32).reshape(len(lengths), -1).max(1)
+        most = np.frombuffer(counts, np.int32).reshape(len(lengths), -1).max(1)
+        if (highest >= lengths).any() or (most > np.minimum(lengths, self.geometry.slots)).any():
+            raise KavaError(
+                f"{self.path / shard_name(shard)} and the index disagree: a slot lies past the end "
+                f"of its trace. {REMAKE}"
+            )
+
+
+def read_ahead(
+    store: TargetsStore,
+    batches: Iterable[Sequence[int]],
+    *,
+    depth: int = 2,
+    records: int,
+    pin: bool = False,
+) -> Iterator[TargetsBatch]:
+    """Read `batches` of indices, in order, while the caller works on the one before.
+
+    depth: batches read ahead, each into memory of its own that is used again; a batch is valid
+    until the next one is asked for. records: the largest batch. pin: pinned memory, for `to(device,
+    non_blocking=True)` (synchronise before asking for the next batch).
+    """
+    buffers = [store.buffer(records, pin=pin) for _ in range(depth + 1)]
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as reader:
+        pending: list[Future[TargetsBatch]] = []
+        turn = 0
+        while True:
+            while len(pending) <= depth:
+                indices = next(source, None)
+                if indices is None:
+                    break
+                pending.append(reader.submit(store.batch, indices, buffers[turn % len(buffers)]))
+                turn += 1
+            if not pending:
+                return
+            yield pending.pop(0).result()
+
+
+def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends (bytes from the file's start).
+
+    KavaError unless the file holds exactly the tensors of `layout`, and no byte more or less.
+    """
+    try:
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > min(size, MAX_HEADER):
+                raise ValueError("its header is too long")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: TensorSpec(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+    except FileNotFoundError:
+        raise KavaError(f"{file} is missing, but the manifest lists it. {REMAKE}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise KavaError(
+            f"{file} is not a safetensors file as expected ({error}). {REMAKE}"
+        ) from None
+    if found != layout:
+        name = next(n for n in sorted({*found, *layout}) if found.get(n) != layout.get(n))
+        has = describe(found[name]) if name in found else "none"
+        needs = describe(layout[name]) if name in layout else "none"
+        raise KavaError(
+            f"{file}: tensor {name} is {has}, the manifest and the index say {needs}. {REMAKE}"
+        )
+    end = 0
+    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        spec = layout[name]
+        if begin != end or stop - begin != spec.dtype.itemsize * int(np.prod(spec.shape)):
+            raise KavaError(f"{file}: tensor {name} has a wrong place or length. {REMAKE}")
+        end = stop
+    if 8 + length + end != size:
+        raise KavaError(f"{file} has {size} bytes, its header says {8 + length + end}. {REMAKE}")
+    return {name: (8 + length + begin, 8 + length + stop) for name, (begin, stop) in spans.items()}
+
+
+def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:
+    return TargetsStore(Path(path), manifest, checksums=checksums)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.view(-1).view(torch.uint8).numpy().data

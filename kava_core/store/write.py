@@ -1,0 +1,442 @@
+"""Writing a store: shards by any process in any order, then one merge that does not depend on them.
+
+A worker writes shard k under a temporary name, fsyncs it, renames it, and leaves a side record
+beside it (checksum, index rows, sums). The driver's `finalise` reads the side records in the order
+of the shards, so one worker or twenty leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kava_core.artefacts import (
+    atomic_path,
+    canonical_json,
+    file_digest,
+    fingerprint,
+    read_json,
+    sync,
+    write_json,
+)
+from kava_core.errors import KavaError
+from kava_core.rotary import Rotary
+from kava_core.store.codec import (
+    CODE_BITS,
+    Encoded,
+    Ranges,
+    calibration_tensors,
+    encode,
+)
+from kava_core.store.drift import drift_sums, merge_drift
+from kava_core.store.index import RecordFields, index_columns, write_index
+from kava_core.store.layout import (
+    CALIBRATION_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    Codec,
+    Geometry,
+    Kind,
+    describe,
+    shard_layout,
+    shard_name,
+)
+from kava_core.store.manifest import FileInfo, Manifest, load_manifest
+
+SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
+# Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
+PIECE = 1 << 18
+
+
+def write_teacher_shard(
+    folder: Path,
+    shard: int,
+    records: Sequence[RecordFields],
+    *,
+    keys: Tensor,
+    values: Tensor,
+    importance: Tensor,
+    endpoint: Tensor,
+    geometry: Geometry,
+    codec: Codec,
+    ranges: Ranges | None = None,
+) -> None:
+    """Write shard `shard` of a teacher store into the working folder; repeating it is harmless.
+
+    records: N traces, in order. keys, values: [ΣN_C, L', H, D] of their CoT tokens one after the
+    other, any float dtype; importance: [ΣN_C, L', H] float; endpoint: [N, L+1, E] float.
+    ranges: needed by a quantised codec with granularity `channel` or `tensor`.
+
+    KavaError names the record for a NaN, an infinity, or a span without tokens.
+    """
+    lengths = [len(record.cot_ids) for record in records]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    lead = (sum(lengths), len(geometry.rows), geometry.kv_heads)
+    _expect_shape(shard, "importance", importance, lead)
+    _check_finite("importance", importance, records, offsets)
+    extra = {"importance": importance.float().contiguous(), "offsets": offsets}
+    _write(
+        "teacher_kv", folder, shard, records, keys, values, endpoint, extra, lead, offsets,
+        [lead[0] * geometry.kv_heads * geometry.head_dim] * lead[1], geometry, codec, ranges,
+    )  # fmt: skip
+
+
+def write_targets_shard(
+    folder: Path,
+    shard: int,
+    records: Sequence[RecordFields],
+    *,
+    keys: Tensor,
+    values: Tensor,
+    slot_counts: Tensor,
+    slot_positions: Tensor,
+    endpoint: Tensor,
+    geometry: Geometry,
+    codec: Codec,
+    ranges: Ranges | None = None,
+) -> None:
+    """Write shard `shard` of a targets store into the working folder; repeating it is harmless.
+
+    records: N traces, in order. keys, values: [N, L', H, M, D], valid slots first, any float
+    dtype; what stands in invalid slots is replaced by zeros. slot_counts: [N, L', H] integers from
+    1 to min(M, N_C); slot_positions: [N, L', H, M] integers, the slots' places in the CoT,
+    ascending, −1 in invalid slots. endpoint: [N, L+1, E] float.
+
+    KavaError names the record for a NaN, an infinity, or impossible slots.
+    """
+    lead = (len(records), len(geometry.rows), geometry.kv_heads, geometry.slots)
+    _expect_shape(shard, "slot_counts", slot_counts, lead[:-1])
+    _expect_shape(shard, "slot_positions", slot_positions, lead)
+    _check_slots(records, slot_counts, slot_positions)
+    _expect_shape(shard, "keys", keys, (*lead, geometry.head_dim))
+    _expect_shape(shard, "values", values, (*lead, geometry.head_dim))
+    invalid = slot_positions < 0  # [N, L', H, M]
+    if invalid.any():
+        keys = keys.masked_fill(invalid[..., None], 0)
+        values = values.masked_fill(invalid[..., None], 0)
+    extra = {
+        "slot_counts": slot_counts.to(torch.int32).contiguous(),
+        "slot_positions": slot_positions.to(torch.int32).contiguous(),
+    }
+    count = slot_counts.sum((0, 2)) * geometry.head_dim  # [L'] numbers in valid slots
+    _write(
+        "kv_targets", folder, shard, records, keys, values, endpoint, extra, lead,
+        torch.arange(len(records) + 1), count.tolist(), geometry, codec, ranges,
+    )  # fmt: skip
+
+
+def finished_shards(folder: Path) -> set[int]:
+    """The shards in a working folder that are complete and need no redoing."""
+    if (folder / MANIFEST_FILE).exists():
+        return set(range(len(load_manifest(folder).shards)))
+    done = set()
+    for side in folder.glob("shard-*.json"):
+        match = SIDE_RECORD.fullmatch(side.name)
+        if match and (folder / shard_name(int(match[1]))).exists():
+            done.add(int(match[1]))
+    return done
+
+
+def finalise(
+    folder: Path,
+    kind: Kind,
+    *,
+    shards: int,
+    geometry: Geometry,
+    codec: Codec,
+    rotary_phase: str,
+    rotary: Rotary | None,
+    settings: dict[str, Any],
+    fingerprints: dict[str, str],
+    ranges: Ranges | None = None,
+) -> Manifest:
+    """Turn a working folder with shards 0 … shards − 1 into a store; returns its manifest.
+
+    rotary: how the model turns its keys, for all its L layers; None without rotary embedding.
+    settings: those that shaped the content, as plain JSON. fingerprints: name → content hash of
+    what the store was made from (`problems`, `teacher`, `tokenizer`, `teacher_kv`).
+
+    A killed run may call it again. KavaError names shards that are missing or were written with
+    other settings, ids that occur twice, and a store without records.
+    """
+    if (folder / MANIFEST_FILE).exists():  # written last: only the tidying is left
+        _tidy(folder)
+        return load_manifest(folder, kind)
+    if shards < 1:
+        raise KavaError(f"{folder}: a store needs records, found none. Check what went in.")
+    missing = sorted(set(range(shards)) - finished_shards(folder))
+    if missing:
+        raise KavaError(
+            f"{folder} lacks {len(missing)} of {shards} shards, first {shard_name(missing[0])}. "
+            "Run the stage again: it writes what is missing."
+        )
+    spec = _spec(kind, geometry, codec, ranges)
+    sides: list[dict[str, Any]] = []
+
+    def columns() -> Iterator[dict[str, list[Any]]]:
+        ids: set[str] = set()
+        for shard in range(shards):
+            side = _side_record(folder, shard, spec)
+            rows = side.pop("columns")  # the bulk of it: one shard's at a time
+            _check_ids(folder, rows["id"], ids)
+            sides.append(side)
+            yield rows
+
+    write_index(folder / INDEX_FILE, columns())
+    files = {shard_name(side["shard"]): _info(side) for side in sides}
+    shared = calibration_tensors(geometry, codec, ranges)
+    names = [INDEX_FILE]
+    if shared:
+        with atomic_path(folder / CALIBRATION_FILE) as temporary:
+            save_file(shared, temporary)
+        names.append(CALIBRATION_FILE)
+    for name in names:
+        file = folder / name
+        files[name] = FileInfo(sha256=file_digest(file), bytes=file.stat().st_size)
+    turn = rotary.to_json() if rotary is not None else {"inv_freq": [], "scaling": []}
+    manifest = Manifest.build(
+        kind=kind,
+        geometry=geometry,
+        codec=codec,
+        rotary={
+            "phase": rotary_phase,
+            "inv_freq": tuple(tuple(row) for row in turn["inv_freq"]),
+            "scaling": tuple(turn["scaling"]),
+        },
+        settings=settings,
+        fingerprints=fingerprints,
+        statistics={
+            f"{name}_std": _std([side["sums"][name] for side in sides])
+            for name in ("keys", "values", "endpoint")
+        },
+        drift=merge_drift([side["drift"] for side in sides]),
+        records=sum(side["records"] for side in sides),
+        trace_tokens=sum(side["trace_tokens"] for side in sides),
+        shards=tuple(side["records"] for side in sides),
+        files=files,
+    )
+    write_json(folder / MANIFEST_FILE, manifest.to_json())
+    _tidy(folder)
+    return manifest
+
+
+def _write(
+    kind: Kind,
+    folder: Path,
+    shard: int,
+    records: Sequence[RecordFields],
+    keys: Tensor,
+    values: Tensor,
+    endpoint: Tensor,
+    extra: dict[str, Tensor],
+    lead: tuple[int, ...],
+    spans: Tensor,
+    counts: list[int],
+    geometry: Geometry,
+    codec: Codec,
+    ranges: Ranges | None,
+) -> None:
+    """Encode, write and describe one shard.
+
+    spans: [N+1], record n owns keys[spans[n]:spans[n+1]]. counts: [L'] numbers in valid slots.
+    """
+    if not records:
+        raise KavaError(f"{folder / shard_name(shard)}: a shard needs at least one record.")
+    columns = index_columns(shard, records)
+    levels = geometry.model_layers + 1
+    _expect_shape(shard, "keys", keys, (*lead, geometry.head_dim))
+    _expect_shape(shard, "values", values, (*lead, geometry.head_dim))
+    _expect_shape(shard, "endpoint", endpoint, (len(records), levels, geometry.hidden_size))
+    own = torch.arange(len(records) + 1)
+    inputs = {"keys": (keys, spans), "values": (values, spans), "endpoint": (endpoint, own)}
+    calibration = calibration_tensors(geometry, codec, ranges)
+    encoded: dict[str, Encoded] = {}
+    tensors = dict(extra)
+    for name, (x, where) in inputs.items():
+        encoding = getattr(codec, name)
+        if encoding in CODE_BITS:  # a float is checked by its sums, after it is cast
+            _check_finite(name, x, records, where)
+        shared = None
+        if name in codec.calibrated:
+            shared = calibration[f"{name}_scale"], calibration[f"{name}_zero"]
+        encoded[name] = encode(x, encoding, shared)
+        tensors |= stored_tensors(name, encoded[name])
+    layout = shard_layout(
+        kind, geometry, codec, records=len(records), tokens=columns_total(columns)
+    )
+    if {name: tuple(x.shape) for name, x in tensors.items()} != {
+        name: spec.shape for name, spec in layout.items()
+    }:
+        raise AssertionError("a shard must follow its layout")  # a fault of this file
+    drift: dict[str, Any] | None = None
+    file = folder / shard_name(shard)
+    with atomic_path(file) as temporary, ThreadPoolExecutor(2) as threads:
+        save_file(tensors, temporary)
+        # The disk, the checksum and the sums keep each other no company: let them overlap.
+        synced = threads.submit(sync, temporary)
+        digest = threads.submit(file_digest, temporary)
+        sums = {}
+        decoded = {name: item.dequantise() for name, item in encoded.items()}
+        if "slot_positions" in extra:
+            invalid = (extra["slot_positions"] < 0)[..., None]
+            for name in codec.calibrated:  # whose ranges may leave out the zeros put there
+                decoded[name] = decoded[name].masked_fill(invalid, 0)
+        for name, (_, where) in inputs.items():
+            total, squares = _sums(decoded[name])
+            if not np.isfinite(squares).all():
+                _check_finite(name, decoded[name], records, where)
+            count = [len(records) * geometry.hidden_size] * levels if name == "endpoint" else counts
+            sums[name] = {"count": count, "sum": total.tolist(), "squares": squares.tolist()}
+        if codec.keys in CODE_BITS or codec.values in CODE_BITS:
+            valid = extra.get("slot_positions")
+            drift = {
+                name: drift_sums(
+                    inputs[name][0], decoded[name], spans, None if valid is None else valid >= 0
+                )
+                for name in ("keys", "values")
+            }
+        synced.result()
+        side = {
+            "spec": _spec(kind, geometry, codec, ranges),
+            "shard": shard,
+            "records": len(records),
+            "trace_tokens": columns_total(columns),
+            "sha256": digest.result(),
+            "bytes": temporary.stat().st_size,
+            "sums": sums,
+            "drift": drift,
+            "columns": columns,
+        }
+    with atomic_path(_side_path(folder, shard)) as temporary:
+        temporary.write_text(canonical_json(side), encoding="utf-8")
+
+
+def stored_tensors(name: str, item: Encoded) -> dict[str, Tensor]:
+    """The tensors of `item` as a shard names them; a shared scale is not a shard's to keep."""
+    tensors = {name: item.codes}
+    if item.scale is not None and item.zero is not None and not item.shared:
+        tensors[f"{name}_scale"] = item.scale.squeeze(-1)
+        tensors[f"{name}_zero"] = item.zero.squeeze(-1)
+    return tensors
+
+
+def columns_total(columns: dict[str, list[Any]]) -> int:
+    """ΣN_C of a shard."""
+    return sum(columns["n_cot"])
+
+
+def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Σx and Σx² of x [A, R, …] for each of its R rows, in float64; the same for any threads."""
+    x = x.reshape(x.shape[0], x.shape[1], -1)
+    step = max(1, PIECE // x[0].numel())
+    total, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for piece in x.split(step):
+        exact = piece.float().double()
+        total += exact.sum(-1).numpy().sum(0)
+        squares += exact.square_().sum(-1).numpy().sum(0)
+    return total, squares
+
+
+def _std(parts: list[dict[str, list[float]]]) -> tuple[float, ...]:
+    """Standard deviation (of the population) per row from the shards' sums, in shard order."""
+    count, total, squares = (
+        np.sum([part[key] for part in parts], axis=0, dtype=np.float64)
+        for key in ("count", "sum", "squares")
+    )
+    variance = squares / count - (total / count) ** 2
+    return tuple(np.sqrt(np.maximum(variance, 0)).tolist())
+
+
+def _spec(kind: Kind, geometry: Geometry, codec: Codec, ranges: Ranges | None) -> str:
+    """A hash of what all shards of a store must share."""
+    shared = calibration_tensors(geometry, codec, ranges)
+    return fingerprint(
+        [
+            kind,
+            geometry.model_dump(mode="json"),
+            codec.model_dump(mode="json"),
+            {name: x.flatten().tolist() for name, x in shared.items()},
+        ]
+    )
+
+
+def _side_path(folder: Path, shard: int) -> Path:
+    return (folder / shard_name(shard)).with_suffix(".json")
+
+
+def _side_record(folder: Path, shard: int, spec: str) -> dict[str, Any]:
+    side = read_json(_side_path(folder, shard))
+    if side.get("spec") != spec:
+        raise KavaError(
+            f"{folder / shard_name(shard)} was written with another geometry or codec than this "
+            f"run's. Delete {folder} and run the stage again."
+        )
+    return side
+
+
+def _info(side: dict[str, Any]) -> FileInfo:
+    return FileInfo(sha256=side["sha256"], bytes=side["bytes"])
+
+
+def _check_ids(folder: Path, ids: list[str], seen: set[str]) -> None:
+    for name in ids:
+        if name in seen:
+            raise KavaError(f"{folder}: two records have the id {name!r}. Make ids unique.")
+        seen.add(name)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove side records and what a killed writer left behind."""
+    for path in [*folder.glob("shard-*.json"), *folder.glob(".*.tmp")]:
+        path.unlink()
+    sync(folder)
+
+
+def _expect_shape(shard: int, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    wants_float = name not in ("slot_counts", "slot_positions")
+    if tuple(x.shape) != shape or x.is_floating_point() != wants_float:
+        kind = "float" if wants_float else "integers"
+        raise KavaError(
+            f"shard {shard}: {name} must be {kind} {list(shape)}, found {describe(x)}. Check that "
+            "tensors, records and geometry belong together."
+        )
+
+
+def _check_finite(name: str, x: Tensor, records: Sequence[RecordFields], spans: Tensor) -> None:
+    """KavaError naming the first record with a NaN or an infinity in x; spans: [N+1]."""
+    finite = torch.isfinite(x).flatten(1).all(1)  # [A]
+    if finite.all():
+        return
+    first = int((~finite).nonzero()[0])
+    record = int(torch.searchsorted(spans, first, right=True)) - 1
+    raise KavaError(
+        f"record {records[record].id!r} has a NaN or an infinity in its {name} "
+        f"({str(x.dtype).removeprefix('torch.')}). Check the model and its dtype, or store the "
+        f"{name} in a wider one."
+    )
+
+
+def _check_slots(records: Sequence[RecordFields], counts: Tensor, positions: Tensor) -> None:
+    """KavaError naming the first record whose slots are impossible."""
+    lengths = torch.tensor([len(record.cot_ids) for record in records])
+    slots = positions.shape[-1]
+    valid = torch.arange(slots) < counts[..., None]  # [N, L', H, M]
+    good = (counts >= 1) & (counts <= slots) & (counts <= lengths.view(-1, 1, 1))
+    good &= ((positions >= 0) == valid).all(-1) & ((positions == -1) | valid).all(-1)
+    good &= (positions < lengths.view(-1, 1, 1, 1)).all(-1)
+    good &= ((positions.diff(dim=-1) > 0) | ~valid[..., 1:]).all(-1)
+    bad = ~good.flatten(1).all(1)
+    if bad.any():
+        first = records[int(bad.nonzero()[0])]
+        raise KavaError(
+            f"record {first.id!r} (trace of {len(first.cot_ids)} tokens) has impossible slots. "
+            "Valid slots come first, ascending within the trace; the others have position -1."
+        )

@@ -169,7 +169,7 @@ class LatentReasoner(PreTrainedModel):
             )
         self.decoder: PreTrainedModel = decoder
         self._rotary: Rotary | None = None
-        self._size = size = decoder_config.hidden_size
+        size = decoder_config.hidden_size
         if config.latents:
             rows = config.latents if config.per_position else 1
             self.bot = nn.Parameter(torch.zeros(size))
@@ -212,10 +212,11 @@ class LatentReasoner(PreTrainedModel):
             eos_token_id=eos_token_id,
             tie_word_embeddings=decoder_config.tie_word_embeddings,
         )
-        student = cls(config, copy.deepcopy(teacher))
+        student = cls(config, copy.deepcopy(teacher)).requires_grad_(True)  # a frozen one's too
+        like = next(teacher.parameters())
         for parameter in student.parameters():
             # Not `student.to(dtype)`, which would round the rotary frequencies as well.
-            parameter.data = parameter.data.to(next(teacher.parameters()).dtype)
+            parameter.data = parameter.data.to(like)
         if latents:
             generator = torch.Generator().manual_seed(seed)
             embed = cast(nn.Embedding, teacher.get_input_embeddings())
@@ -499,7 +500,7 @@ class LatentReasoner(PreTrainedModel):
 
     def _eot(self, rows: int) -> Tensor:
         if not self.config.latents:
-            return self.get_input_embeddings().weight.new_zeros(rows, 0, self._size)
+            return self._embed(self._prompt(rows)[:, :0])
         return self.eot.expand(rows, 1, -1)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.rotary import Rotary, rotate
+from kava_core.models.capture import recording
+from kava_core.rotary import Rotary, unrotate
 
 PROBE_POSITIONS = (0, 1, 2, 7)
 
@@ -19,117 +19,144 @@ PROBE_POSITIONS = (0, 1, 2, 7)
 def rotary_of(model: PreTrainedModel) -> Rotary:
     """The rotation of every layer of `model`; no frequencies where it does not rotate.
 
-    A short probe records the cosines and sines each attention module receives. They must be those
-    of one of the model's own `inv_freq` buffers, and the model's own `apply_rotary_pos_emb` must
-    agree with `kava_core.rotary.rotate`. Anything else (interleaved layouts, frequencies that
-    depend on the length) is refused, since its keys could not be un-rotated exactly.
+    A probe reads the same single token at several positions. The cosines and sines that each layer
+    receives must be those of one of the model's own `inv_freq` buffers, and since a lone token
+    attends to itself alone, its keys without phase must be the same at every position. Anything
+    else (interleaved layouts, layers that skip the rotation, frequencies that depend on the
+    length) is refused, since its keys could not be un-rotated exactly.
     """
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
-    seen = _probe(model)
-    buffers = {
-        name: buffer.double().cpu()
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and "original" not in name
-    }
-    if not seen:
+    _refuse_length_dependent(config)
+    probe = _Probe.of(model)
+    buffers = _frequencies(model)
+    if not probe.angles:
         if buffers:
             raise KavaError(
                 f"{config.model_type} rotates its keys where this library cannot see it; "
                 "its keys cannot be stored without their rotary phase."
             )
         return Rotary(torch.zeros(layers, 0, dtype=torch.float64), torch.ones(layers).double())
-    if sorted(seen) != list(range(layers)):
+    everywhere = list(range(layers))
+    if sorted(probe.angles) != everywhere or sorted(probe.keys) != everywhere:
         raise KavaError(
-            f"{config.model_type} rotates the keys of layers {sorted(seen)} only, of {layers}; "
-            "expected all layers or none."
+            f"{config.model_type} shows the rotation of layers {sorted(probe.angles)} and the keys "
+            f"of layers {sorted(probe.keys)} only, of {layers}; expected all layers."
         )
-    _refuse_length_dependent(config)
-    frequencies, scalings = [], []
-    for layer in range(layers):
-        module, cos, sin = seen[layer]
-        inv_freq, scaling = _match(config.model_type, layer, cos, sin, buffers)
-        _check_layout(config.model_type, module, cos, sin)
-        frequencies.append(inv_freq)
-        scalings.append(scaling)
-    return Rotary(torch.stack(frequencies), torch.tensor(scalings, dtype=torch.float64))
+    matched = [_match(config.model_type, i, *probe.angles[i], buffers) for i in everywhere]
+    rotary = Rotary(
+        torch.stack([inv_freq for inv_freq, _ in matched]),
+        torch.tensor([scaling for _, scaling in matched], dtype=torch.float64),
+    )
+    _prove(config.model_type, rotary, probe.keys)
+    return rotary
 
 
-def _probe(model: PreTrainedModel) -> dict[int, tuple[nn.Module, Tensor, Tensor]]:
-    """layer → (attention module, cos, sin [S, R]) as handed to it at PROBE_POSITIONS."""
-    seen: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
+class _Probe:
+    """What the layers of a model receive and make of one token at PROBE_POSITIONS, as a batch.
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pair = kwargs.get("position_embeddings") or next(
-            (a for a in args if isinstance(a, tuple) and len(a) == 2), None
-        )
-        if pair is not None and isinstance(pair[0], Tensor):
-            seen[int(module.layer_idx)] = (
-                module,
-                pair[0][0].float().cpu(),
-                pair[1][0].float().cpu(),
-            )  # type: ignore[arg-type]
+    angles: layer → cos, sin [P, R]; keys: layer → post-RoPE keys [P, H, D]. On the CPU.
+    """
 
-    handles = [
-        module.register_forward_pre_hook(record, with_kwargs=True)
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and not hasattr(module, "self_attn")
-    ]
-    device = next(model.parameters()).device
-    positions = torch.tensor([PROBE_POSITIONS], device=device)
-    training = model.training
-    try:
-        model.eval()
-        model.base_model(
-            input_ids=torch.zeros_like(positions),
-            attention_mask=torch.ones_like(positions),
-            position_ids=positions,
-            use_cache=False,
-        )
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return seen
+    def __init__(self) -> None:
+        self.angles: dict[int, tuple[Tensor, Tensor]] = {}
+        self.keys: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Probe:
+        probe = cls()
+        handles = [
+            module.register_forward_pre_hook(probe.receive, with_kwargs=True)
+            for module in model.modules()
+            if hasattr(module, "layer_idx") and not hasattr(module, "self_attn")
+        ]
+        device = next(model.parameters()).device
+        positions = torch.tensor(PROBE_POSITIONS, device=device)[:, None]
+        # Any token will do but the padding token, whose embedding is zero and so are its keys.
+        embeddings = cast(Tensor, model.get_input_embeddings().weight)
+        token = embeddings.norm(dim=-1).argmax()
+        training = model.training
+        try:
+            model.eval()
+            with recording(model, probe):
+                model.base_model(
+                    input_ids=token.expand_as(positions),
+                    attention_mask=torch.ones_like(positions),
+                    position_ids=positions,
+                    use_cache=False,
+                )
+        finally:
+            model.train(training)
+            for handle in handles:
+                handle.remove()
+        return probe
+
+    def receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pair = kwargs.get("position_embeddings")
+        if pair is None:
+            pair = next((a for a in args if isinstance(a, tuple) and len(a) == 2), None)
+        if isinstance(pair, tuple) and isinstance(pair[0], Tensor):
+            cos, sin = (x[:, 0].float().cpu() for x in pair)
+            self.angles[int(module.layer_idx)] = (cos, sin)  # type: ignore[arg-type]
+
+    def record(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        self.keys[layer] = key[:, :, 0].cpu()
+
+
+def _frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float]]:
+    """Every rotation the model holds: inv_freq [R/2] float64, and its factor on cos and sin."""
+    found = []
+    for path, buffer in model.named_buffers():
+        module, _, name = path.rpartition(".")
+        if name.endswith("inv_freq") and "original" not in name:
+            factor = name.replace("inv_freq", "attention_scaling")
+            scaling = float(getattr(model.get_submodule(module), factor, 1.0))
+            found.append((buffer.double().cpu(), scaling))
+    return found
 
 
 def _match(
-    name: str, layer: int, cos: Tensor, sin: Tensor, buffers: dict[str, Tensor]
+    name: str, layer: int, cos: Tensor, sin: Tensor, buffers: list[tuple[Tensor, float]]
 ) -> tuple[Tensor, float]:
-    """The buffer [R/2] whose angles the layer received, and the factor on cos and sin."""
-    half = cos.shape[-1] // 2
-    scaling = float(torch.hypot(cos, sin).double().mean())
-    for inv_freq in buffers.values():
-        if inv_freq.shape != (half,):
-            continue
-        angle = torch.tensor(PROBE_POSITIONS, dtype=torch.float64)[:, None] * inv_freq
-        # bfloat16 models hand out cosines rounded to 8 bits.
-        close = torch.allclose(cos[:, :half].double(), angle.cos() * scaling, atol=1e-2) and (
-            torch.allclose(sin[:, :half].double(), angle.sin() * scaling, atol=1e-2)
-        )
-        if close and torch.equal(cos[:, :half], cos[:, half:]):
-            return inv_freq, round(scaling, 6) if abs(scaling - 1) > 5e-3 else 1.0
+    """The rotation, of those the model holds, whose cosines and sines the layer received."""
+    positions = torch.tensor(PROBE_POSITIONS, dtype=torch.float64)[:, None]
+    for inv_freq, scaling in buffers:
+        angle = (positions * inv_freq).repeat(1, 2)
+        if (
+            angle.shape == cos.shape
+            # bfloat16 models hand out cosines rounded to 8 bits.
+            and torch.allclose(cos.double(), angle.cos() * scaling, atol=1e-2)
+            and torch.allclose(sin.double(), angle.sin() * scaling, atol=1e-2)
+        ):
+            return inv_freq, scaling
     raise KavaError(
         f"the rotary embedding of {name}, layer {layer}, is not one this library can undo "
         "(expected half-split frequencies from an inv_freq buffer)."
     )
 
 
-def _check_layout(name: str, module: nn.Module, cos: Tensor, sin: Tensor) -> None:
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    head_dim = int(getattr(module, "head_dim", cos.shape[-1]))
-    if apply is not None and head_dim == cos.shape[-1]:
-        keys = torch.randn(1, 1, cos.shape[0], head_dim, generator=torch.Generator().manual_seed(0))
-        theirs = apply(keys, keys, cos[None], sin[None])[1]
-        half = cos.shape[-1] // 2
-        if torch.allclose(theirs, rotate(keys, cos[:, :half], sin[:, :half]), atol=1e-5):
-            return
-    elif head_dim != cos.shape[-1]:
-        return  # partial rotation is half-split inside the rotated part; `_match` has checked it
-    raise KavaError(
-        f"{name} lays out its rotary embedding in a way this library does not know; "
-        "its keys cannot be un-rotated exactly."
-    )
+def _prove(name: str, rotary: Rotary, keys: dict[int, Tensor]) -> None:
+    """KavaError unless the keys [P, H, D] of each layer are, un-rotated, the same everywhere."""
+    cos, sin = rotary.cos_sin(torch.tensor(PROBE_POSITIONS))  # [L, P, R/2]
+    for layer, rotated in keys.items():
+        if rotated.shape[-1] >= 2 * cos.shape[-1]:
+            plain = unrotate(rotated.double(), cos[layer, :, None], sin[layer, :, None])
+            tolerance = max(1e-4, 8 * torch.finfo(rotated.dtype).eps) * float(plain.abs().max())
+            if torch.allclose(plain, plain[:1].expand_as(plain), rtol=0, atol=tolerance):
+                continue
+        raise KavaError(
+            f"{name}, layer {layer}, does not rotate its keys as its frequencies say (an "
+            "interleaved layout, or a layer that skips the rotation); its keys cannot be "
+            "un-rotated exactly."
+        )
 
 
 def _refuse_length_dependent(config: Any) -> None:

@@ -234,7 +234,7 @@ class _CoTRecorder:
                 f"layers {missing} did not pass through transformers' attention interface; "
                 "this architecture's cache cannot be recorded."
             )
-        keys, values, importance = zip(*self.layers, strict=True)  # type: ignore[arg-type]
+        keys, values, importance = zip(*self.layers, strict=True)
         return torch.stack(keys, 1), torch.stack(values, 1), torch.stack(importance, 1)
 
 

@@ -21,7 +21,7 @@ RotaryPhase = Literal["pre_rope", "post_rope"]
 
 # float32 elements of keys that are scored at a time. On a CPU a block should stay in the caches, on
 # a GPU it should be worth its kernel launches.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class CacheBatch:
         keys, values [T, L, H, D], importance [T, L, H], offsets [B + 1], cot_start [B].
         Raises KavaError for shapes that do not fit together and for an empty trace.
         """
-        bounds = tuple(int(offset) for offset in offsets)
-        starts = None if cot_start is None else tuple(int(start) for start in cot_start)
+        bounds = _integers(offsets)
+        starts = None if cot_start is None else _integers(cot_start)
         _check_shapes(keys, values, importance, bounds, ids, starts)
         for name, first, last in zip(ids, bounds[:-1], bounds[1:], strict=True):
             if last <= first:
@@ -248,6 +248,10 @@ def check_phase(setting: str, phase: str) -> None:
     """KavaError naming `setting` unless `phase` is one of the two."""
     if phase not in get_args(RotaryPhase):
         raise KavaError(f"expected `{setting}` to be pre_rope or post_rope, found {phase!r}.")
+
+
+def _integers(values: Tensor | Sequence[int]) -> tuple[int, ...]:
+    return tuple(values.tolist() if isinstance(values, Tensor) else values)
 
 
 def _check_shapes(

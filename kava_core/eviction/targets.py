@@ -131,7 +131,8 @@ def _gather(rows: Tensor, batch: CacheBatch, positions: Tensor) -> Tensor:
     tokens = starts + positions.clamp(min=0)
     index = (tokens * n_layers + layers) * heads + head  # row of the [T·L·H, D] table
     kept = rows.reshape(-1, dim).index_select(0, index.flatten()).view(*positions.shape, dim)
-    return kept.masked_fill_((positions < 0)[..., None], 0)
+    empty = positions < 0
+    return kept.masked_fill_(empty[..., None], 0) if empty.any() else kept
 
 
 def _rotate_slots(keys: Tensor, batch: CacheBatch, positions: Tensor) -> None:

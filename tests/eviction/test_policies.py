@@ -135,7 +135,7 @@ def test_scores_do_not_depend_on_the_batch(
 
 @every_policy
 def test_a_record_too_long_for_one_block_is_scored_the_same(name: str, settings: dict) -> None:
-    batch = naive.make_batch([40, 9000, 3], layers=2, heads=2, dim=64)
+    batch = naive.make_batch([40, 9000, 3], layers=2, heads=2, dim=128)
     blocks = [(block.ids, layers) for block, _, layers in batch.blocks()]
     assert (("r1",), slice(0, 1)) in blocks
     policy = make_policy(name, **settings)

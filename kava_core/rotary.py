@@ -42,7 +42,8 @@ class Rotary:
 
         The angle is formed in float32, as the models do, so that it carries the same rounding.
         """
-        shape = (-1, *[1] * positions.ndim, self.inv_freq.shape[-1])
+        layers, half = self.inv_freq.shape
+        shape = (layers, *[1] * positions.ndim, half)
         inv_freq = self.inv_freq.to(positions.device, torch.float32).view(shape)
         scaling = self.scaling.to(positions.device, torch.float32).view(
             -1, *[1] * (positions.ndim + 1)

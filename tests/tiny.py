@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -16,7 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import attention_implementation
+from kava_core.problems.traces import Trace
 
 VOCABULARY = 64
 COMMON = {
@@ -70,15 +76,88 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 ARCHITECTURES = sorted(CONFIGS)
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+PROMPT = [5, 6, 7]
+EOS = 2
+
+
+def exact_dtype(name: str) -> torch.dtype:
+    """float64, but for Gemma-2: its eager mask turns padding rows into NaN there."""
+    return torch.float32 if name == "gemma2" else torch.float64
+
+
+def tiny_model(
+    name: str | PreTrainedConfig, dtype: torch.dtype | None = None, seed: int = 0
+) -> PreTrainedModel:
     """A causal LM of the named architecture; weights large enough that attention is uneven."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]
+    config = CONFIGS[name] if isinstance(name, str) else name
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention_implementation(config)
+        copy.deepcopy(config), attn_implementation=attention_implementation(config)
     )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.25)
-    return model.to(dtype).eval()
+    if dtype is None:
+        dtype = exact_dtype(name) if isinstance(name, str) else torch.float64
+    for parameter in model.parameters():  # not the rotary frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def tiny_student(name: str, **settings: Any) -> LatentReasoner:
+    """A student of the named architecture: 4 latents, 2 Jacobi iterations unless told."""
+    return LatentReasoner.from_teacher(
+        tiny_model(name),
+        **{
+            "latents": 4,
+            "iterations": 2,
+            "reasoning": "jacobi",
+            "projection": True,
+            "per_position": True,
+            "answer_prompt_ids": PROMPT,
+            "eos_token_id": EOS,
+            "seed": 0,
+            **settings,
+        },
+    ).eval()
+
+
+def tiny_trace(name: str, question: int, cot: int, answer: int, seed: int = 0) -> Trace:
+    """A trace of random tokens with the given lengths; the answer's includes its last token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(8, VOCABULARY, (n,), generator=generator).tolist()
+
+    return Trace(
+        id=name,
+        question_ids=ids(question),
+        cot_ids=ids(cot),
+        answer_prompt_ids=PROMPT,
+        answer_ids=[*ids(answer - 1), EOS],
+        source="tiny",
+        topic="",
+        n_steps=1,
+        answer="",
+    )
+
+
+def pad(rows: list[list[int]], side: str = "right", filler: int = 3) -> tuple[Tensor, Tensor]:
+    """ids and mask [B, longest], padded with an ordinary token, which only the mask gives away."""
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), filler), torch.zeros(len(rows), longest).long()
+    for i, row in enumerate(rows):
+        span = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[i, span], mask[i, span] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    """Equal but for `tolerance` of the largest expected entry; nothing but finite numbers."""
+    assert actual.shape == expected.shape
+    assert bool(expected.isfinite().all())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    scale = max(float(expected.abs().max()), 1e-30)
+    error = float((actual - expected).abs().max()) / scale
+    assert error <= tolerance, f"{error:.1e} of the largest entry, allowed {tolerance:.0e}"

@@ -17,6 +17,7 @@ from kava_core.store.read import (
     TeacherStore,
     read_ahead,
 )
+from kava_core.store.sampler import ShardShuffleSampler
 from kava_core.store.write import (
     finalise,
     finished_shards,
@@ -34,6 +35,7 @@ __all__ = [
     "Ranges",
     "Record",
     "RecordFields",
+    "ShardShuffleSampler",
     "TargetTensors",
     "TargetsBatch",
     "TargetsStore",

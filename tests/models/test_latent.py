@@ -165,6 +165,18 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
 
 
 @torch.no_grad()
+def test_boolean_masks_are_masks() -> None:
+    student = tiny_student("llama")
+    (question, mask), (answer, answer_mask) = pad(QUESTIONS, "right"), pad(ANSWERS)
+    one = student(question, mask, answer, answer_mask, answer, answer_mask)
+    other = student(question, mask.bool(), answer, answer_mask.bool(), answer, answer_mask.bool())
+    assert torch.equal(one.logits, other.logits)
+    assert torch.equal(one.cot_logits, other.cot_logits)
+    tokens = student.generate(question, mask).tokens
+    assert torch.equal(student.generate(question, mask.bool()).tokens, tokens)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_jacobi_with_an_iteration_per_latent_equals_sequential_reasoning(name: str) -> None:
     sequential = reason(tiny_student(name, reasoning="sequential"), "left", QUESTIONS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, LoraModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -106,6 +107,25 @@ def test_bfloat16_follows_float32(name: str) -> None:
     assert half.generate(*QUESTION, max_new_tokens=3).tokens.shape[0] == 2
 
 
+@torch.no_grad()
+def test_merged_lora_is_written_as_plain_weights(tmp_path: Path) -> None:
+    student = tiny_student("llama-tied-scaled")
+    lora = LoraModel(
+        student.decoder, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "default"
+    )
+    for path, parameter in student.decoder.named_parameters():
+        if "lora_B" in path:
+            parameter.normal_(0, 0.1)
+    trained = student(*QUESTION, *ANSWER).logits
+    student.decoder = lora.merge_and_unload()
+    student.save_pretrained(tmp_path)
+    loaded, report = LatentReasoner.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert_near(loaded(*QUESTION, *ANSWER).logits, trained)
+    untrained = tiny_student("llama-tied-scaled")(*QUESTION, *ANSWER).logits
+    assert float((trained - untrained).abs().max()) > 0.01
+
+
 def test_the_configuration_is_a_text_configuration_to_transformers(tmp_path: Path) -> None:
     """PEFT and the Trainer ask for it."""
     student = tiny_student("llama")
@@ -129,6 +149,7 @@ def test_the_same_seed_gives_the_same_student_and_the_teachers_weights() -> None
         assert not torch.equal(one.get_parameter(path), other.get_parameter(path))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_latents_enter_at_the_scale_of_embeddings(name: str) -> None:
     student = tiny_student(name)

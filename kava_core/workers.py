@@ -7,7 +7,6 @@ but their numbers goes through Ray. Ray is imported only when there are workers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +20,8 @@ ShardResult = dict[str, Any]
 class Job(Protocol):
     """A picklable description of the work; `threads` is the number of torch threads per worker."""
 
-    threads: int
+    @property
+    def threads(self) -> int: ...
 
     def open(self) -> Callable[[int], ShardResult]:
         """Load what the worker needs once; the result works on one shard and returns its counts."""
@@ -80,7 +80,6 @@ class _Worker:
 def _on_ray(
     job: Job, shards: Sequence[int], workers: int | None, cpus: float, gpus: float
 ) -> Iterator[tuple[int, ShardResult]]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray.exceptions import RayError
     from ray.util import ActorPool

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kava_core.config import Pipeline, load_pipeline
+from kava_core.config import Evict, Generate, Pipeline, load_pipeline
 from kava_core.console import say
+
+if TYPE_CHECKING:
+    from kava_core.store import Codec
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,16 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def store_codec(settings: Generate | Evict) -> Codec:
+    """The store's codec for the bits of a stage's settings."""
+    from kava_core.store import Codec
+
+    return Codec.from_bits(
+        keys=settings.keys_bits,
+        values=settings.values_bits,
+        endpoint=settings.endpoint_bits,
+        half=settings.half,
+        granularity=settings.granularity if isinstance(settings, Evict) else "token",
+    )

@@ -13,7 +13,7 @@ from kava_core.config import Generate
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
 from kava_core.problems.folder import open_problems
-from stages.common import Run, stage
+from stages.common import Run, stage, store_codec
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GenerateJob:
     def open(self) -> Callable[[int], dict[str, Any]]:
         import torch
 
-        from kava_core.models.loading import DTYPES, load_model, load_tokenizer, pick_device
+        from kava_core.models.loading import DTYPES, load_model, load_tokenizer, to_device
         from kava_core.models.teacher_pass import TeacherPass, over
         from kava_core.problems.traces import TraceEncoder
         from kava_core.store import write_teacher_shard
@@ -41,7 +41,7 @@ class GenerateJob:
         source = open_problems(self.problems)
         problems = source.load("train")
         encoder = TraceEncoder(load_tokenizer(str(self.teacher)), source.traces)
-        model = load_model(str(self.teacher), DTYPES[settings.model_dtype]).to(pick_device())
+        model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
         teacher = TeacherPass(model)
         geometry, codec = store_geometry(model.config), store_codec(settings)
 
@@ -161,17 +161,4 @@ def store_geometry(config: Any) -> Any:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         hidden_size=text.hidden_size,
-    )
-
-
-def store_codec(settings: Any) -> Any:
-    """The store's codec for the bits of a stage's settings."""
-    from kava_core.store import Codec
-
-    return Codec.from_bits(
-        keys=settings.keys_bits,
-        values=settings.values_bits,
-        endpoint=settings.endpoint_bits,
-        half=settings.half,
-        granularity=getattr(settings, "granularity", "token"),
     )

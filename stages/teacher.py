@@ -23,13 +23,12 @@ def teacher(run: Run) -> None:
     Writes teacher/: weights, configuration and tokenizer in Hugging Face's layout, loss curves, and
     metrics.json with its accuracy on validation problems with and without a written chain.
     """
-    from kava_core.store.sampler import ShardShuffleSampler
-
     from kava_core.distill.batches import ChainDataset
     from kava_core.distill.fit import fit
     from kava_core.distill.teacher import chain_terms
-    from kava_core.models.loading import pick_device, save_model
+    from kava_core.models.loading import save_model, to_device
     from kava_core.problems.traces import TraceEncoder
+    from kava_core.store.sampler import ShardShuffleSampler
     from stages.fitting import fit_settings
 
     settings = run.settings.teacher
@@ -62,7 +61,7 @@ def teacher(run: Run) -> None:
                 title="teacher",
                 loader_workers=run.settings.resources.loader_workers,
             )
-        metrics = _validate(run, model.to(pick_device()).eval(), encoder, problems)
+        metrics = _validate(run, to_device(model), encoder, problems)
         save_model(folder, model, tokenizer)
         write_json(folder / "metrics.json", metrics)
         publish(folder, output)
@@ -127,7 +126,7 @@ def _validate(
                 chosen,
                 batch_size=run.settings.teacher.batch_size,
                 max_new_tokens=run.settings.teacher.max_new_tokens,
-                advance=lambda n, task=task: display.advance(task, n),
+                advance=lambda n, task=task: display.advance(task, n),  # type: ignore[misc]
             )
             results[name] = summarise(predictions)
     return {

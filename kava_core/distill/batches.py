@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kava_core.problems.traces import Trace
+from kava_core.store import TargetsStore
 
 
 def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,33 @@ class AnswerDataset(Dataset[dict[str, Any]]):
             if self.chains
             else None,
         )
+
+
+class TargetsDataset(Dataset[dict[str, Any]]):
+    """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
+
+    Nothing is kept between batches. Codes are worked out on the trainer's device, not here.
+    """
+
+    def __init__(self, store: TargetsStore, chains: bool) -> None:
+        self.store = store
+        self.chains = chains
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        records = [self.store.index.record(i) for i in indices]
+        batch = answer_batch(
+            [r.id for r in records],
+            [r.question_ids for r in records],
+            [r.answer_ids for r in records],
+            [[*r.cot_ids, *r.answer_prompt_ids, *r.answer_ids] for r in records]
+            if self.chains
+            else None,
+        )
+        batch["targets"] = self.store.batch(indices)
+        return batch
 
 
 class ChainDataset(Dataset[dict[str, Any]]):

@@ -124,7 +124,7 @@ def fit(
             model=model,
             args=arguments,
             train_dataset=dataset,
-            data_collator=_as_it_is,
+            data_collator=_as_it_is,  # type: ignore[arg-type]
             callbacks=[_Display(display, task), _Live(live_folder), _Stop(termination)],
         )
         trainer.bind(terms, sampler, shares_every)

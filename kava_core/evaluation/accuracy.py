@@ -71,7 +71,7 @@ def ask(
         seconds = (time.perf_counter() - began) / len(chosen)
         for i, row, passes in zip(chosen, rows, result.passes.tolist(), strict=True):
             end = row.index(encoder.eos) + 1 if encoder.eos in row else len(row)
-            text = tokenizer.decode(row[:end], skip_special_tokens=True)
+            text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
             problem = problems[i]
             answer = extract_answer(text) or ""
             done[i] = Prediction(

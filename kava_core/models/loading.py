@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,12 +22,14 @@ from transformers import (
 from kava_core.artefacts import file_digest, fingerprint
 from kava_core.errors import KavaError
 
+Model = TypeVar("Model", bound=nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, the CPU elsewhere."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def to_device(model: Model) -> Model:
+    """The model on CUDA where there is one, on the CPU elsewhere, in evaluation mode."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval()
 
 
 def attention_implementation(config: PreTrainedConfig) -> str:

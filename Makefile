@@ -1,0 +1,46 @@
+# The commands of the README. Everything is installed into .venv and nothing outside this folder.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: quickstart repro test test-slow test-browser lint format environment clean
+
+quickstart: environment repro  ## environment, then the whole pipeline, then its table
+
+repro:  ## the active pipeline of pipelines.yaml; does what is out of date
+	dvc repro
+	kava report --show
+
+environment: $(VENV)/.installed
+
+# torch first and alone, so that whatever build of it is at hand is taken once.
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		"$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test: environment  ## what must pass before anything lands
+	pytest -m "not slow"
+
+test-slow: environment  ## the tests that take minutes
+	pytest -m slow
+
+test-browser: environment  ## the report in headless Chromium (needs the chromium package)
+	pytest -m browser tests/browser
+
+lint: environment
+	ruff format --check .
+	ruff check .
+	mypy
+
+format: environment
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf data/.work data/.runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

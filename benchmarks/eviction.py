@@ -54,10 +54,9 @@ class QuadraticRKV(Policy):
 
     def score(self, batch: CacheBatch) -> Tensor:
         score = batch.float_importance() * self.lam
-        keys = batch.float_keys()
         for first, last in batch.spans:
             for layer in range(len(batch.layers)):
-                heads = torch.nn.functional.normalize(keys[first:last, layer], dim=-1)
+                heads = torch.nn.functional.normalize(batch.keys[first:last, layer].float(), dim=-1)
                 heads = heads.transpose(0, 1)  # [H, N, D]
                 cosines = heads @ heads.transpose(1, 2)  # [H, N, N]
                 cosines.diagonal(dim1=1, dim2=2).zero_()

@@ -1,4 +1,4 @@
-"""What all policies share: scoring block by block, the best M per head, temporal order.
+"""What all policies share: the check of the scores, the best M per head, temporal order.
 
 A policy is a frozen dataclass in a file of its own: its fields are its settings, and it overrides
 `score`, the one method that differs. To add one, write the file and list it in `__init__.py`; the
@@ -29,18 +29,14 @@ class Policy(ABC):
 
         A token's score may depend on its own record only, and bit by bit so: whatever reduces over
         the tokens of a record is computed for each record on its own, because the order in which a
-        library adds up numbers changes with the shape it is given.
+        library adds up numbers changes with the shape it is given. Keys and values are widened to
+        float32 a piece at a time (`batch.pieces`), never as a whole.
         """
 
 
 def score_all(policy: Policy, batch: CacheBatch) -> Tensor:
-    """Scores of a whole batch, [T, L', H] float32, in memory for one block beside the result.
-
-    Raises KavaError naming the record whose score is not a finite number.
-    """
-    scores = torch.empty(batch.shape, dtype=torch.float32, device=batch.keys.device)
-    for block, tokens, layers in batch.blocks():
-        scores[tokens, layers] = policy.score(block)
+    """Scores of a batch, [T, L', H] float32; KavaError naming a record with a score not finite."""
+    scores = policy.score(batch)
     broken = (~torch.isfinite(scores)).flatten(1).any(1)
     if broken.any():
         token = int(broken.nonzero()[0])

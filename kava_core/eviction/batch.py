@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -19,9 +20,9 @@ from kava_core.rotary import Rotary, rotate
 
 RotaryPhase = Literal["pre_rope", "post_rope"]
 
-# float32 elements of keys that are scored at a time. On a CPU a block should stay in the caches, on
-# a GPU it should be worth its kernel launches.
-BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+# float32 elements of keys that are worked on at a time. On a CPU a piece should stay in the caches,
+# on a GPU it should be worth its kernel launches.
+PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -144,96 +145,90 @@ class CacheBatch:
         """(T, L', H): the shape of a score."""
         return self.offsets[-1], len(self.layers), self.keys.shape[2]
 
+    @cached_property
     def token_lengths(self) -> Tensor:
         """[T] int64: N_C of the record each token belongs to."""
-        sizes = torch.tensor(self.lengths, device=self.keys.device)
-        return sizes.repeat_interleave(sizes, output_size=self.offsets[-1])
+        return self._per_token(self.lengths)
 
+    @cached_property
     def token_indices(self) -> Tensor:
         """[T] int64: each token's place in its own trace, from 0."""
-        device = self.keys.device
-        sizes = torch.tensor(self.lengths, device=device)
-        starts = torch.tensor(self.offsets[:-1], device=device)
-        tokens = torch.arange(self.offsets[-1], device=device)
-        return tokens - starts.repeat_interleave(sizes, output_size=self.offsets[-1])
+        tokens = torch.arange(self.offsets[-1], device=self.keys.device)
+        return tokens - self._per_token(self.offsets[:-1])
 
-    def float_keys(self, phase: RotaryPhase = "pre_rope") -> Tensor:
-        """[T, L', H, D] float32: a fresh copy of the keys, as stored or at their positions."""
-        keys = self._chosen(self.keys).to(torch.float32, copy=True)
+    def pieces(self) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+        """Slices of the T tokens small enough to be worked on in float32, in order.
+
+        A piece is several whole records, or a part of one that is too long; with it come the
+        records in it and the part of the piece that is theirs. How a record is cut depends on that
+        record alone, never on its neighbours.
+        """
+        limit = PIECE_ELEMENTS["cpu" if self.keys.device.type == "cpu" else "cuda"]
+        size = max(1, limit // (len(self.layers) * self.keys.shape[2] * self.keys.shape[3]))
+        start = 0
+        parts: list[tuple[int, slice]] = []
+        for record, (first, last) in enumerate(self.spans):
+            if parts and last - start > size:
+                yield slice(start, first), parts
+                parts = []
+            if last - first > size:
+                for token in range(first, last, size):
+                    stop = min(token + size, last)
+                    yield slice(token, stop), [(record, slice(0, stop - token))]
+                continue
+            start = start if parts else first
+            parts.append((record, slice(first - start, last - start)))
+        if parts:
+            yield slice(start, self.offsets[-1]), parts
+
+    def float_keys(self, tokens: slice, phase: RotaryPhase = "pre_rope") -> Tensor:
+        """[tokens, L', H, D] float32: a fresh copy of the keys, as stored or at their positions."""
+        keys = self._chosen(self.keys[tokens]).to(torch.float32, copy=True)
         if phase == "pre_rope":
             return keys
-        rotary, cot_start = self.rotation("redundancy_phase: post_rope")
+        rotary, positions = self.rotation("redundancy_phase: post_rope")
         if rotary.inv_freq.shape[-1] == 0:  # the model does not rotate
             return keys
-        starts = torch.tensor(cot_start, device=keys.device)
-        sizes = torch.tensor(self.lengths, device=keys.device)
-        positions = self.token_indices() + starts.repeat_interleave(sizes)
-        cos, sin = rotary.layers(list(self.layers)).cos_sin(positions)  # [L', T, R/2]
+        cos, sin = rotary.layers(list(self.layers)).cos_sin(positions[tokens])  # [L', tokens, R/2]
         return rotate(keys, cos.transpose(0, 1)[:, :, None], sin.transpose(0, 1)[:, :, None])
 
-    def float_values(self) -> Tensor:
-        """[T, L', H, D] float32: a fresh copy of the values."""
-        return self._chosen(self.values).to(torch.float32, copy=True)
+    def float_values(self, tokens: slice) -> Tensor:
+        """[tokens, L', H, D] float32: a fresh copy of the values."""
+        return self._chosen(self.values[tokens]).to(torch.float32, copy=True)
 
     def float_importance(self) -> Tensor:
         """[T, L', H] float32; KavaError if the teacher cache was stored without it."""
         if self.importance is None:
             raise KavaError(
                 "this policy scores tokens by the answer's attention to them (`importance`), which "
-                "the teacher cache does not hold. Run the generate stage with "
-                "`generate.importance: true`, or choose a policy that does not need it."
+                "this teacher cache does not hold. The generate stage stores it: run that again, or "
+                "set `policy` to one that does without."
             )
         return self._chosen(self.importance).float()
 
-    def rotation(self, setting: str) -> tuple[Rotary, tuple[int, ...]]:
-        """Rotary and first positions; KavaError naming `setting` if the batch came without."""
+    def rotation(self, setting: str) -> tuple[Rotary, Tensor]:
+        """The rotation and the position of each token, [T] int64, in the teacher's sequence.
+
+        KavaError naming `setting` if the batch came without.
+        """
         if self.rotary is None or self.cot_start is None:
             raise KavaError(
                 f"`{setting}` needs the teacher's rotary embedding and the position of each trace, "
                 "which this teacher cache does not hold. Use pre_rope."
             )
-        return self.rotary, self.cot_start
+        return self.rotary, self._positions
 
-    def blocks(self) -> Iterator[tuple[CacheBatch, slice, slice]]:
-        """Pieces small enough to be scored in float32, with their tokens and layers.
+    @cached_property
+    def _positions(self) -> Tensor:
+        return self.token_indices + self._per_token(self.cot_start or ())
 
-        A block is several whole records, or some layers of a record that is too long. Which layers
-        share a block depends on that record alone, never on its neighbours.
-        """
-        limit = BLOCK_ELEMENTS["cpu" if self.keys.device.type == "cpu" else "cuda"]
-        n_layers = len(self.layers)
-        per_layer = self.keys.shape[2] * self.keys.shape[3]  # elements of one token in one layer
-        first = 0
-        while first < len(self.ids):
-            last = first + 1
-            size = self.offsets[last] - self.offsets[first]
-            step = max(1, min(n_layers, limit // (size * per_layer)))
-            while (
-                last < len(self.ids)
-                and (self.offsets[last + 1] - self.offsets[first]) * per_layer * n_layers <= limit
-            ):
-                last += 1
-            for layer in range(0, n_layers, step):
-                layers = slice(layer, min(layer + step, n_layers))
-                yield self._piece(first, last, layers), self._tokens(first, last), layers
-            first = last
-
-    def _piece(self, first: int, last: int, layers: slice) -> CacheBatch:
-        tokens = self._tokens(first, last)
-        return replace(
-            self,
-            keys=self.keys[tokens],
-            values=self.values[tokens],
-            importance=None if self.importance is None else self.importance[tokens],
-            offsets=tuple(offset - tokens.start for offset in self.offsets[first : last + 1]),
-            ids=self.ids[first:last],
-            layers=self.layers[layers],
-            cot_start=None if self.cot_start is None else self.cot_start[first:last],
-            budgets=None if self.budgets is None else self.budgets[layers],
+    def _per_token(self, values: Sequence[int]) -> Tensor:
+        """One value per record → [T] int64, repeated for each of its tokens."""
+        device = self.keys.device
+        sizes = torch.tensor(self.lengths, device=device)
+        return torch.tensor(values, device=device).repeat_interleave(
+            sizes, output_size=self.offsets[-1]
         )
-
-    def _tokens(self, first: int, last: int) -> slice:
-        return slice(self.offsets[first], self.offsets[last])
 
     def _chosen(self, tensor: Tensor) -> Tensor:
         """tensor [T, L, ...] → [T, L', ...]: a view where the chosen layers are evenly spaced."""

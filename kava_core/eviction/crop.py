@@ -15,4 +15,4 @@ class Crop(Policy):
     """The first M tokens, an ablation of the KaVa paper."""
 
     def score(self, batch: CacheBatch) -> Tensor:
-        return (-batch.token_indices().float())[:, None, None].expand(batch.shape)
+        return (-batch.token_indices.float())[:, None, None].expand(batch.shape)

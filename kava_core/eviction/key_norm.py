@@ -16,4 +16,7 @@ class KeyNorm(Policy):
     """S = −‖k_i‖: a short key tends to draw much attention (Devoto et al., arXiv 2406.11430)."""
 
     def score(self, batch: CacheBatch) -> Tensor:
-        return torch.linalg.vector_norm(batch.float_keys(), dim=-1).neg_()
+        score = torch.empty(batch.shape, device=batch.keys.device)
+        for tokens, _ in batch.pieces():
+            score[tokens] = torch.linalg.vector_norm(batch.float_keys(tokens), dim=-1)
+        return score.neg_()

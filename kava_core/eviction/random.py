@@ -38,7 +38,7 @@ class Random(Policy):
         layers = torch.tensor(batch.layers, device=device)[:, None]
         heads = torch.arange(batch.keys.shape[2], device=device)
         place = (layers << 48) + (heads << 32)  # [L', H]
-        place = place + batch.token_indices()[:, None, None]  # [T, L', H]
+        place = place + batch.token_indices[:, None, None]  # [T, L', H]
         hashed = _mix(_mix(place) + seeds.repeat_interleave(sizes)[:, None, None])
         return (hashed & 0xFFFFFF).float()  # 24 bits: what a float32 holds exactly
 

@@ -32,16 +32,34 @@ def redundancy(batch: CacheBatch, phase: RotaryPhase = "pre_rope") -> Tensor:
     """R = softmax_i( −(1/N_C) Σ_{j≠i} cos(k_i, k_j) ), [T, L', H] float32.
 
     From R-KV (Cai et al., arXiv 2505.24133) as METHOD.md section 2 states it; high for a token that
-    is unlike the others. Σ_{j≠i} cos(k_i, k_j) = k̂_i·(Σ_j k̂_j) − 1, so the cost is linear in N_C.
+    is unlike the others. Σ_{j≠i} cos(k_i, k_j) = k̂_i·(Σ_j k̂_j) − 1, so the cost is linear in N_C:
+    one pass over the keys for the sum of unit keys, one for the products with it.
     A zero key has no direction: its cosine with every key is 0.
     """
-    units = batch.float_keys(phase)
-    norms = torch.linalg.vector_norm(units, dim=-1, keepdim=True)  # [T, L', H, 1]
-    units.div_(norms.masked_fill(norms == 0, 1.0))
+    device = batch.keys.device
+    norms = torch.empty(*batch.shape, 1, device=device)
+    _, layers, heads = batch.shape
+    totals = torch.zeros(len(batch.ids), layers, heads, batch.keys.shape[3], device=device)
+    for tokens, parts in batch.pieces():
+        units = batch.float_keys(tokens, phase)
+        norms[tokens] = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
+        units.div_(_nonzero(norms[tokens]))
+        for record, part in parts:
+            totals[record] += units[part].sum(dim=0)
+    scores = torch.empty(batch.shape, device=device)
+    # The keys are read and widened once more: cheaper than keeping them all in float32.
+    for tokens, parts in batch.pieces():
+        keys = batch.float_keys(tokens, phase)
+        for record, part in parts:
+            keys[part].mul_(totals[record])
+        scores[tokens] = keys.sum(dim=-1)
+    norms = norms[..., 0]
+    scores.div_(_nonzero(norms)).sub_((norms > 0).float())  # Σ_{j≠i} cos(k_i, k_j)
+    scores.neg_().div_(batch.token_lengths[:, None, None])
     for first, last in batch.spans:
-        units[first:last].mul_(units[first:last].sum(dim=0))
-    others = units.sum(dim=-1) - (norms[..., 0] > 0).float()  # [T, L', H]
-    logits = others.neg_().div_(batch.token_lengths()[:, None, None])
-    for first, last in batch.spans:
-        logits[first:last] = logits[first:last].softmax(dim=0)
-    return logits
+        scores[first:last] = scores[first:last].softmax(dim=0)
+    return scores
+
+
+def _nonzero(norms: Tensor) -> Tensor:
+    return norms.masked_fill(norms == 0, 1.0)

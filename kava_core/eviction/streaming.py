@@ -29,7 +29,7 @@ class Streaming(Policy):
             )
 
     def score(self, batch: CacheBatch) -> Tensor:
-        index = batch.token_indices()
-        anchors = batch.token_lengths() + self.first - index  # above every index
+        index = batch.token_indices
+        anchors = batch.token_lengths + self.first - index  # above every index
         score = torch.where(index < self.first, anchors, index).float()
         return score[:, None, None].expand(batch.shape)

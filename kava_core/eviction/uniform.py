@@ -21,8 +21,8 @@ class Uniform(Policy):
     def score(self, batch: CacheBatch) -> Tensor:
         if batch.budgets is None:
             raise ValueError("uniform spacing depends on the budgets: set batch.budgets")
-        lengths = batch.token_lengths()[:, None]
-        index = batch.token_indices()[:, None]
+        lengths = batch.token_lengths[:, None]
+        index = batch.token_indices[:, None]
         budgets = torch.tensor(batch.budgets, device=lengths.device)
         slots = torch.minimum(lengths, budgets)  # [T, L']
         gaps = 2 * (lengths - 1).clamp(min=1)

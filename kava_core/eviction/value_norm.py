@@ -16,4 +16,7 @@ class ValueNorm(Policy):
     """S = ‖v_i‖, in the spirit of VaSE (arXiv 2606.03928), which protects large value norms."""
 
     def score(self, batch: CacheBatch) -> Tensor:
-        return torch.linalg.vector_norm(batch.float_values(), dim=-1)
+        score = torch.empty(batch.shape, device=batch.keys.device)
+        for tokens, _ in batch.pieces():
+            score[tokens] = torch.linalg.vector_norm(batch.float_values(tokens), dim=-1)
+        return score

@@ -134,15 +134,33 @@ def test_scores_do_not_depend_on_the_batch(
 
 
 @every_policy
-def test_a_record_too_long_for_one_block_is_scored_the_same(name: str, settings: dict) -> None:
-    batch = naive.make_batch([40, 9000, 3], layers=2, heads=2, dim=128)
-    blocks = [(block.ids, layers) for block, _, layers in batch.blocks()]
-    assert (("r1",), slice(0, 1)) in blocks
+def test_a_record_too_long_for_one_piece_is_scored_the_same(name: str, settings: dict) -> None:
+    batch = naive.make_batch([40, 9000, 3, 5], layers=2, heads=2, dim=64)
+    pieces = [(tokens.stop - tokens.start, records) for tokens, records in batch.pieces()]
+    assert pieces[0] == (40, [(0, slice(0, 40))])
+    assert [records[0][0] for _, records in pieces[1:-1]] == [1] * 5
+    assert pieces[-1] == (8, [(2, slice(0, 3)), (3, slice(3, 8))])
     policy = make_policy(name, **settings)
     together = evict(batch, policy, [6, 4])
     for record in range(3):
         single = evict(alone(batch, record), policy, [6, 4])
         assert torch.equal(single.slot_positions[0], together.slot_positions[record])
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0, 30.0])
+def test_long_traces_are_scored_as_exactly_as_short_ones(shared: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(4096, 2, 2, 64, generator=generator) + shared
+    importance = torch.rand(4096, 2, 2, generator=generator) / 4096
+    batch = CacheBatch.from_ragged(keys, keys, importance, [0, 4096], ["long"])
+    scores = score_all(make_policy("rkv", lam=0.3), batch)
+    for layer in range(2):
+        units = torch.nn.functional.normalize(keys[:, layer].double(), dim=-1).transpose(0, 1)
+        cosines = units @ units.transpose(1, 2)  # [H, N, N]
+        cosines.diagonal(dim1=1, dim2=2).zero_()
+        expected = 0.7 * (-cosines.sum(2) / 4096).softmax(1).T
+        expected += 0.3 * importance[:, layer].double()
+        torch.testing.assert_close(scores[:, layer].double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["redundancy", "rkv", "attention", "key_norm", "value_norm"])

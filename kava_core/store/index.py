@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,7 +126,7 @@ class Index:
         self.path = path / INDEX_FILE
         self._manifest = manifest
         self._checksums = checksums
-        self._starts = np.concatenate(([0], np.cumsum(manifest.shards)))
+        self._starts = [0, *accumulate(manifest.shards)]
         self._reader: pa.ipc.RecordBatchFileReader | None = None
         self._batches: dict[int, dict[str, Any]] = {}
 
@@ -135,8 +137,8 @@ class Index:
         """Shard and row of record i."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of a store of {len(self)}")
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return shard, i - int(self._starts[shard])
+        shard = bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
 
     def record(self, i: int) -> Record:
         """Record i, in the order of the store."""

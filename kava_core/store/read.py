@@ -3,9 +3,8 @@
 Opening reads the manifest and looks at file sizes, nothing else. A file's checksum is checked the
 first time something is read from it, so that a damaged store cannot give a wrong batch.
 
-Batches are read with `preadv` straight into a buffer that is used again, rather than through a
-memory map: as fast, and a file cut short while it is in use is an error that can be explained
-instead of a SIGBUS.
+Shards are memory-mapped, and a batch is copied row by row from the maps straight into a buffer that
+is used again: the process's own memory does not grow with the store.
 """
 
 from __future__ import annotations
@@ -271,21 +270,10 @@ class Buffer:
     """Memory for a batch, used again and again: a batch read into it replaces the one before."""
 
     tensors: dict[str, Tensor]
-    views: dict[str, memoryview] = field(repr=False)
+    slots: list[list[np.ndarray]] = field(repr=False)  # per record, its bytes in each tensor
 
     def __len__(self) -> int:
-        return self.tensors["slot_counts"].shape[0]
-
-
-@dataclass
-class _OpenShard:
-    """An open file, and where each tensor begins and how long one record of it is (bytes)."""
-
-    file: int
-    places: dict[str, tuple[int, int]]
-
-    def __del__(self) -> None:
-        os.close(self.file)
+        return len(self.slots)
 
 
 class TargetsStore(_Store):
@@ -298,7 +286,8 @@ class TargetsStore(_Store):
 
     def __init__(self, path: Path, manifest: Manifest, *, checksums: bool) -> None:
         super().__init__(path, manifest, checksums=checksums)
-        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        # per shard, the bytes of each tensor [N, …], in the order of `shard_layout`
+        self._maps: OrderedDict[int, list[np.ndarray]] = OrderedDict()
         self._agreed: set[int] = set()
         self._lock = threading.Lock()
 
@@ -317,8 +306,8 @@ class TargetsStore(_Store):
             name: torch.empty(spec.shape, dtype=spec.dtype, pin_memory=pin)
             for name, spec in layout.items()
         }
-        views = {name: _bytes(x) for name, x in tensors.items()}
-        return Buffer(tensors, views)
+        rows = [_rows(x) for x in tensors.values()]
+        return Buffer(tensors, [list(slot) for slot in zip(*rows, strict=True)])
 
     def batch(self, indices: Sequence[int], out: Buffer | None = None) -> TargetsBatch:
         """The records at `indices`, in that order.
@@ -330,29 +319,11 @@ class TargetsStore(_Store):
         if count > len(out):
             raise ValueError(f"a buffer for {len(out)} records cannot hold {count}")
         with self._lock:
-            for slot, i in enumerate(indices):
+            for i, views in zip(indices, out.slots, strict=False):
                 shard, row = self.index.locate(int(i))
-                self._read_row(shard, row, slot, out)
+                for view, tensor in zip(views, self._shard(shard), strict=True):
+                    view[:] = tensor[row]
         return self._assemble([int(i) for i in indices], out)
-
-    def _read_row(self, shard: int, row: int, slot: int, out: Buffer) -> None:
-        opened = self._shard(shard)
-        for name, (begin, size) in opened.places.items():
-            view = out.views[name][slot * size : (slot + 1) * size]
-            if os.preadv(opened.file, [view], begin + row * size) != size:
-                self._read_rest(opened.file, view, begin + row * size, shard)
-
-    def _read_rest(self, file: int, view: memoryview, begin: int, shard: int) -> None:
-        """Read what one call left unread: huge rows, or a file that has become shorter."""
-        done = 0
-        while done < len(view):
-            got = os.preadv(file, [view[done:]], begin + done)
-            if got == 0:
-                raise KavaError(
-                    f"{self.path / shard_name(shard)} ended too early: it was cut short while in "
-                    f"use. {REMAKE}"
-                )
-            done += got
 
     def _assemble(self, indices: list[int], out: Buffer) -> TargetsBatch:
         tensors = {name: x[: len(indices)] for name, x in out.tensors.items()}
@@ -366,39 +337,33 @@ class TargetsStore(_Store):
             slot_positions=tensors["slot_positions"],
         )
 
-    def _shard(self, shard: int) -> _OpenShard:
-        """The open file of a shard; checked when it is first opened by this process."""
-        opened = self._open_shards.get(shard)
-        if opened is not None:
-            self._open_shards.move_to_end(shard)
-            return opened
+    def _shard(self, shard: int) -> list[np.ndarray]:
+        """The maps of a shard; checked when it is first used by this process."""
+        maps = self._maps.get(shard)
+        if maps is not None:
+            self._maps.move_to_end(shard)
+            return maps
         name = shard_name(shard)
         self._check_content(name)
         records = self.manifest.shards[shard]
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
-        places = {
-            key: (begin, (end - begin) // records)
-            for key, (begin, end) in read_header(self.path / name, layout).items()
-        }
-        opened = _OpenShard(os.open(self.path / name, os.O_RDONLY), places)
+        spans = read_header(self.path / name, layout)
+        whole = np.asarray(np.memmap(self.path / name, np.uint8, "r"))
+        tensors = {key: whole[slice(*spans[key])].reshape(records, -1) for key in layout}
         if shard not in self._agreed:
-            self._check_slots(shard, opened)
+            self._check_slots(shard, tensors["slot_counts"], tensors["slot_positions"])
             self._agreed.add(shard)
-        self._open_shards[shard] = opened
-        if len(self._open_shards) > OPEN_FILES:
-            self._open_shards.popitem(last=False)
-        return opened
+        self._maps[shard] = list(tensors.values())
+        if len(self._maps) > OPEN_FILES:
+            self._maps.popitem(last=False)
+        return self._maps[shard]
 
-    def _check_slots(self, shard: int, opened: _OpenShard) -> None:
+    def _check_slots(self, shard: int, counts: np.ndarray, positions: np.ndarray) -> None:
         """The slots of a shard fit the trace lengths in the index."""
         lengths = self.index.shard(shard)["n_cot"]
-        begin, size = opened.places["slot_counts"]
-        counts = os.pread(opened.file, size * len(lengths), begin)
-        begin, size = opened.places["slot_positions"]
-        positions = os.pread(opened.file, size * len(lengths), begin)
-        highest = np.frombuffer(positions, np.int32).reshape(len(lengths), -1).max(1)
-        most = np.frombuffer(counts, np.int32).reshape(len(lengths), -1).max(1)
-        if (highest >= lengths).any() or (most > np.minimum(lengths, self.geometry.slots)).any():
+        most = np.minimum(lengths, self.geometry.slots)
+        highest, last = counts.copy().view(np.int32).max(1), positions.copy().view(np.int32).max(1)
+        if (last >= lengths).any() or (highest > most).any():
             raise KavaError(
                 f"{self.path / shard_name(shard)} and the index disagree: a slot lies past the end "
                 f"of its trace. {REMAKE}"
@@ -482,5 +447,6 @@ def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:
     return TargetsStore(Path(path), manifest, checksums=checksums)
 
 
-def _bytes(x: Tensor) -> memoryview:
-    return x.view(-1).view(torch.uint8).numpy().data
+def _rows(x: Tensor) -> list[np.ndarray]:
+    """The bytes of each row of a contiguous tensor, writable."""
+    return list(x.view(torch.uint8).view(len(x), -1).numpy())

@@ -53,7 +53,7 @@ from kava_core.store.manifest import FileInfo, Manifest, load_manifest
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
 # Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
-PIECE = 1 << 18
+PIECE = 1 << 16
 
 
 def write_teacher_shard(
@@ -338,10 +338,16 @@ def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     x = x.reshape(x.shape[0], x.shape[1], -1)
     step = max(1, PIECE // x[0].numel())
     total, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for piece in x.split(step):
-        exact = piece.float().double()
-        total += exact.sum(-1).numpy().sum(0)
-        squares += exact.square_().sum(-1).numpy().sum(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # pieces this small only lose by being cut up further
+    try:
+        for piece in x.split(step):
+            wide = piece.float()
+            total += wide.sum(-1, dtype=torch.float64).numpy().sum(0)
+            norm = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
+            squares += norm.square().numpy().sum(0)
+    finally:
+        torch.set_num_threads(threads)
     return total, squares
 
 

@@ -177,3 +177,18 @@ def test_lora_starts_as_the_teacher_and_its_b_is_trained(name: str) -> None:
         else:
             assert parameter.grad is None, path
     assert bool(student.bot.grad.any())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_mixed_precision_follows_float32(name: str) -> None:
+    """As the Trainer runs it: float32 weights under autocast, the rotation looked up inside."""
+    exact, mixed = (tiny_student(name, iterations=0).float() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        reasoning = mixed(*QUESTION, *ANSWER)
+        keys = mixed.slot_keys(reasoning, "pre_rope")
+        assert torch.equal(mixed.rotary().inv_freq, exact.rotary().inv_freq)
+        loss = kv_loss(mixed)
+    assert_near(keys[:, 0], exact.slot_keys(exact(*QUESTION, *ANSWER), "pre_rope")[:, 0], 0.03)
+    loss.backward()
+    assert {p.grad.dtype for p in mixed.parameters() if p.grad is not None} == {torch.float32}
+    assert bool(mixed.initial_latents.grad.any(-1).all())

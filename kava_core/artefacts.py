@@ -101,10 +101,14 @@ def work_folder(output: Path, key: Any) -> Path:
 
 
 def publish(built: Path, output: Path) -> None:
-    """Rename the complete folder `built` to `output`, replacing what was there."""
+    """Rename the complete folder `built` to `output`, replacing what was there.
+
+    `built` lies in a folder of `work_folder`, which is removed with all else it holds (checkpoints).
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists():
         shutil.rmtree(output)
     sync(built)
     built.replace(output)
     sync(output.parent)
+    shutil.rmtree(built.parent)

@@ -13,6 +13,7 @@ a teacher store on disk, against copying that store's shards with checksums.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -104,6 +105,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed but did not give back
     Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
     before = status_bytes("VmRSS")
     run()

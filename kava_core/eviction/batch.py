@@ -201,8 +201,8 @@ class CacheBatch:
         if self.importance is None:
             raise KavaError(
                 "this policy scores tokens by the answer's attention to them (`importance`), which "
-                "this teacher cache does not hold. The generate stage stores it: run that again, or "
-                "set `policy` to one that does without."
+                "this teacher cache does not hold. The generate stage stores it: run that again, "
+                "or set `policy` to one that does without."
             )
         return self._chosen(self.importance).float()
 

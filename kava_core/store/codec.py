@@ -266,7 +266,8 @@ def _bfloat16_up(x: Tensor) -> Tensor:
 
 def _torchao() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """torchao's quantise and dequantise; imported late, it takes a second."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it names every kernel it cannot load
+    for name in ("torchao", "torch.utils._pytree"):  # kernels it cannot load, enums it registers
+        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization.quant_primitives import dequantize_affine, quantize_affine
 
     return quantize_affine, dequantize_affine

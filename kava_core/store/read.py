@@ -184,6 +184,14 @@ class _Store:
         """Teacher layer → row of keys, values and slots that stands for it."""
         return self.geometry.layer_map
 
+    def check_shard(self, shard: int) -> None:
+        """KavaError if a shard is damaged or disagrees with the manifest or the index."""
+        raise NotImplementedError
+
+    def check_calibration(self) -> None:
+        """KavaError if the calibration file is damaged."""
+        self._shared()
+
     def _check_content(self, name: str) -> None:
         """Once per file: it is still there, whole, and has the content that was written."""
         if name in self._checked:
@@ -264,6 +272,9 @@ class TeacherStore(_Store):
             endpoint=self._encoded("endpoint", tensors, geometry.hidden_size),
         )
 
+    def check_shard(self, shard: int) -> None:
+        self.shard(shard)
+
 
 @dataclass
 class Buffer:
@@ -336,6 +347,9 @@ class TargetsStore(_Store):
             slot_counts=tensors["slot_counts"],
             slot_positions=tensors["slot_positions"],
         )
+
+    def check_shard(self, shard: int) -> None:
+        self._shard(shard)
 
     def _shard(self, shard: int) -> list[np.ndarray]:
         """The maps of a shard; checked when it is first used by this process."""

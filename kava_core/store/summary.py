@@ -1,0 +1,93 @@
+"""What a store is, in words and numbers for a person."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kava_core.store.layout import CODE_BITS
+from kava_core.store.manifest import KIND_NAMES
+from kava_core.store.read import TargetsStore, TeacherStore
+
+BARS = 10
+
+
+def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
+    """Facts about a store, name and value: what it is, from what, and how big."""
+    manifest, geometry, codec = store.manifest, store.geometry, store.codec
+    size = sum(info.bytes for info in manifest.files.values())
+    quantised = {codec.keys, codec.values} & CODE_BITS.keys()
+    facts = [
+        ("kind", f"{manifest.kind}: {KIND_NAMES[manifest.kind]}"),
+        ("format version", str(manifest.format_version)),
+        ("records", f"{manifest.records:,} in {len(manifest.shards):,} shards"),
+        ("size", f"{readable(size)}, {readable(size / manifest.records)} per record"),
+        ("trace tokens", f"{manifest.trace_tokens:,}"),
+        ("layers", _layers(store)),
+        ("KV heads × dimension", f"{geometry.kv_heads} × {geometry.head_dim}"),
+        ("hidden size", str(geometry.hidden_size)),
+        (
+            "keys",
+            f"{codec.keys}, {manifest.rotary.phase.replace('_', '-').replace('rope', 'RoPE')}",
+        ),
+        ("values", codec.values),
+        ("endpoint", codec.endpoint),
+    ]
+    if geometry.slots:
+        facts.append(("slots (M)", str(geometry.slots)))
+        facts.append(("eviction engaged", f"on {engaged(store):.1%} of the traces"))
+    if quantised:
+        facts.append(("one scale per", codec.granularity))
+    if manifest.drift is not None:
+        for name in ("keys", "values"):
+            error = getattr(manifest.drift, f"{name}_relative_l2")
+            changed = getattr(manifest.drift, f"{name}_neighbour_changed")
+            facts.append(
+                (
+                    f"drift of {name}",
+                    f"relative L2 {min(error):.4f} to {max(error):.4f} over the layers; nearest "
+                    f"neighbour changed for {np.mean(changed):.1%}",
+                )
+            )
+    facts += [(f"made from {name}", value) for name, value in manifest.fingerprints.items()]
+    facts.append(("made with", ", ".join(f"{k} {v}" for k, v in manifest.software.items())))
+    facts += [(f"setting {name}", str(value)) for name, value in manifest.settings.items()]
+    return facts
+
+
+def engaged(store: TeacherStore | TargetsStore) -> float:
+    """The share of records whose trace has more tokens than the store has slots."""
+    return float((store.index.column("n_cot") > store.geometry.slots).mean())
+
+
+def length_histogram(store: TeacherStore | TargetsStore) -> list[tuple[int, int, int]]:
+    """Trace lengths in at most ten equal steps: first length, last length, records."""
+    lengths = store.index.column("n_cot")
+    low, high = int(lengths.min()), int(lengths.max())
+    step = math.ceil((high - low + 1) / BARS)
+    counts = np.bincount((lengths - low) // step)
+    return [
+        (low + i * step, min(low + (i + 1) * step - 1, high), int(count))
+        for i, count in enumerate(counts)
+    ]
+
+
+def readable(size: float) -> str:
+    """A number of bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _layers(store: TeacherStore | TargetsStore) -> str:
+    geometry = store.geometry
+    kept = f"{len(geometry.layers)} of {geometry.model_layers}"
+    if len(geometry.layers) < geometry.model_layers:
+        kept += f" ({', '.join(map(str, geometry.layers))})"
+    if geometry.share != "none":
+        groups = " ".join("+".join(map(str, group)) for group in geometry.groups)
+        kept += f", {geometry.share} shared by {groups}"
+    return kept

@@ -1,0 +1,66 @@
+"""Is a store whole? Every damage found, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from kava_core.errors import KavaError
+from kava_core.store.index import Index
+from kava_core.store.layout import CALIBRATION_FILE, MANIFEST_FILE, shard_name
+from kava_core.store.manifest import Manifest, load_manifest
+from kava_core.store.read import TargetsStore, TeacherStore
+
+
+def open_store(path: Path, *, checksums: bool = True) -> TeacherStore | TargetsStore:
+    """The store in folder `path`, of whichever kind it is."""
+    if load_manifest(path).kind == "teacher_kv":
+        return TeacherStore.open(path, checksums=checksums)
+    return TargetsStore.open(path, checksums=checksums)
+
+
+def verify(path: Path, *, full: bool = False) -> list[str]:
+    """What is wrong with the store in folder `path`; empty if nothing is.
+
+    Looks at the manifest, file lengths, headers, the index, and whether they agree; with `full` at
+    every checksum too, which reads the whole store.
+    """
+    return [problem for _, problem in verify_files(path, full=full) if problem is not None]
+
+
+def verify_files(path: Path, *, full: bool = False) -> Iterator[tuple[str, str | None]]:
+    """`verify`, file by file: its name and what is wrong with it, or None."""
+    try:
+        manifest = load_manifest(path)
+        store = open_store(path, checksums=full)
+        store.index = Index(path, manifest)  # small enough to be read whole in any case
+    except KavaError as error:
+        yield MANIFEST_FILE, str(error)
+        return
+    yield MANIFEST_FILE, None
+    yield from _extra_files(path, manifest)
+    if manifest.codec.calibrated:
+        yield CALIBRATION_FILE, _problem(store, None)
+    for shard in range(len(manifest.shards)):
+        yield shard_name(shard), _problem(store, shard)
+
+
+def _problem(store: TeacherStore | TargetsStore, shard: int | None) -> str | None:
+    try:
+        if shard is None:
+            store.check_calibration()
+        else:
+            store.check_shard(shard)
+    except KavaError as error:
+        return str(error)
+    return None
+
+
+def _extra_files(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    for file in sorted(path.iterdir()):
+        if file.name not in manifest.files and file.name != MANIFEST_FILE:
+            yield (
+                file.name,
+                f"{file} does not belong to the store: its manifest does not list it. Delete it "
+                "or move it out of the folder.",
+            )

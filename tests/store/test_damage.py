@@ -1,0 +1,318 @@
+"""A damaged, foreign or hostile store gives one sentence that names the file and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from kava_core.artefacts import file_digest
+from kava_core.errors import KavaError
+from kava_core.store import (
+    Expectation,
+    TargetsStore,
+    TeacherStore,
+    write_targets_shard,
+    write_teacher_shard,
+)
+from kava_core.store.manifest import manifest_digest
+from kava_core.store.verify import open_store, verify
+from stages.store import store_group
+from tests.store.make import (
+    FLOAT32,
+    GEOMETRY,
+    TARGETS_GEOMETRY,
+    make_targets_store,
+    make_teacher_store,
+    targets_data,
+    teacher_data,
+)
+
+SHARD = "shard-00001.safetensors"
+
+
+@pytest.fixture(params=["teacher_kv", "kv_targets"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    (make_teacher_store if request.param == "teacher_kv" else make_targets_store)(folder)
+    return folder
+
+
+def use(folder: Path) -> None:
+    """Read everything that there is in a store, as a stage would."""
+    store = open_store(folder)
+    if isinstance(store, TeacherStore):
+        for k in range(store.shards):
+            store.shard(k).keys.dequantise()
+    else:
+        store.batch(range(len(store))).dequantise()
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest and set its digest right again, as a hostile or careless hand would."""
+    file = folder / "manifest.json"
+    plain = json.loads(file.read_text())
+    change(plain)
+    plain["digest"] = manifest_digest(plain)
+    file.write_text(json.dumps(plain))
+
+
+def register(folder: Path, name: str) -> None:
+    """Make the manifest agree with what the file holds now."""
+    file = folder / name
+    entry = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+    edit_manifest(folder, lambda plain: plain["files"].update({name: entry}))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / SHARD, (folder / SHARD).stat().st_size - 8)
+
+
+def flip(folder: Path, name: str = SHARD) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / name).write_bytes(content)
+
+
+def remove(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def link_out(folder: Path) -> None:
+    outside = folder.parent / "elsewhere"
+    shutil.move(folder / SHARD, outside)
+    (folder / SHARD).symlink_to(outside)
+
+
+def wrong_dtype(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    tensors["keys"] = tensors["keys"].half()
+    save_file(tensors, folder / SHARD)
+    register(folder, SHARD)
+
+
+def not_safetensors(folder: Path) -> None:
+    (folder / SHARD).write_bytes(b"\xff" * 100)
+    register(folder, SHARD)
+
+
+def shorter_index(folder: Path) -> None:
+    """The index has a row less than the shard."""
+    with pa.OSFile(str(folder / "index.arrow")) as source:
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch(0), reader.get_batch(1).slice(0, 2)]
+    write_batches(folder, batches)
+
+
+def longer_trace(folder: Path) -> None:
+    """The index gives a trace one token less than the shard has."""
+    with pa.OSFile(str(folder / "index.arrow")) as source:
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch(0), reader.get_batch(1)]
+    columns = batches[1].to_pydict()
+    longest = int(np.argmax(columns["n_cot"]))
+    columns["n_cot"][longest] = 1
+    columns["cot_ids"][longest] = [5]
+    write_batches(folder, [batches[0], pa.RecordBatch.from_pydict(columns, batches[1].schema)])
+
+
+def write_batches(folder: Path, batches: list[pa.RecordBatch]) -> None:
+    with (
+        pa.OSFile(str(folder / "index.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, batches[0].schema) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+    register(folder, "index.arrow")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated shard": (truncate, rf"{SHARD} has \d+ bytes, the manifest says"),
+    "flipped byte": (flip, rf"{SHARD} does not match its checksum"),
+    "flipped byte in the index": (lambda f: flip(f, "index.arrow"), r"index\.arrow does not match"),
+    "missing shard": (remove, rf"{SHARD} is missing"),
+    "link out of the folder": (link_out, rf"{SHARD} is a symbolic link out of"),
+    "wrong dtype": (wrong_dtype, rf"{SHARD}: tensor (keys|importance) is float16"),
+    "not safetensors": (not_safetensors, rf"{SHARD} is not a safetensors file"),
+    "index shorter than shard": (shorter_index, r"index\.arrow has 2 rows for shard 1.*says 3"),
+    "index and shard disagree": (longer_trace, rf"{SHARD}(: tensor| and the index disagree)"),
+    "manifest changed": (
+        lambda f: (f / "manifest.json").write_text(
+            (f / "manifest.json").read_text().replace('"budget"', '"Budget"')
+        ),
+        r"manifest\.json does not match its own digest",
+    ),
+    "manifest is no JSON": (
+        lambda f: (f / "manifest.json").write_text("{"),
+        r"manifest\.json is not valid JSON",
+    ),
+    "manifest missing": (lambda f: (f / "manifest.json").unlink(), r"manifest\.json is missing"),
+    "zero records": (
+        lambda f: edit_manifest(f, lambda m: m.update(records=0, shards=[])),
+        r"manifest\.json says that the store has zero records",
+    ),
+    "a path out of the folder": (
+        lambda f: edit_manifest(f, lambda m: m["files"].update({"../x": m["files"][SHARD]})),
+        r"manifest\.json names the file '\.\./x'",
+    ),
+    "an absolute path": (
+        lambda f: edit_manifest(f, lambda m: m["files"].update({"/etc/x": m["files"][SHARD]})),
+        r"manifest\.json names the file '/etc/x'",
+    ),
+    "a newer format": (
+        lambda f: edit_manifest(f, lambda m: m.update(format_version=2, unheard="of")),
+        r"format version 2, this program reads up to 1",
+    ),
+    "an unknown key": (
+        lambda f: edit_manifest(f, lambda m: m.update(unheard="of")),
+        r"manifest\.json: unheard: ",
+    ),
+    "a wrong type": (
+        lambda f: edit_manifest(f, lambda m: m["geometry"].update(kv_heads="two")),
+        r"manifest\.json: geometry\.kv_heads: ",
+    ),
+    "a file left out": (
+        lambda f: edit_manifest(f, lambda m: m["files"].pop(SHARD)),
+        rf"manifest\.json: files lists wrongly or leaves out {SHARD}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_and_never_gives_a_wrong_batch(store: Path, name: str) -> None:
+    damage, message = DAMAGE[name]
+    use(store)
+    damage(store)
+    with pytest.raises(KavaError, match=message):
+        use(store)
+    result = CliRunner().invoke(store_group, ["verify", str(store), "--full"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert len(result.stderr.splitlines()) == len(verify(store, full=True)) >= 1
+
+
+def test_an_extra_file_is_named(store: Path) -> None:
+    (store / "shard-00002.safetensors").write_bytes(b"")
+    problems = verify(store)
+    assert len(problems) == 1
+    assert "shard-00002.safetensors does not belong to the store" in problems[0]
+
+
+def test_damage_after_opening_is_found(tmp_path: Path) -> None:
+    make_targets_store(tmp_path / "store")
+    targets = TargetsStore.open(tmp_path / "store")
+    targets.batch([0])
+    truncate(tmp_path / "store")
+    with pytest.raises(KavaError, match=f"{SHARD} has"):
+        targets.batch([6])
+
+
+def test_quick_verification_leaves_contents_alone(store: Path) -> None:
+    assert verify(store) == verify(store, full=True) == []
+    flip(store)
+    assert verify(store) == []
+    assert len(verify(store, full=True)) == 1
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    make_teacher_store(tmp_path / "store")
+    with pytest.raises(KavaError, match=r"\(teacher_kv\), but .*\(kv_targets\) is needed"):
+        TargetsStore.open(tmp_path / "store")
+    with pytest.raises(KavaError, match="is not a folder"):
+        TargetsStore.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        (Expectation(teacher="other"), r"teacher tttttttt, this run has other"),
+        (Expectation(tokenizer="other"), r"tokenizer kkkkkkkk, this run has other"),
+        (Expectation(teacher_kv="other"), r"teacher_kv \(not recorded\), this run has other"),
+        (Expectation(model_layers=4), r"model_layers 3, this run expects 4"),
+        (Expectation(kv_heads=4), r"kv_heads 2, this run expects 4"),
+        (Expectation(head_dim=8), r"head_dim 6, this run expects 8"),
+        (Expectation(hidden_size=8), r"hidden_size 10, this run expects 8"),
+        (Expectation(slots=8), r"slots 4, this run expects 8"),
+        (Expectation(rotary_phase="post_rope"), r"pre_rope, this run expects post_rope"),
+    ],
+)
+def test_a_store_that_is_not_what_the_run_expects(
+    tmp_path: Path, expected: Expectation, message: str
+) -> None:
+    make_targets_store(tmp_path / "store")
+    with pytest.raises(KavaError, match=message):
+        TargetsStore.open(tmp_path / "store", expected)
+    fits = Expectation(teacher="tttttttt", tokenizer="kkkkkkkk", model_layers=3, slots=4)
+    TargetsStore.open(tmp_path / "store", fits)
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "importance", "endpoint"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_record_that_is_not_finite_is_named(
+    tmp_path: Path, name: str, bad: float, bits: int
+) -> None:
+    data = teacher_data(3)
+    tokens = [len(record.cot_ids) for record in data.records]
+    place = 1 if name == "endpoint" else tokens[0] + tokens[1] - 1
+    getattr(data, name)[place].view(-1)[-1] = bad
+    codec = FLOAT32.from_bits(keys=bits, values=bits, endpoint=bits)
+    with pytest.raises(KavaError, match=rf"record '0-1' has a NaN or an infinity in its {name}"):
+        write_teacher_shard(tmp_path, 0, **vars(data), geometry=GEOMETRY, codec=codec)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_too_large_for_the_dtype_is_named(tmp_path: Path) -> None:
+    data = targets_data(2)
+    data.endpoint[1, 0, 0] = 1e6
+    codec = FLOAT32.from_bits(endpoint=16, half="float16")
+    with pytest.raises(KavaError, match=r"record '0-1' has .* in its endpoint \(float16\)"):
+        write_targets_shard(tmp_path, 0, **vars(data), geometry=TARGETS_GEOMETRY, codec=codec)
+
+
+def test_wrong_shapes_and_dtypes_are_refused(tmp_path: Path) -> None:
+    for name, wrong in (
+        ("keys", lambda x: x[:, :2]),
+        ("values", lambda x: x.int()),
+        ("slot_counts", lambda x: x.float()),
+        ("slot_positions", lambda x: x[..., :3]),
+        ("endpoint", lambda x: x[:1]),
+    ):
+        fields = vars(targets_data(2))
+        fields[name] = wrong(fields[name])
+        with pytest.raises(KavaError, match=rf"shard 0: {name} must be"):
+            write_targets_shard(tmp_path, 0, **fields, geometry=TARGETS_GEOMETRY, codec=FLOAT32)
+
+
+def test_impossible_slots_are_named(tmp_path: Path) -> None:
+    for spoil in (
+        lambda counts, _: counts[1].fill_(5),
+        lambda counts, _: counts[1].zero_(),
+        lambda _, positions: positions[1].fill_(2),
+        lambda _, positions: positions[1, 0, 0].fill_(-1),
+        lambda _, positions: positions[1, :, :, 0].fill_(99),
+    ):
+        data = targets_data(2)
+        spoil(data.slot_counts, data.slot_positions)
+        with pytest.raises(KavaError, match=r"record '0-1' .* has impossible slots"):
+            write_targets_shard(tmp_path, 0, **vars(data), geometry=TARGETS_GEOMETRY, codec=FLOAT32)
+
+
+def test_an_empty_trace_is_named(tmp_path: Path) -> None:
+    fields = vars(teacher_data(2))
+    fields["records"][1].cot_ids.clear()
+    length = len(fields["records"][0].cot_ids)
+    for name in ("keys", "values", "importance"):
+        fields[name] = fields[name][:length]
+    with pytest.raises(KavaError, match="record '0-1' has no tokens in cot_ids"):
+        write_teacher_shard(tmp_path, 0, **fields, geometry=GEOMETRY, codec=FLOAT32)

@@ -1,0 +1,115 @@
+"""A copy of the project in a folder of its own, driven as a person would: by its commands."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(sys.executable).parent
+
+
+class Project:
+    """A clone at `path` whose active pipeline is `smoke`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = {
+            **os.environ,
+            "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@example.org",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@example.org",
+        }
+
+    @classmethod
+    def clone(cls, path: Path) -> Project:
+        """Copy what git tracks (and what it would, were it added) and commit it anew."""
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file() and name != "dvc.lock":
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, path / name)
+        project = cls(path)
+        project.change("pipeline", "smoke")
+        for command in (["git", "init", "-q"], ["git", "add", "-A"]):
+            project.run(*command)
+        project.run("git", "commit", "-q", "-m", "Start")
+        return project
+
+    def run(self, *command: str, expect: int = 0) -> str:
+        """Run a command here; returns stdout and stderr together."""
+        done = subprocess.run(
+            command,
+            cwd=self.path,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == expect, f"{command} gave {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+    def kava(self, *arguments: str, expect: int = 0) -> str:
+        return self.run(sys.executable, "-m", "stages", *arguments, expect=expect)
+
+    def repro(self) -> set[str]:
+        """`dvc repro`; the stages DVC says it ran (not those it restored or skipped)."""
+        return set(re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro")))
+
+    def change(self, key: str, value: Any) -> None:
+        """Set a dotted key of pipelines.yaml."""
+        file = self.path / "pipelines.yaml"
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        section = settings
+        *path, last = key.split(".")
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+    def kill_when(self, ready: Callable[[], bool], *arguments: str) -> None:
+        """Start `kava …` and SIGKILL it and all its children once `ready()`; it must still run."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stages", *arguments],
+            cwd=self.path,
+            env=self.environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 300
+        while not ready():
+            assert process.poll() is None, "the stage ended before it could be killed"
+            assert time.monotonic() < deadline, "the stage did not get there in time"
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """File name → hash of its content, for everything in `folder`."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }

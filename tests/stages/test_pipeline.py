@@ -1,0 +1,85 @@
+"""The pipeline as its users run it: real DVC, real Ray, the smoke settings."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from tests.stages.project import Project
+
+STUDENTS = {"kava", "codi", "pccot", "no-cot", "no-cot-equal-time"}
+AFTER_EVICTION = {
+    "evict",
+    "distill@kava",
+    "distill@codi",
+    "distill@pccot",
+    "evaluate",
+    "report",
+}
+
+
+def test_metrics_have_the_documented_form(finished: Project) -> None:
+    metrics = json.loads((finished.path / "data/smoke/evaluation/metrics.json").read_text())
+    (systems,) = metrics.values()
+    assert set(systems) == {"teacher-cot", "teacher-no-cot", *STUDENTS}
+    for entry in systems.values():
+        low, high = entry["ci95"]
+        assert 0 <= low <= entry["exact_match"] <= high <= 100
+        assert entry["n"] == 64 == sum(part["n"] for part in entry["by_steps"].values())
+        assert entry["forward_passes"] >= 1 and entry["tokens"] >= 1
+        assert entry["seconds_per_problem"] > 0
+    # T + 1 passes to the first answer token; the teacher writes its chain one token at a time.
+    assert systems["kava"]["forward_passes"] == pytest.approx(systems["kava"]["tokens"] + 2)
+    assert systems["no-cot"]["forward_passes"] == pytest.approx(systems["no-cot"]["tokens"])
+
+
+def test_dvc_shows_metrics_and_plots(finished: Project) -> None:
+    shown = json.loads(finished.run("dvc", "metrics", "show", "--json"))
+    assert "data/smoke/evaluation/metrics.json" in json.dumps(shown)
+    finished.run("dvc", "plots", "show", "--out", "plots")
+    assert (finished.path / "plots" / "index.html").is_file()
+
+
+def test_second_repro_does_nothing_in_seconds(finished: Project) -> None:
+    began = time.monotonic()
+    assert finished.repro() == set()
+    assert time.monotonic() - began < 30
+
+
+def test_a_new_budget_reruns_eviction_and_what_follows_and_setting_it_back_runs_nothing(
+    copy: Project,
+) -> None:
+    before = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
+    copy.change("pipelines.smoke.evict.budget", 3)
+    assert copy.repro() == AFTER_EVICTION
+    after = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
+    assert (before["geometry"]["slots"], after["geometry"]["slots"]) == (4, 3)
+
+    copy.change("pipelines.smoke.evict.budget", 4)
+    assert copy.repro() == set()
+    again = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
+    assert again == before
+
+
+def test_resources_rerun_nothing(copy: Project) -> None:
+    copy.change("pipelines.smoke.resources", {"workers": 1})
+    assert copy.repro() == set()
+
+
+@pytest.mark.slow
+def test_an_experiment_may_change_an_inherited_setting(copy: Project) -> None:
+    """`-S` into a section that takes its values from another by `<<` must not be lost."""
+    copy.run("git", "add", "-A")
+    copy.run("git", "commit", "-q", "-m", "Finish")
+    for key, value in (("evict.lambda", "0.5"), ("students.codi.iterations", "1")):
+        copy.run("dvc", "exp", "run", "-S", f"pipelines.yaml:pipelines.smoke.{key}={value}")
+    manifest = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
+    assert manifest["settings"]["evict"]["lambda"] == 0.5
+    students = copy.path / "data/smoke/students"
+    iterations = {
+        name: json.loads((students / name / "student.json").read_text())["settings"]["iterations"]
+        for name in ("kava", "codi", "pccot")
+    }
+    assert iterations == {"kava": 2, "codi": 1, "pccot": 2}

@@ -187,8 +187,6 @@ class CacheBatch:
         if phase == "pre_rope":
             return keys
         rotary, positions = self.rotation("redundancy_phase: post_rope")
-        if rotary.inv_freq.shape[-1] == 0:  # the model does not rotate
-            return keys
         cos, sin = rotary.layers(list(self.layers)).cos_sin(positions[tokens])  # [L', tokens, R/2]
         return rotate(keys, cos.transpose(0, 1)[:, :, None], sin.transpose(0, 1)[:, :, None])
 

@@ -138,8 +138,6 @@ def _gather(rows: Tensor, batch: CacheBatch, positions: Tensor) -> Tensor:
 def _rotate_slots(keys: Tensor, batch: CacheBatch, positions: Tensor) -> None:
     """Turn keys [B, L', H, M, D] in place to where their tokens stood; empty slots stay zero."""
     rotary, token_positions = batch.rotation("rotary_phase: post_rope")
-    if rotary.inv_freq.shape[-1] == 0:  # the model does not rotate
-        return
     starts = token_positions[list(batch.offsets[:-1])][:, None, None]
     for index, layer in enumerate(batch.layers):
         places = starts + positions[:, index].clamp(min=0)  # [B, H, M]

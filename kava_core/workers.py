@@ -88,6 +88,7 @@ def _on_ray(
     if started:
         # RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us.
         ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"),
             include_dashboard=False,
             configure_logging=False,
             log_to_driver=False,

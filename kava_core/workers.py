@@ -7,6 +7,7 @@ but their numbers goes through Ray. Ray is imported only when there are workers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 

@@ -49,11 +49,18 @@ class Encoded:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
         """The same, on `device`, still encoded."""
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        codes = self.codes.to(device, non_blocking=non_blocking)
-        return replace(self, codes=codes, scale=move(self.scale), zero=move(self.zero))
+    def pin_memory(self) -> Encoded:
+        """The same in pinned memory."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        if self.scale is None or self.zero is None:
+            return replace(self, codes=change(self.codes))
+        return replace(
+            self, codes=change(self.codes), scale=change(self.scale), zero=change(self.zero)
+        )
 
     def dequantise(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -119,6 +119,17 @@ class TargetsBatch:
             slot_positions=self.slot_positions.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> TargetsBatch:
+        """The same in pinned memory; torch's loader calls it where there is a CUDA device."""
+        return replace(
+            self,
+            keys=self.keys.pin_memory(),
+            values=self.values.pin_memory(),
+            endpoint=self.endpoint.pin_memory(),
+            slot_counts=self.slot_counts.pin_memory(),
+            slot_positions=self.slot_positions.pin_memory(),
+        )
+
     def dequantise(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float32
     ) -> TargetTensors:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,6 +78,7 @@ def write_teacher_shard(
 
     KavaError names the record for a NaN, an infinity, or a span without tokens.
     """
+    keys, values, importance, endpoint = (x.cpu() for x in (keys, values, importance, endpoint))
     lengths = [len(record.cot_ids) for record in records]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     lead = (sum(lengths), len(geometry.rows), geometry.kv_heads)
@@ -112,6 +114,8 @@ def write_targets_shard(
 
     KavaError names the record for a NaN, an infinity, or impossible slots.
     """
+    keys, values, endpoint = (x.cpu() for x in (keys, values, endpoint))
+    slot_counts, slot_positions = slot_counts.cpu(), slot_positions.cpu()
     lead = (len(records), len(geometry.rows), geometry.kv_heads, geometry.slots)
     _expect_shape(shard, "slot_counts", slot_counts, lead[:-1])
     _expect_shape(shard, "slot_positions", slot_positions, lead)
@@ -196,7 +200,7 @@ def finalise(
     names = [INDEX_FILE]
     if shared:
         with atomic_path(folder / CALIBRATION_FILE) as temporary:
-            save_file(shared, temporary)
+            _save(shared, temporary, folder / CALIBRATION_FILE)
         names.append(CALIBRATION_FILE)
     for name in names:
         file = folder / name
@@ -279,7 +283,7 @@ def _write(
     drift: dict[str, Any] | None = None
     file = folder / shard_name(shard)
     with atomic_path(file) as temporary, ThreadPoolExecutor(2) as threads:
-        save_file(tensors, temporary)
+        _save(tensors, temporary, file)
         # The disk, the checksum and the sums keep each other no company: let them overlap.
         synced = threads.submit(sync, temporary)
         digest = threads.submit(file_digest, temporary)
@@ -317,6 +321,16 @@ def _write(
         }
     with atomic_path(_side_path(folder, shard)) as temporary:
         temporary.write_text(canonical_json(side), encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], temporary: Path, file: Path) -> None:
+    try:
+        save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        raise KavaError(
+            f"{file} cannot be written ({error}). Free some space on that disk, or check that the "
+            "folder may be written to; finished shards are kept."
+        ) from None
 
 
 def stored_tensors(name: str, item: Encoded) -> dict[str, Tensor]:

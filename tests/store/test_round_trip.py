@@ -174,3 +174,24 @@ def test_finalise_names_what_is_missing(tmp_path: Path) -> None:
         finish(tmp_path, "teacher_kv", 2, GEOMETRY, Codec())
     with pytest.raises(KavaError, match="needs records, found none"):
         finish(tmp_path, "teacher_kv", 0, GEOMETRY, FLOAT32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_batches_reach_a_cuda_device_through_pinned_memory(tmp_path: Path, bits: int) -> None:
+    make_targets_store(tmp_path / "store", codec=Codec.from_bits(keys=bits, values=bits))
+    store = TargetsStore.open(tmp_path / "store")
+    here = store.batch([4, 2]).dequantise()
+    (pinned,) = read_ahead(store, [[4, 2]], records=2, pin=True)
+    assert pinned.keys.codes.is_pinned()
+    for batch in (pinned, store.batch([4, 2]).pin_memory()):
+        there = batch.dequantise("cuda")
+        assert there.keys.is_cuda
+        assert torch.allclose(there.keys.cpu(), here.keys)
+        assert torch.allclose(there.values.cpu(), here.values)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    data = teacher_data(1)
+    with pytest.raises(KavaError, match=r"shard-00000\.safetensors cannot be written"):
+        write_teacher_shard(tmp_path / "no", 0, **vars(data), geometry=GEOMETRY, codec=FLOAT32)

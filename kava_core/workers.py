@@ -39,7 +39,7 @@ def run_shards(
 ) -> Iterator[tuple[int, ShardResult]]:
     """Run `job` on every shard and yield (shard, result) as they finish, in any order.
 
-    workers: None shares the cores there are, one worker per `cpus_per_worker`; 0 works in process.
+    workers: None shares the cores (and GPUs) there are, as many as fit; 0 works in process.
     Each worker may die and be restarted by Ray three times; a shard is a retry's unit. KavaErrors
     of a worker arrive as they are.
     """
@@ -97,7 +97,9 @@ def _on_ray(
         )
     try:
         if workers is None:
-            workers = max(1, int(ray.cluster_resources().get("CPU", 1) // cpus))
+            shares = {"CPU": cpus, "GPU": gpus}
+            have = ray.cluster_resources()
+            workers = max(1, min(int(have.get(k, 0) // v) for k, v in shares.items() if v))
         actor = ray.remote(_Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
         )

@@ -23,8 +23,7 @@ def commands(heading: str) -> list[list[str]]:
 @pytest.fixture
 def team_a(copy: Project, tmp_path: Path) -> Project:
     for command in commands("Team A: make them and push them"):
-        command = [str(tmp_path / "remote") if x == "/path/to/remote" else x for x in command]
-        copy.run(*command)
+        copy.run(*[str(tmp_path / "remote") if x == "/path/to/remote" else x for x in command])
     return copy
 
 

@@ -88,7 +88,9 @@ def distill(run: Run, student: str) -> None:
     folder.mkdir(exist_ok=True)
     with torch_threads(training.threads):
         model = _build(settings, load_model(teacher), tokenizer, store)
-        adapters = add_lora(model, **training.lora.model_dump()) if training.lora else None
+        adapters = None
+        if training.lora is not None:
+            adapters = add_lora(model, **training.lora.model_dump(), seed=training.seed)
         fit(
             model,
             student_terms(_objective(settings, store), Match.of(store) if store else None),

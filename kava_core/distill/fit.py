@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
@@ -62,7 +63,7 @@ class FitSettings:
     seed: int
 
 
-class Stopped(Exception):
+class Stopped(KavaError):
     """SIGTERM arrived; the state is saved and the run can be repeated."""
 
 
@@ -102,12 +103,14 @@ def fit(
         lr_scheduler_type="cosine",
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused there
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
         seed=settings.seed,
+        # Not persistent: only fresh loader processes draw from the random numbers as none do.
         dataloader_num_workers=loader_workers,
-        dataloader_persistent_workers=loader_workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_drop_last=True,
         remove_unused_columns=False,
         label_names=[],
@@ -118,6 +121,7 @@ def fit(
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint:
         say(f"{title}: continuing from {checkpoint.name}")
+    window = _Window()
     with progress() as display, _Terminable() as termination:
         task = display.add_task(title, total=settings.steps, note="")
         trainer = _Trainer(
@@ -125,11 +129,16 @@ def fit(
             args=arguments,
             train_dataset=dataset,
             data_collator=_as_it_is,  # type: ignore[arg-type]
-            callbacks=[_Display(display, task), _Live(live_folder), _Stop(termination)],
+            callbacks=[window, _Display(display, task), _Live(live_folder), _Stop(termination)],
         )
-        trainer.bind(terms, sampler, shares_every)
+        trainer.bind(terms, sampler, shares_every, window)
         trainer.pop_callback(_printer())
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and _step_of(checkpoint) >= settings.steps:
+            trainer.take_over(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Mixed precision wrapped the model's forward; the caller gets its own model back.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if termination.is_set() and trainer.state.global_step < settings.steps:
         raise Stopped(
             f"{title}: stopped at step {trainer.state.global_step} of {settings.steps} and saved. "
@@ -139,7 +148,7 @@ def fit(
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (the Trainer writes its state last)."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    found = sorted(folder.glob("checkpoint-*"), key=_step_of)
     for checkpoint in reversed(found):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -150,17 +159,46 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-class _Trainer(Trainer):
-    model_accepts_loss_kwargs = False  # every term is a mean over records: plain averaging is right
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
-    def bind(self, terms: Terms, sampler: Sampler[int], shares_every: int) -> None:
-        self.terms = terms
-        self.sampler = sampler
-        self.shares_every = shares_every
+
+class _Window(TrainerCallback, ExportableState):
+    """What has been measured since the last log. It is part of every checkpoint, so that a
+    continued run logs what an uninterrupted one does, wherever it was stopped."""
+
+    def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.batches = 0
         self.shares: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        attributes = {"sums": self.sums, "batches": self.batches, "shares": self.shares}
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        saved: Any = state.stateful_callbacks
+        vars(self).update(saved[type(self).__name__]["attributes"])
+
+
+class _Trainer(Trainer):
+    model_accepts_loss_kwargs = False  # every term is a mean over records: plain averaging is right
+
+    def bind(self, terms: Terms, sampler: Sampler[int], shares_every: int, window: _Window) -> None:
+        self.terms = terms
+        self.sampler = sampler
+        self.shares_every = shares_every
+        self.window = window
         self.warned: set[str] = set()
+
+    def take_over(self, checkpoint: Path) -> None:
+        """End as the run did that wrote its last checkpoint; `train` would take one step more."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
@@ -178,13 +216,14 @@ class _Trainer(Trainer):
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             raise KavaError(
-                f"the loss became {float(loss):g} at step {self.state.global_step + 1}, on the "
+                f"the loss became {loss.item():g} at step {self.state.global_step + 1}, on the "
                 f"records {', '.join(inputs['ids'])}. The last checkpoint is kept. Lower the "
                 "learning rate, or look at these records."
             )
+        window = self.window
         for name, value in {"loss": loss, **terms}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-        self.batches += 1
+            window.sums[name] = window.sums.get(name, 0.0) + float(value.detach())
+        window.batches += 1
         return (loss, None) if return_outputs else loss
 
     def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
@@ -195,8 +234,8 @@ class _Trainer(Trainer):
             squares = [g.float().square().sum() for g in gradients if g is not None]
             norms[name] = float(torch.stack(squares).sum().sqrt())
         total = sum(norms.values()) or 1.0
-        self.shares = {name: norm / total for name, norm in norms.items()}
-        for name, share in self.shares.items():
+        self.window.shares = {name: norm / total for name, norm in norms.items()}
+        for name, share in self.window.shares.items():
             if share < LOWEST_SHARE and name not in self.warned:
                 self.warned.add(name)
                 say(
@@ -205,12 +244,13 @@ class _Trainer(Trainer):
                 )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.batches and "loss" in logs:
-            for name, total in self.sums.items():
-                logs["loss" if name == "loss" else f"loss_{name}"] = total / self.batches
-            for name, share in self.shares.items():
+        window = self.window
+        if window.batches and "loss" in logs:
+            for name, total in window.sums.items():
+                logs["loss" if name == "loss" else f"loss_{name}"] = total / window.batches
+            for name, share in window.shares.items():
                 logs[f"gradient_share_{name}"] = share
-            self.sums, self.batches = {}, 0
+            window.sums, window.batches = {}, 0
         super().log(logs, *args, **kwargs)
 
 
@@ -275,7 +315,8 @@ class _Live(TrainerCallback):
         if "loss" not in logs:
             return  # the Trainer's closing summary holds seconds, which no artefact may
         self.live.step = step
-        for name, value in logs.items():
+        # Sorted, as the entries of a checkpoint are: the order of the files' keys must not tell.
+        for name, value in sorted(logs.items()):
             if name.startswith(("loss", "learning_rate", "grad_norm", "gradient_share")):
                 self.live.log_metric(name, value)
         self.live.make_summary()

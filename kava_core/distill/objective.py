@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,8 +27,12 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    """Elementwise d: `l1`, `smooth_l1` (β = 1) or `mse`; the teacher gets no gradient."""
-    teacher = teacher.detach().to(student.dtype)
+    """Elementwise d: `l1`, `smooth_l1` (β = 1) or `mse`; the teacher gets no gradient.
+
+    At least in float32: under autocast the student's numbers come in half precision, and means
+    over thousands of slots must not be taken in that.
+    """
+    student, teacher = _wide(student, student), _wide(teacher.detach(), student)
     if kind == "l1":
         return functional.l1_loss(student, teacher, reduction="none")
     if kind == "smooth_l1":
@@ -44,8 +49,8 @@ def kv_loss(
     than slots; std [L] divides both sides layer by layer → scalar.
     """
     if std is not None:
-        scale = std.to(student)[None, :, None, None, None]
-        student, teacher = student / scale, teacher.to(student.dtype) / scale
+        scale = _wide(std, student)[None, :, None, None, None]
+        student, teacher = student / scale, teacher / scale
     # What lies in a slot without a target must not matter, not even if it is not a number.
     teacher = teacher.masked_fill(~slot_mask[..., None], 0)
     per_slot = distance(student, teacher, kind).mean(-1)
@@ -60,9 +65,9 @@ def endpoint_loss(student: Tensor, teacher: Tensor, kind: str, std: Tensor | Non
     student, teacher [B, L+1, E]; std [L+1]. The embedding level (index 0) is left out: its spread
     is a tenth of the others', and dividing by it would make the term mostly about embeddings.
     """
-    student, teacher = student[:, 1:], teacher[:, 1:].to(student.dtype)
+    student, teacher = student[:, 1:], teacher[:, 1:]
     if std is not None:
-        scale = std[1:].to(student)[None, :, None]
+        scale = _wide(std[1:], student)[None, :, None]
         student, teacher = student / scale, teacher / scale
     return distance(student, teacher, kind).mean()
 
@@ -115,3 +120,8 @@ class Objective:
                 + kv_loss(slot_values, batch["values"], mask, self.kv_distance, self.values_std)
             )
         return terms
+
+
+def _wide(x: Tensor, student: Tensor) -> Tensor:
+    """x where the student is, in its dtype, but at least float32."""
+    return x.to(student.device, torch.promote_types(student.dtype, torch.float32))

@@ -95,17 +95,26 @@ def student_terms(objective: Objective, match: Match | None) -> Terms:
 
 
 def add_lora(
-    student: LatentReasoner, *, rank: int, alpha: int, dropout: float, targets: Sequence[str]
+    student: LatentReasoner,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    targets: Sequence[str],
+    seed: int,
 ) -> LoraModel:
     """Freeze the decoder and put adapters on its projections; latents and projection stay free.
 
-    Call `merge_lora` with the result when training is over. KavaError if no module has such a name.
+    seed: of the adapters' first weights. Call `merge_lora` with the result when training is over.
+    KavaError if no module has such a name.
     """
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)
     )
     try:
-        return LoraModel(student.decoder, config, "default")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LoraModel(student.decoder, config, "default")
     except ValueError as error:
         raise KavaError(
             f"training.lora.targets {list(targets)} fit no module of the decoder: {error}"

@@ -1,0 +1,403 @@
+"""What a report is made from: the artefacts that the other stages wrote, read and checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from kava_core.artefacts import read_json
+from kava_core.errors import KavaError
+from kava_core.store.manifest import Manifest, load_manifest
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+PREDICTION_COLUMNS = (
+    "test_set",
+    "system",
+    "id",
+    "n_steps",
+    "question",
+    "gold",
+    "text",
+    "answer",
+    "correct",
+    "passes",
+    "tokens",
+)
+
+
+class _Found(BaseModel):
+    """A part of a file that later versions may add keys to."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class StepScore(_Found):
+    """Accuracy (%) on the problems with one number of steps."""
+
+    exact_match: Percent
+    n: int
+
+
+class Score(_Found):
+    """One system on one test set: accuracy and its 95 % interval in %, the costs means per problem.
+
+    forward_passes: decoder calls; tokens: generated; seconds_per_problem: wall-clock.
+    """
+
+    exact_match: Percent
+    ci95: tuple[Percent, Percent]
+    n: int
+    forward_passes: float
+    tokens: float
+    seconds_per_problem: float
+    by_steps: dict[int, StepScore] = {}
+
+
+class Similarity(_Found):
+    """Mean cosine of a student's latents to its targets, [L'][M]; None where no record has a slot.
+
+    layers: the L' teacher layers that are compared.
+    """
+
+    records: int
+    layers: list[int]
+    keys: list[list[float | None]]
+    values: list[list[float | None]]
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Similarity:
+        for cells in (self.keys, self.values):
+            if len(cells) != len(self.layers) or len({len(row) for row in cells}) > 1:
+                raise ValueError(f"expected one row of slots for each of {len(self.layers)} layers")
+        return self
+
+
+class TeacherMetrics(_Found):
+    """The teacher's accuracy (%) on n validation problems, with and without its chain."""
+
+    n: int
+    exact_match_cot: Percent
+    exact_match_no_cot: Percent
+
+
+class ProblemCounts(_Found):
+    """How many problems a split has, in all and by number of steps."""
+
+    problems: int
+    by_steps: dict[int, int]
+
+
+class ProblemMetrics(_Found):
+    """Counts of the three splits."""
+
+    train: ProblemCounts
+    validation: ProblemCounts
+    test: ProblemCounts
+
+
+class ProblemsFile(_Found):
+    """How the problems were made."""
+
+    settings: dict[str, Any]
+
+
+class Training(_Found):
+    """How long a model was trained."""
+
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+
+    @property
+    def examples(self) -> int:
+        """Training examples seen, repeats counted."""
+        return self.steps * self.batch_size * self.accumulation
+
+
+class StudentSettings(_Found):
+    """The settings of a student that say how it reasons and what taught it."""
+
+    training: Training
+    reasoning: str
+    iterations: int = 0
+    alpha_kv: float = 0.0
+    alpha_codi: float = 0.0
+    w_cot: float = 0.0
+
+
+class StudentFile(_Found):
+    """student.json."""
+
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged number along training: steps [n], values [n]."""
+
+    steps: list[int]
+    values: list[float]
+
+
+Curves = dict[str, Curve]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained student: `plain` are its settings as recorded, `settings` the part used here."""
+
+    name: str
+    settings: StudentSettings
+    plain: dict[str, Any]
+    fingerprints: dict[str, str]
+    curves: Curves
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One system's answer to one problem (a row of predictions.parquet)."""
+
+    test_set: str
+    system: str
+    id: str
+    n_steps: int
+    question: str
+    gold: str
+    text: str
+    answer: str
+    correct: bool
+    passes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets store, seen from the traces.
+
+    lengths: N_C per record [N]. smallest, largest: the fewest and most slots that any layer and
+    head keeps of a long enough trace. engaged: the share of records of which some layer and head
+    dropped a token.
+    """
+
+    manifest: Manifest
+    lengths: np.ndarray
+    smallest: int
+    largest: int
+    engaged: float
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """The last time a stage ran: seconds, start (UTC, ISO 8601) and host."""
+
+    stage: str
+    seconds: float
+    started: str
+    host: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the report shows.
+
+    scores: test set → system → Score. teacher_kv is None where the teacher's caches are not at
+    hand (targets are enough to train from). prepare: the settings the problems were made with.
+    runs: empty where there is no run log.
+    """
+
+    scores: dict[str, dict[str, Score]]
+    predictions: list[Prediction]
+    similarity: dict[str, Similarity]
+    students: dict[str, Student]
+    teacher_metrics: TeacherMetrics
+    teacher_curves: Curves
+    targets: Targets
+    teacher_kv: Manifest | None
+    problems: ProblemMetrics
+    prepare: dict[str, Any]
+    runs: list[StageRun]
+
+
+def read_findings(folder: Path, students: Sequence[str], log: Path | None = None) -> Findings:
+    """Read the artefacts of the pipeline in `folder` and of its `students`.
+
+    log: the run log, one JSON object per line; it may be missing. KavaError names a missing or
+    wrong file and the stage that makes it, and students that were made from other targets.
+    """
+    scores = _validated(
+        TypeAdapter(dict[str, dict[str, Score]]), folder / "evaluation/metrics.json", "evaluate"
+    )
+    if not scores or not all(scores.values()):
+        raise KavaError(
+            f"{folder / 'evaluation/metrics.json'} has no system on some test set. Run `kava "
+            "evaluate` again."
+        )
+    similarity = _validated(
+        TypeAdapter(dict[str, Similarity]), folder / "evaluation/similarity.json", "evaluate"
+    )
+    targets = _read_targets(folder / "kv_targets")
+    found = {name: _read_student(folder / "students" / name, name) for name in students}
+    _check_targets(found, targets.manifest)
+    teacher_kv = folder / "teacher_kv"
+    return Findings(
+        scores=scores,
+        predictions=_read_predictions(folder / "evaluation/predictions.parquet"),
+        similarity=similarity,
+        students=found,
+        teacher_metrics=_validated(
+            TypeAdapter(TeacherMetrics), folder / "teacher/metrics.json", "teacher"
+        ),
+        teacher_curves=_read_curves(folder / "teacher/live"),
+        targets=targets,
+        teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
+        problems=_validated(
+            TypeAdapter(ProblemMetrics), folder / "problems/metrics.json", "prepare"
+        ),
+        prepare=_validated(
+            TypeAdapter(ProblemsFile), folder / "problems/problems.json", "prepare"
+        ).settings,
+        runs=_read_log(log, students) if log is not None and log.is_file() else [],
+    )
+
+
+def _validated(adapter: TypeAdapter[Any], path: Path, stage: str) -> Any:
+    """The JSON in `path` as what `adapter` describes."""
+    if not path.is_file():
+        raise KavaError(f"{path} is missing. Run `kava {stage}` first.")
+    return _checked(adapter, read_json(path), path, stage)
+
+
+def _checked(adapter: TypeAdapter[Any], value: Any, path: Path, stage: str) -> Any:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " → ".join(map(str, first["loc"])) or "top level"
+        message = first["msg"].removeprefix("Value error, ")
+        raise KavaError(
+            f"{path}: {where}: {message}, found {first['input']!r:.80}. Run `kava {stage}` again."
+        ) from None
+
+
+def _read_predictions(path: Path) -> list[Prediction]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise KavaError(f"{path} is missing. Run `kava evaluate` first.")
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise KavaError(
+            f"{path} is not a readable Parquet file ({error}). Run `kava evaluate` again."
+        ) from None
+    missing = [name for name in PREDICTION_COLUMNS if name not in table.column_names]
+    if missing:
+        raise KavaError(f"{path} has no column {missing[0]!r}. Run `kava evaluate` again.")
+    rows = table.select(list(PREDICTION_COLUMNS)).to_pylist()
+    predictions: list[Prediction] = _checked(TypeAdapter(list[Prediction]), rows, path, "evaluate")
+    return predictions
+
+
+def _read_student(folder: Path, name: str) -> Student:
+    path = folder / "student.json"
+    stage = f"distill {name}"
+    about: StudentFile = _validated(TypeAdapter(StudentFile), path, stage)
+    settings = _checked(TypeAdapter(StudentSettings), about.settings, path, stage)
+    return Student(
+        name, settings, about.settings, about.fingerprints, _read_curves(folder / "live")
+    )
+
+
+def _check_targets(students: dict[str, Student], manifest: Manifest) -> None:
+    """A page must not show one run's students beside another run's targets."""
+    for name, student in students.items():
+        made_from = student.fingerprints.get("kv_targets", manifest.digest)
+        if made_from != manifest.digest:
+            raise KavaError(
+                f"student {name} was made from the targets {made_from[:12]}…, and kv_targets is "
+                f"{manifest.digest[:12]}…. Run `kava distill {name}` and `kava evaluate` again."
+            )
+
+
+def _read_curves(folder: Path) -> Curves:
+    """DVCLive's curves by metric; none where nothing was trained."""
+    return {
+        path.stem: _read_curve(path) for path in sorted((folder / "plots/metrics").glob("*.tsv"))
+    }
+
+
+def _read_curve(path: Path) -> Curve:
+    steps, values = [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        for line, row in enumerate(csv.DictReader(file, delimiter="\t"), start=2):
+            try:
+                step, value = int(row["step"]), float(row[path.stem])
+            except (KeyError, TypeError, ValueError):
+                raise KavaError(
+                    f"{path}, line {line}: expected the columns `step` and `{path.stem}` with "
+                    "numbers. Run the stage that makes it again."
+                ) from None
+            if math.isfinite(value):
+                steps.append(step)
+                values.append(value)
+    return Curve(steps, values)
+
+
+def _read_targets(folder: Path) -> Targets:
+    if not folder.exists():
+        raise KavaError(f"{folder} is missing. Run `kava evict` first.")
+    from kava_core.store.index import Index
+
+    manifest = load_manifest(folder, "kv_targets")
+    lengths = Index(folder, manifest).column("n_cot")
+    counts = np.concatenate([_slot_counts(folder / name) for name in manifest.shard_files()])
+    kept = counts.reshape(len(lengths), -1)  # [N, L'·H]
+    budgets = kept.max(0)
+    return Targets(
+        manifest=manifest,
+        lengths=lengths,
+        smallest=int(budgets.min()),
+        largest=int(budgets.max()),
+        engaged=float((kept.min(1) < lengths).mean()),
+    )
+
+
+def _slot_counts(shard: Path) -> np.ndarray:
+    """[N, L', H] of one shard; the rest of the file is not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="np") as tensors:
+            return np.asarray(tensors.get_tensor("slot_counts"))
+    except (SafetensorError, OSError) as error:
+        raise KavaError(f"{shard} cannot be read ({error}). Run `kava evict` again.") from None
+
+
+def _read_log(path: Path, students: Sequence[str]) -> list[StageRun]:
+    """The latest run of each stage, in the pipeline's order."""
+    latest: dict[str, StageRun] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            run = StageRun(
+                str(entry["stage"]),
+                float(entry["seconds"]),
+                str(entry["started"]),
+                str(entry["host"]),
+            )
+        except (ValueError, KeyError, TypeError):
+            continue  # a kill can tear a line of the log, and no result depends on it
+        latest[run.stage] = run
+    order = ["prepare", "teacher", "generate", "evict", *(f"distill {s}" for s in students)]
+    return [latest[stage] for stage in [*order, "evaluate"] if stage in latest]

@@ -1,0 +1,251 @@
+"""The report as one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kava_core.artefacts import atomic_path, write_json
+from kava_core.reporting.examples import Example, choose_examples
+from kava_core.reporting.figures import (
+    accuracy_by_cost,
+    accuracy_by_steps,
+    gradient_shares,
+    loss_curves,
+    similarity_maps,
+    trace_lengths,
+)
+from kava_core.reporting.inputs import Findings, Training
+from kava_core.reporting.style import COLOURS, Figured, colours_of
+from kava_core.reporting.systems import Headline, System, headline, systems_of
+
+STAGES = ("prepare", "teacher", "generate", "evict", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One test set: its systems in order, the gap, its figures and worked problems."""
+
+    test_set: str
+    systems: list[System]
+    headline: Headline | None
+    figures: list[Figured]
+    examples: list[Example]
+
+
+def compare(findings: Findings, teacher: Training | None) -> list[Comparison]:
+    """The comparison on every test set, figures drawn.
+
+    teacher: how the teacher was trained, None if it was taken as it is.
+    """
+    comparisons = []
+    for number, test_set in enumerate(sorted(findings.scores), start=1):
+        systems = systems_of(findings, test_set, teacher)
+        gap = headline(systems)
+        suffix = f"-{number}" if len(findings.scores) > 1 else ""
+        figures = [accuracy_by_cost(f"accuracy-by-cost{suffix}", systems, gap)]
+        if any(s.score.by_steps for s in systems):
+            figures.append(accuracy_by_steps(f"accuracy-by-steps{suffix}", systems))
+        asked = [p for p in findings.predictions if p.test_set == test_set]
+        examples = choose_examples(asked, [s.name for s in systems], gap)
+        comparisons.append(Comparison(test_set, systems, gap, figures, examples))
+    return comparisons
+
+
+def write_report(
+    folder: Path,
+    findings: Findings,
+    comparisons: Sequence[Comparison],
+    *,
+    title: str,
+    pipeline: str,
+    settings: dict[str, Any],
+) -> None:
+    """Write index.html, a PNG per figure and summary.json into `folder`.
+
+    settings: stage → settings, for the stages whose artefacts do not record their own (teacher,
+    evaluate). Equal arguments give equal bytes.
+    """
+    training = [
+        figure
+        for figure in (
+            loss_curves(findings.teacher_curves, _curves(findings)),
+            gradient_shares(_curves(findings)),
+        )
+        if figure is not None
+    ]
+    measured = findings.similarity
+    in_order = {name: measured[name] for name in findings.students if name in measured}
+    maps = similarity_maps({**in_order, **measured})
+    lengths = trace_lengths(findings.targets)
+    figures = [f for c in comparisons for f in c.figures] + training + [lengths]
+    figures += [maps] if maps is not None else []
+    page = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=title,
+            pipeline=pipeline,
+            comparisons=comparisons,
+            training=training,
+            similarity=maps,
+            lengths=lengths,
+            findings=findings,
+            facts=_facts(findings, comparisons),
+            stores=_stores(findings),
+            settings=_settings(findings, settings),
+            fingerprints=_fingerprints(findings),
+            seeds=_seeds(findings, settings),
+            commands=_commands(pipeline, list(findings.students)),
+            runs=findings.runs,
+            colours=COLOURS,
+            looks=_looks(comparisons),
+        )
+    )
+    with atomic_path(folder / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    for figure in figures:
+        with atomic_path(folder / f"{figure.name}.png") as temporary:
+            temporary.write_bytes(figure.png)
+    write_json(folder / "summary.json", summary(findings, comparisons))
+
+
+def summary(findings: Findings, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """The report's own numbers, for `dvc metrics` and for comparing pipelines.
+
+    gap_share: how far the best latent student is up the gap (1 = at the ceiling); null where there
+    is no gap.
+    """
+    return {
+        "test_sets": {
+            c.test_set: None
+            if c.headline is None
+            else {
+                "best_latent": c.headline.best.name,
+                "baseline": c.headline.baseline.name,
+                "ceiling": c.headline.ceiling.name,
+                "gap_share": c.headline.share,
+            }
+            for c in comparisons
+        },
+        "eviction_engages": findings.targets.engaged,
+        "median_trace_tokens": float(_median(findings)),
+    }
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("kava_core.reporting"),
+        autoescape=True,  # everything: questions and answers are text, whatever they contain
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["drawing"] = lambda figure: Markup(figure.svg)  # ours: figures.py escapes
+    environment.filters["size"] = readable_bytes
+    environment.filters["settings"] = _yaml
+    return environment
+
+
+def _curves(findings: Findings) -> dict[str, Any]:
+    return {name: student.curves for name, student in findings.students.items()}
+
+
+def _looks(comparisons: Sequence[Comparison]) -> dict[str, str]:
+    """The CSS variable of each system's colour."""
+    variables = {light: name for name, (light, _) in COLOURS.items()}
+    names = sorted({s.name for c in comparisons for s in c.systems})
+    return {name: variables[colour] for name, (colour, _) in colours_of(names).items()}
+
+
+def _median(findings: Findings) -> float:
+    import numpy as np
+
+    return float(np.median(findings.targets.lengths))
+
+
+def _facts(findings: Findings, comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    manifest = findings.targets.manifest
+    geometry = manifest.geometry
+    tested = {c.systems[0].score.n for c in comparisons}
+    return [
+        (f"{manifest.records:,}", "training traces"),
+        (" and ".join(f"{n:,}" for n in sorted(tested)), "test problems"),
+        (f"{geometry.model_layers} × {geometry.kv_heads}", "layers × KV heads"),
+        (str(geometry.slots), "slots kept per layer and head (M)"),
+        (f"{100 * findings.targets.engaged:.0f} %", "of traces lose tokens to eviction"),
+        (readable_bytes(_bytes(manifest)), "of KV targets"),
+    ]
+
+
+def _bytes(manifest: Any) -> int:
+    return sum(info.bytes for info in manifest.files.values())
+
+
+def _stores(findings: Findings) -> list[dict[str, Any]]:
+    stores = [("teacher_kv", findings.teacher_kv), ("kv_targets", findings.targets.manifest)]
+    return [
+        {
+            "name": name,
+            "records": manifest.records,
+            "tokens": manifest.trace_tokens,
+            "bytes": _bytes(manifest),
+            "codec": f"keys {manifest.codec.keys}, values {manifest.codec.values}",
+            "phase": manifest.rotary.phase.replace("pre_rope", "before RoPE").replace(
+                "post_rope", "after RoPE"
+            ),
+        }
+        for name, manifest in stores
+        if manifest is not None
+    ]
+
+
+def _settings(findings: Findings, settings: dict[str, Any]) -> dict[str, Any]:
+    recorded = findings.targets.manifest.settings
+    return {
+        "prepare": findings.prepare,
+        "teacher": settings.get("teacher", {}),
+        "generate": recorded.get("generate", {}),
+        "evict": recorded.get("evict", {}),
+        **{f"students.{name}": student.plain for name, student in findings.students.items()},
+        "evaluate": settings.get("evaluate", {}),
+    }
+
+
+def _fingerprints(findings: Findings) -> list[tuple[str, str]]:
+    manifest = findings.targets.manifest
+    return [*sorted(manifest.fingerprints.items()), ("kv_targets", manifest.digest)]
+
+
+def _seeds(findings: Findings, settings: dict[str, Any]) -> list[tuple[str, int]]:
+    seeds = [("problems", findings.prepare.get("seed"))]
+    training = settings.get("teacher", {}).get("training")
+    seeds.append(("teacher", training.get("seed") if training else None))
+    seeds.append(("eviction", findings.targets.manifest.settings.get("evict", {}).get("seed")))
+    seeds += [(name, s.settings.training.seed) for name, s in findings.students.items()]
+    return [(name, seed) for name, seed in seeds if seed is not None]
+
+
+def _commands(pipeline: str, students: list[str]) -> list[str]:
+    stages = [*STAGES[:4], *(f"distill {name}" for name in students), *STAGES[4:]]
+    return [f"kava {stage} --pipeline {pipeline}" for stage in stages]
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88)).rstrip()
+
+
+def readable_bytes(count: int) -> str:
+    """`512 B`, `1.5 kB`, `38.0 TB`; powers of 1000."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"

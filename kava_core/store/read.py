@@ -9,9 +9,6 @@ is used again: the process's own memory does not grow with the store.
 
 from __future__ import annotations
 
-import json
-import os
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,23 +32,13 @@ from kava_core.store.layout import (
     Geometry,
     TensorSpec,
     calibration_layout,
-    describe,
     shard_layout,
     shard_name,
 )
 from kava_core.store.manifest import REMAKE, Expectation, Manifest, check_file, load_manifest
+from kava_core.store.tensor_file import read_header
 
 OPEN_FILES = 128
-MAX_HEADER = 1 << 20
-SAFETENSORS_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 
 
 @dataclass(frozen=True)
@@ -424,48 +411,6 @@ def read_ahead(
             if not pending:
                 return
             yield pending.pop(0).result()
-
-
-def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file begins and ends (bytes from the file's start).
-
-    KavaError unless the file holds exactly the tensors of `layout`, and no byte more or less.
-    """
-    try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(size, MAX_HEADER):
-                raise ValueError("its header is too long")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        found = {
-            name: TensorSpec(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            for name, entry in header.items()
-        }
-        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
-    except FileNotFoundError:
-        raise KavaError(f"{file} is missing, but the manifest lists it. {REMAKE}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise KavaError(
-            f"{file} is not a safetensors file as expected ({error}). {REMAKE}"
-        ) from None
-    if found != layout:
-        name = next(n for n in sorted({*found, *layout}) if found.get(n) != layout.get(n))
-        has = describe(found[name]) if name in found else "none"
-        needs = describe(layout[name]) if name in layout else "none"
-        raise KavaError(
-            f"{file}: tensor {name} is {has}, the manifest and the index say {needs}. {REMAKE}"
-        )
-    end = 0
-    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
-        spec = layout[name]
-        if begin != end or stop - begin != spec.dtype.itemsize * int(np.prod(spec.shape)):
-            raise KavaError(f"{file}: tensor {name} has a wrong place or length. {REMAKE}")
-        end = stop
-    if 8 + length + end != size:
-        raise KavaError(f"{file} has {size} bytes, its header says {8 + length + end}. {REMAKE}")
-    return {name: (8 + length + begin, 8 + length + stop) for name, (begin, stop) in spans.items()}
 
 
 def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:

@@ -7,16 +7,16 @@ of the shards, so one worker or twenty leave the same bytes.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kava_core.artefacts import (
@@ -47,10 +47,10 @@ from kava_core.store.layout import (
     Geometry,
     Kind,
     describe,
-    shard_layout,
     shard_name,
 )
 from kava_core.store.manifest import FileInfo, Manifest, load_manifest
+from kava_core.store.tensor_file import checksum, serialise, write_synced
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
 # Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
@@ -200,7 +200,7 @@ def finalise(
     names = [INDEX_FILE]
     if shared:
         with atomic_path(folder / CALIBRATION_FILE) as temporary:
-            _save(shared, temporary, folder / CALIBRATION_FILE)
+            write_synced(temporary, serialise(shared))
         names.append(CALIBRATION_FILE)
     for name in names:
         file = folder / name
@@ -273,20 +273,14 @@ def _write(
             shared = calibration[f"{name}_scale"], calibration[f"{name}_zero"]
         encoded[name] = encode(x, encoding, shared)
         tensors |= stored_tensors(name, encoded[name])
-    layout = shard_layout(
-        kind, geometry, codec, records=len(records), tokens=columns_total(columns)
-    )
-    if {name: tuple(x.shape) for name, x in tensors.items()} != {
-        name: spec.shape for name, spec in layout.items()
-    }:
-        raise AssertionError("a shard must follow its layout")  # a fault of this file
     drift: dict[str, Any] | None = None
     file = folder / shard_name(shard)
-    with atomic_path(file) as temporary, ThreadPoolExecutor(2) as threads:
-        _save(tensors, temporary, file)
-        # The disk, the checksum and the sums keep each other no company: let them overlap.
-        synced = threads.submit(sync, temporary)
-        digest = threads.submit(file_digest, temporary)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    pieces = serialise(tensors)
+    # Disk, checksum and sums keep three different parts of the machine busy: let them overlap.
+    with _removed_on_failure(temporary), ThreadPoolExecutor(2) as threads:
+        written = threads.submit(write_synced, temporary, pieces)
+        digest = threads.submit(checksum, pieces)
         sums = {}
         decoded = {name: item.dequantise() for name, item in encoded.items()}
         if "slot_positions" in extra:
@@ -307,30 +301,31 @@ def _write(
                 )
                 for name in ("keys", "values")
             }
-        synced.result()
+        written.result()
         side = {
             "spec": _spec(kind, geometry, codec, ranges),
             "shard": shard,
             "records": len(records),
             "trace_tokens": columns_total(columns),
             "sha256": digest.result(),
-            "bytes": temporary.stat().st_size,
+            "bytes": sum(len(piece) for piece in pieces),
             "sums": sums,
             "drift": drift,
             "columns": columns,
         }
+        temporary.replace(file)
+    # Its fsync of the folder makes both names durable; without a side record a shard is not done.
     with atomic_path(_side_path(folder, shard)) as temporary:
         temporary.write_text(canonical_json(side), encoding="utf-8")
 
 
-def _save(tensors: dict[str, Tensor], temporary: Path, file: Path) -> None:
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
     try:
-        save_file(tensors, temporary)
-    except (OSError, SafetensorError) as error:
-        raise KavaError(
-            f"{file} cannot be written ({error}). Free some space on that disk, or check that the "
-            "folder may be written to; finished shards are kept."
-        ) from None
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def stored_tensors(name: str, item: Encoded) -> dict[str, Tensor]:

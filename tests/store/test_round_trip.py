@@ -193,5 +193,5 @@ def test_batches_reach_a_cuda_device_through_pinned_memory(tmp_path: Path, bits:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     data = teacher_data(1)
-    with pytest.raises(KavaError, match=r"shard-00000\.safetensors cannot be written"):
+    with pytest.raises(KavaError, match=r"shard-00000\.safetensors.* cannot be written"):
         write_teacher_shard(tmp_path / "no", 0, **vars(data), geometry=GEOMETRY, codec=FLOAT32)

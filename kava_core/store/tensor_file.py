@@ -1,0 +1,120 @@
+"""safetensors files, byte by byte: written while their checksum is taken, read by place.
+
+The library could write the file, but only then could it be hashed; doing both at once keeps a
+shard with its checksum nearly as quick to write as one without. And the library reads whole
+tensors, where a batch needs single rows of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kava_core.errors import KavaError
+from kava_core.store.layout import TensorSpec, describe
+from kava_core.store.manifest import REMAKE
+
+MAX_HEADER = 1 << 20
+ALIGNMENT = 8
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece: header, then tensors, none copied.
+
+    Wider dtypes come first, so that every tensor starts at a multiple of its item size.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    entries, end = {}, 0
+    for name, x in ordered:
+        entries[name] = {
+            "dtype": NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [end, end + x.nbytes],
+        }
+        end += x.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % ALIGNMENT)
+    data = [x.contiguous().view(-1).view(torch.uint8).numpy().data for _, x in ordered]
+    return [struct.pack("<Q", len(header)) + header, *data]
+
+
+def write_synced(path: Path, pieces: list[bytes | memoryview]) -> None:
+    """Write the pieces one after the other and fsync."""
+    try:
+        with path.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise KavaError(
+            f"{path} cannot be written ({error.strerror}). Free some space on that disk, or check "
+            "that the folder may be written to; finished shards are kept."
+        ) from None
+
+
+def checksum(pieces: list[bytes | memoryview]) -> str:
+    """SHA-256 (hex) of the pieces one after the other."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends (bytes from the file's start).
+
+    KavaError unless the file holds exactly the tensors of `layout`, and no byte more or less.
+    """
+    try:
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > min(size, MAX_HEADER):
+                raise ValueError("its header is too long")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+    except FileNotFoundError:
+        raise KavaError(f"{file} is missing, but the manifest lists it. {REMAKE}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise KavaError(
+            f"{file} is not a safetensors file as expected ({error}). {REMAKE}"
+        ) from None
+    if found != layout:
+        name = next(n for n in sorted({*found, *layout}) if found.get(n) != layout.get(n))
+        has = describe(found[name]) if name in found else "none"
+        needs = describe(layout[name]) if name in layout else "none"
+        raise KavaError(
+            f"{file}: tensor {name} is {has}, the manifest and the index say {needs}. {REMAKE}"
+        )
+    end = 0
+    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        spec = layout[name]
+        if begin != end or stop - begin != spec.dtype.itemsize * int(np.prod(spec.shape)):
+            raise KavaError(f"{file}: tensor {name} has a wrong place or length. {REMAKE}")
+        end = stop
+    if 8 + length + end != size:
+        raise KavaError(f"{file} has {size} bytes, its header says {8 + length + end}. {REMAKE}")
+    return {name: (8 + length + begin, 8 + length + stop) for name, (begin, stop) in spans.items()}

@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIPELINE = $(shell sed -n 's/^pipeline: *//p' pipelines.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: quickstart repro test test-slow test-browser lint format environment clean
@@ -10,7 +11,9 @@ quickstart: environment repro  ## environment, then the whole pipeline, then its
 
 repro:  ## the active pipeline of pipelines.yaml; does what is out of date
 	dvc repro
-	kava report --show
+	@echo
+	@cat data/$(PIPELINE)/report/table.txt
+	@echo "Report: data/$(PIPELINE)/report/index.html"
 
 environment: $(VENV)/.installed
 

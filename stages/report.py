@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kava_core.artefacts import publish, work_folder
+from kava_core.console import say
 from stages.common import Run, stage
+
+if TYPE_CHECKING:
+    from kava_core.reporting.page import Comparison
 
 
 @stage
 def report(run: Run) -> None:
-    """Compare the systems: one HTML page, its figures as PNGs, and a table here.
+    """Compare the systems: one HTML page, its figures as PNGs, and a table.
 
-    Writes report/index.html, which needs no network, and summary.json. The table goes to stdout.
+    Writes report/index.html, which needs no network, table.txt for the terminal, and summary.json.
     """
-    from rich.console import Console
-
     from kava_core.reporting.inputs import Training, read_findings
     from kava_core.reporting.page import compare, write_report
-    from kava_core.reporting.terminal import comparison_table
 
     settings = run.settings
     log = run.data / ".runs" / f"{run.name}.jsonl"
@@ -38,10 +42,18 @@ def report(run: Run) -> None:
         pipeline=run.name,
         settings=plain,
     )
+    _write_table(built / "table.txt", settings.report.title, comparisons)
     publish(built, output)
-    console = Console(highlight=False)
-    for comparison in comparisons:
-        title = f"{settings.report.title}: {comparison.test_set}"
-        console.print()
-        console.print(comparison_table(title, comparison.systems, comparison.headline))
-    console.print(f"\nReport: {output / 'index.html'}", soft_wrap=True)
+    say(f"Table: {output / 'table.txt'}\nReport: {output / 'index.html'}")
+
+
+def _write_table(path: Path, title: str, comparisons: Sequence[Comparison]) -> None:
+    from rich.console import Console
+
+    from kava_core.reporting.terminal import comparison_table
+
+    with path.open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=88, highlight=False)
+        for comparison in comparisons:
+            name = f"{title}: {comparison.test_set}"
+            console.print(comparison_table(name, comparison.systems, comparison.headline))

@@ -7,30 +7,70 @@ unknown, of the wrong type or impossible is an error that names its key path.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from kava_core.errors import KavaError
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+# Numbers in text are taken, since YAML 1.1 reads 1e-3 as one; a truth value is no number.
+Real = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[StrictInt, Field(gt=0)]
+NotNegative = Annotated[StrictInt, Field(ge=0)]
+PositiveReal = Annotated[Real, Field(gt=0)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+Weight = Annotated[Real, Field(ge=0)]
+# A folder below data/, and a step in DVC's paths.
+NAME = r"[A-Za-z0-9_-]+"
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Half = Literal["bfloat16", "float16"]
 Bits = Literal[32, 16, 8, 4]
 EndpointBits = Literal[32, 16, 8]
 Distance = Literal["l1", "smooth_l1", "mse"]
 Phase = Literal["pre_rope", "post_rope"]
+# Those of kava_core.eviction, which takes seconds to import.
+Policy = Literal[
+    "rkv",
+    "attention",
+    "redundancy",
+    "crop",
+    "uniform",
+    "random",
+    "key_norm",
+    "value_norm",
+    "streaming",
+]
 
 
 class Section(BaseModel):
     """A mapping of settings: unknown keys are errors, and nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Synthetic(Section):
@@ -54,7 +94,7 @@ class GSM8K(Section):
     """GSM8K rows from a folder with train.jsonl and test.jsonl, or from a Hub name."""
 
     path: str
-    allow_leakage: bool = False
+    allow_leakage: StrictBool = False
 
 
 class Prepare(Section):
@@ -65,7 +105,7 @@ class Prepare(Section):
     train: Positive | None = None
     validation: Positive
     test: Positive | None = None
-    seed: int = 0
+    seed: StrictInt = 0
     synthetic: Synthetic = Synthetic()
     gsm8k: GSM8K | None = None
 
@@ -93,35 +133,35 @@ class Training(Section):
     steps: Positive
     batch_size: Positive = 64
     accumulation: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: PositiveReal
     weight_decay: Weight = 0.01
     warmup: Fraction = 0.05
-    max_grad_norm: Annotated[float, Field(gt=0)] = 2.0
+    max_grad_norm: PositiveReal = 2.0
     precision: Literal["float32", "bfloat16"] = "float32"
     lora: LoRA | None = None
     log_every: Positive = 25
     save_every: Positive = 200
-    seed: int = 0
+    seed: StrictInt = 0
     threads: Positive = 2
 
 
 class Scratch(Section):
     """A byte-level BPE tokenizer and a small Llama, both made from the training problems."""
 
-    vocabulary: Annotated[int, Field(ge=270)] = 512
+    vocabulary: Annotated[StrictInt, Field(ge=270)] = 512
     hidden_size: Positive = 128
     layers: Positive = 2
     heads: Positive = 4
     kv_heads: Positive = 2
     intermediate_size: Positive = 384
     context_length: Positive = 512
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_theta: PositiveReal = 10000.0
 
     @model_validator(mode="after")
     def _divisible(self) -> Scratch:
-        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, "
+                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}, "
                 f"and that a multiple of kv_heads {self.kv_heads}"
             )
         return self
@@ -176,6 +216,24 @@ class EveryLayer(Section):
     every: Positive
 
 
+def _one_layer_choice(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:  # which would speak of every form in turn
+        raise ValueError(
+            "should be `all`, {last: n}, {every: n} or a list of layer numbers from 0"
+        ) from None
+
+
+Layers = Annotated[
+    Literal["all"]
+    | LastLayers
+    | EveryLayer
+    | Annotated[tuple[NotNegative, ...], Field(min_length=1)],
+    WrapValidator(_one_layer_choice),
+]
+
+
 class Evict(Section):
     """From N_C tokens to `budget` slots per layer and head.
 
@@ -185,15 +243,15 @@ class Evict(Section):
     `calibration_records` records, clipped to `calibration_percentile` per cent of the numbers.
     """
 
-    policy: str = "rkv"
+    policy: Policy = "rkv"
     budget: Positive
     budgets: Literal["uniform", "pyramid"] = "uniform"
     lambda_: Fraction | None = Field(default=None, alias="lambda")
     redundancy_phase: Phase | None = None
     first: NotNegative | None = None
-    seed: int | None = None
+    seed: StrictInt | None = None
     phase: Phase = "pre_rope"
-    layers: Literal["all"] | LastLayers | EveryLayer | tuple[NotNegative, ...] = "all"
+    layers: Layers = "all"
     share: Literal["none", "selection", "merged"] = "none"
     share_size: Positive = 2
     keys_bits: Bits = 16
@@ -202,7 +260,7 @@ class Evict(Section):
     half: Half = "bfloat16"
     granularity: Literal["token", "channel", "tensor"] = "token"
     calibration_records: Positive = 256
-    calibration_percentile: Annotated[float, Field(gt=50, le=100)] = 99.9
+    calibration_percentile: Annotated[Real, Field(gt=50, le=100)] = 99.9
     threads: Positive = 1
 
 
@@ -212,22 +270,24 @@ class Student(Section):
     training: Training
     reasoning: Literal["jacobi", "sequential", "none"] = "jacobi"
     iterations: NotNegative = 3
-    projection: bool = True
-    per_position: bool = True
+    projection: StrictBool = True
+    per_position: StrictBool = True
     alpha_kv: Weight = 0.0
     alpha_codi: Weight = 0.0
     w_cot: Weight = 0.0
     kv_distance: Distance = "smooth_l1"
-    kv_std: bool = True
+    kv_std: StrictBool = True
     codi_distance: Distance = "smooth_l1"
-    codi_std: bool = True
+    codi_std: StrictBool = True
     shard_window: Positive = 16
     gradient_share_every: NotNegative = 0
 
     @model_validator(mode="after")
     def _has_latents(self) -> Student:
-        if self.reasoning == "none" and self.alpha_kv:
-            raise ValueError("a student with `reasoning: none` has no latents for alpha_kv")
+        if self.reasoning == "none" and (self.alpha_kv or self.alpha_codi):
+            raise ValueError(
+                "a student with `reasoning: none` reads no targets: alpha_kv, alpha_codi must be 0"
+            )
         return self
 
 
@@ -254,8 +314,8 @@ class Resources(Section):
     """
 
     workers: NotNegative | None = None
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    cpus_per_worker: PositiveReal = 1
+    gpus_per_worker: Weight = 0
     loader_workers: NotNegative = 0
 
 
@@ -266,7 +326,7 @@ class Pipeline(Section):
     teacher: Teacher
     generate: Generate
     evict: Evict
-    students: dict[str, Student]
+    students: dict[Name, Student]
     evaluate: Evaluate
     report: Report
     resources: Resources = Resources()
@@ -281,18 +341,24 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
         document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KavaError(f"{path} is missing. Run this where pipelines.yaml lies.") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise KavaError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise KavaError(f"{path} is not valid YAML: {error}") from None
     pipelines = document.get("pipelines") if isinstance(document, dict) else None
     if not isinstance(pipelines, dict):
         raise KavaError(f"{path} has no `pipelines:` mapping.")
-    name = name or document.get("pipeline")
+    pipelines = {str(key): value for key, value in pipelines.items()}
+    name = str(name or document.get("pipeline"))
     if name not in pipelines:
         raise KavaError(f"{path} has no pipeline {name!r}. There are: {', '.join(pipelines)}.")
-    if "." in str(name):
-        raise KavaError(f"pipeline name {name!r} has a dot, which DVC reads as a path. Rename it.")
+    if not re.fullmatch(NAME, name):
+        raise KavaError(
+            f"pipeline name {name!r} must be of letters, digits, - and _ only: it names a folder, "
+            "and DVC reads a dot as a path. Rename it."
+        )
     try:
-        return str(name), Pipeline.model_validate(pipelines[name])
+        return name, Pipeline.model_validate(pipelines[name])
     except ValidationError as error:
         raise KavaError(_explain(path, f"pipelines.{name}", error)) from None
 
@@ -301,8 +367,8 @@ def _explain(path: Path, root: str, error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join([root, *map(str, problem["loc"])])
-        found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
         message = problem["msg"].removeprefix("Value error, ")
+        found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
         if problem["type"] == "extra_forbidden":
             message, found = "no such setting", ""
         lines.append(f"{key}: {message}{found}")

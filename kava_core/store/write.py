@@ -351,10 +351,9 @@ def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     torch.set_num_threads(1)  # pieces this small only lose by being cut up further
     try:
         for piece in x.split(step):
-            wide = piece.float()
-            total += wide.sum(-1, dtype=torch.float64).numpy().sum(0)
-            norm = torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float64)
-            squares += norm.square().numpy().sum(0)
+            exact = piece.double()
+            total += exact.sum(-1).numpy().sum(0)
+            squares += torch.linalg.vecdot(exact, exact).numpy().sum(0)
     finally:
         torch.set_num_threads(threads)
     return total, squares

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from torch.utils.data import DataLoader, Dataset
 
 from kava_core.store import ShardShuffleSampler, TargetsStore
@@ -99,3 +99,7 @@ def test_loader_workers_and_accelerate_keep_the_order(tmp_path: Path, workers: i
         alone = ShardShuffleSampler(store.sizes, seed=3, window=2)
         alone.set_epoch(epoch)
         assert torch.equal(keys, store.batch(list(alone)).keys.codes)
+        # as transformers.Trainer goes on in the middle of an epoch
+        rest = skip_first_batches(loader, 1)
+        rest.set_epoch(epoch)
+        assert torch.equal(torch.cat(list(rest)), keys[5:])

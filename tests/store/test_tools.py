@@ -70,6 +70,14 @@ def test_an_export_opens_in_datasets_and_as_a_store(
     assert len(reader.open(tmp_path / "hub" / "store")) == 7
 
 
+def test_verify_says_what_it_checked(tmp_path: Path) -> None:
+    make_targets_store(tmp_path / "store")
+    for flags, checked in (([], "lengths, headers and index"), (["--full"], "every checksum")):
+        result = CliRunner().invoke(store_group, ["verify", str(tmp_path / "store"), *flags])
+        assert result.exit_code == 0
+        assert f"is whole: {checked} of 4 files checked" in result.stdout
+
+
 def test_export_refuses_a_damaged_store_and_a_folder_in_use(tmp_path: Path) -> None:
     make_targets_store(tmp_path / "store")
     with pytest.raises(KavaError, match="exists already"):

@@ -51,9 +51,7 @@ def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | 
         left = 0.08 if sides[0] > 0 else 0.26
         ax.set_xlim(min(cost) - left * reach, max(cost) + 0.24 * reach)
         percent_axis(ax, max(s.score.ci95[1] for s in systems))
-        if headline is not None:
-            for system in (headline.baseline, headline.ceiling):
-                ax.axhline(system.score.exact_match, color=MUTED, linewidth=1, dashes=(2, 4))
+        ends = [] if headline is None else [headline.baseline.name, headline.ceiling.name]
         height = ax.get_ylim()[1]
         for group, side in zip(groups, sides, strict=True):
             gap = 0.056 * height
@@ -64,13 +62,18 @@ def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | 
                 measured = systems[i].score
                 colour, marker = looks[systems[i].name]
                 x = cost[i] + (place - (len(group) - 1) / 2) * 0.012 * reach
+                if systems[i].name in ends:  # away from the name
+                    far = ax.get_xlim()[0 if side > 0 else 1]
+                    level = [measured.exact_match] * 2
+                    ax.plot([x, far], level, color=MUTED, linewidth=1, dashes=(2, 4))
                 ax.plot([x, x], measured.ci95, color=colour, linewidth=2, alpha=0.55)
                 ax.plot([x], [measured.exact_match], marker, color=colour, markersize=9)
                 point = (x, measured.exact_match)
                 _name_beside(
                     ax, systems[i].name, point, (edge + side * 0.035 * reach, label), colour
                 )
-        ticks = range(math.floor(min(cost)), math.ceil(max(cost)) + 1)
+        low, high = ax.get_xlim()
+        ticks = range(max(0, math.ceil(low)), math.floor(high) + 1)
         ax.set_xticks(list(ticks), [str(2**t) for t in ticks])
         ax.set_xlabel("forward passes per problem (mean, logarithmic)")
         ax.set_ylabel("exact match")

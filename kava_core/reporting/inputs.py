@@ -29,7 +29,6 @@ PREDICTION_COLUMNS = (
     "answer",
     "correct",
     "passes",
-    "tokens",
 )
 
 
@@ -177,7 +176,6 @@ class Prediction:
     answer: str
     correct: bool
     passes: int
-    tokens: int
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def _system(
             how = "writes its chain of thought"
             return System(name, score, "teacher-cot", how, "chain and answer", teacher)
         if name == "teacher-no-cot":
-            how = "is asked for the answer at once"
+            how = "answers at once"
             return System(name, score, "teacher-no-cot", how, "chain and answer", teacher)
         return System(name, score, "other", "", "", None)
     settings = student.settings

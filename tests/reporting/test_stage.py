@@ -1,0 +1,45 @@
+"""`kava report`: the table on stdout, the page where DVC expects it."""
+
+from pathlib import Path
+
+import yaml
+from click.testing import CliRunner, Result
+
+from stages.report import report
+from tests.reporting.pipeline import STUDENTS, TRAINING, make_pipeline
+
+SETTINGS = {
+    "prepare": {"source": "synthetic", "train": 60, "validation": 60, "test": 60},
+    "teacher": {"training": {**TRAINING, "learning_rate": 1e-3}},
+    "generate": {},
+    "evict": {"budget": 8},
+    "students": {name: {"training": {**TRAINING, "learning_rate": 1e-3}} for name in STUDENTS},
+    "evaluate": {},
+    "report": {"title": "Made up"},
+}
+
+
+def run(folder: Path) -> Result:
+    pipelines = folder / "pipelines.yaml"
+    pipelines.write_text(yaml.safe_dump({"pipeline": "made", "pipelines": {"made": SETTINGS}}))
+    return CliRunner().invoke(
+        report, ["--pipelines", str(pipelines), "--data", str(folder / "data")]
+    )
+
+
+def test_it_prints_the_comparison_and_ends_with_the_page(tmp_path: Path) -> None:
+    made = make_pipeline(tmp_path / "data")
+    (made.folder / "report").mkdir()
+    (made.folder / "report/left.txt").write_text("from an older report")
+    result = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    page = made.folder / "report/index.html"
+    assert result.stdout.rstrip().endswith(f"Report: {page}")
+    assert "Made up: synthetic" in result.stdout
+    for system in ("teacher-cot", "no-cot-equal-time", "kava"):
+        assert system in result.stdout
+    assert "<h1>Made up</h1>" in page.read_text()
+    names = {p.name for p in page.parent.iterdir()}
+    assert {"summary.json", "accuracy-by-cost.png", "trace-lengths.png"} <= names
+    assert "left.txt" not in names
+    assert (made.folder / "kv_targets").is_dir()

@@ -32,8 +32,8 @@ test: environment  ## what must pass before anything lands
 test-slow: environment  ## the tests that take minutes
 	pytest -m slow
 
-test-browser: environment  ## the report in headless Chromium (needs the chromium package)
-	pytest -m browser tests/browser
+test-browser: environment  ## the report in headless Chromium (apt-get install chromium)
+	pytest tests/browser/page.py --basetemp=data/.browser
 
 lint: environment
 	ruff format --check .

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kava_core.artefacts import publish, work_folder
+from kava_core.artefacts import publish, read_json, work_folder
 from kava_core.console import say
 from stages.common import Run, stage
 
@@ -28,7 +28,7 @@ def report(run: Run) -> None:
     log = run.data / ".runs" / f"{run.name}.jsonl"
     findings = read_findings(run.path(), list(settings.students), log)
     plain = settings.model_dump(mode="json", by_alias=True)
-    training = plain["teacher"]["training"]
+    training = read_json(run.path("teacher", "teacher.json"))["settings"]["training"]
     comparisons = compare(findings, Training.model_validate(training) if training else None)
     output = run.path("report")
     built = work_folder(output, plain["report"]) / "output"

@@ -34,13 +34,11 @@ def teacher(run: Run) -> None:
     settings = run.settings.teacher
     problems = open_problems(run.path("problems"))
     output = run.path("teacher")
-    work = work_folder(
-        output,
-        {
-            "settings": settings.model_dump(mode="json"),
-            "problems": problems.fingerprint("train", "validation"),
-        },
-    )
+    made_from = {
+        "settings": settings.model_dump(mode="json"),
+        "fingerprints": {"problems": problems.fingerprint("train", "validation")},
+    }
+    work = work_folder(output, made_from)
     training = settings.training
     with torch_threads(training.threads if training else 1):
         model, tokenizer = _start(run, problems)
@@ -64,6 +62,7 @@ def teacher(run: Run) -> None:
         metrics = _validate(run, to_device(model), encoder, problems)
         save_model(folder, model, tokenizer)
         write_json(folder / "metrics.json", metrics)
+        write_json(folder / "teacher.json", made_from)
         publish(folder, output)
     say(
         f"teacher on {metrics['n']} validation problems: {metrics['exact_match_cot']:.1f} % with "

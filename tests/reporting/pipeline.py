@@ -57,6 +57,7 @@ def make_pipeline(data: Path, *, problems: int = 60, records: int = 40) -> Pipel
     _evaluation(made.folder / "evaluation", problems)
     for name in STUDENTS:
         _student(made.folder / "students" / name, name, digest)
+    _write(made.folder / "teacher/teacher.json", {"settings": {"training": TRAINING}})
     _curves(made.folder / "teacher/live", {"loss": (5.0, 0.02), "loss_chain": (5.0, 0.02)})
     _write(
         made.folder / "teacher/metrics.json",

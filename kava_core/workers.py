@@ -40,6 +40,7 @@ def run_shards(
     """Run `job` on every shard and yield (shard, result) as they finish, in any order.
 
     workers: None shares the cores (and GPUs) there are, as many as fit; 0 works in process.
+    There are never more workers than fit: one that waits for room would keep its shard waiting.
     Each worker may die and be restarted by Ray three times; a shard is a retry's unit. KavaErrors
     of a worker arrive as they are.
     """
@@ -87,23 +88,14 @@ def _on_ray(
 
     started = not ray.is_initialized()
     if started:
-        # RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us.
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS", "local"),
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(job.threads)}},
-        )
+        _start(job.threads)
     try:
-        if workers is None:
-            shares = {"CPU": cpus, "GPU": gpus}
-            have = ray.cluster_resources()
-            workers = max(1, min(int(have.get(k, 0) // v) for k, v in shares.items() if v))
+        room = _room(cpus, gpus)
         actor = ray.remote(_Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
         )
-        pool = ActorPool([actor.remote(job) for _ in range(min(workers, len(shards)))])
+        count = min(workers or room, room, len(shards))
+        pool = ActorPool([actor.remote(job) for _ in range(count)])
         for shard, result, error in pool.map_unordered(lambda a, s: a.run.remote(s), list(shards)):
             if error is not None or result is None:
                 raise KavaError(error or f"shard {shard} came back empty")
@@ -116,3 +108,39 @@ def _on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def _start(threads: int) -> None:
+    """RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us."""
+    import ray
+
+    try:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"),
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise KavaError(
+            f"Ray could not be started or reached: {error}. Check RAY_ADDRESS, or set "
+            "resources.workers to 0."
+        ) from None
+
+
+def _room(cpus: float, gpus: float) -> int:
+    """How many workers fit; KavaError if none does, since it would be waited for for ever."""
+    import ray
+
+    shares = {"CPU": cpus, "GPU": gpus}
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(has.get(k, 0) // v) for k, v in shares.items() if v) for has in machines)
+    if not room:
+        has = ray.cluster_resources()
+        raise KavaError(
+            f"expected a machine with room for a worker of {cpus:g} CPUs and {gpus:g} GPUs, found "
+            f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs on {len(machines)}. Lower "
+            "resources.cpus_per_worker or resources.gpus_per_worker."
+        )
+    return room

@@ -24,6 +24,7 @@ COMMANDS = {
     "teacher": ("stages.teacher", "teacher", "Teacher: fine-tune it to write chains of thought."),
     "generate": ("stages.generate", "generate", "Teacher KV: store its caches over the traces."),
     "evict": ("stages.evict", "evict", "KV targets: cut the caches down to M slots."),
+    "fidelity": ("stages.fidelity", "fidelity", "Fidelity: answers from compressed caches."),
     "distill": ("stages.distill", "distill", "Student: train one from the targets."),
     "evaluate": ("stages.evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
     "report": ("stages.report", "report", "Report: one HTML page and a table."),

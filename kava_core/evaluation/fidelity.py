@@ -14,18 +14,15 @@ cache.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.accuracy import wilson
 from kava_core.evaluation.memory import PeakMemory
 from kava_core.evaluation.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.eviction import CacheBatch, Policy, evict
@@ -266,41 +263,6 @@ class Examiner:
         # The model rotates with cosines of its own dtype, and they were un-rotated with the same.
         cos, sin = (x[0].to(dtype).to(wide) for x in (cos, sin))
         return rotate(keys.to(wide), cos, sin).to(dtype)
-
-
-def summarise(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of one cache kind over its answers (rows of answers.parquet).
-
-    exact_match and ci95 in per cent; perplexity of the gold answers and kl (nats) per answer token;
-    tokens_kept and bytes_per_problem are means.
-    """
-    n = len(answers)
-    correct = sum(a["correct"] for a in answers)
-    tokens = sum(a["answer_tokens"] for a in answers)
-    by_steps: dict[int, list[bool]] = {}
-    for answer in answers:
-        by_steps.setdefault(answer["n_steps"], []).append(answer["correct"])
-    return {
-        "n": n,
-        "exact_match": 100 * correct / n,
-        "ci95": wilson(correct, n),
-        "perplexity": math.exp(sum(a["nll"] * a["answer_tokens"] for a in answers) / tokens),
-        "kl": sum(a["kl"] * a["answer_tokens"] for a in answers) / tokens,
-        "tokens_kept": sum(a["tokens_kept"] for a in answers) / n,
-        "bytes_per_problem": sum(a["bytes"] for a in answers) / n,
-        "by_steps": {
-            str(steps): {"exact_match": 100 * sum(marks) / len(marks), "n": len(marks)}
-            for steps, marks in sorted(by_steps.items())
-        },
-    }
-
-
-def smallest_budget(exact_match: dict[int, float], full: float, within: float) -> int | None:
-    """The smallest budget at most `within` points below `full`; None if there is none.
-
-    exact_match: budget → per cent.
-    """
-    return min((b for b, score in exact_match.items() if score >= full - within), default=None)
 
 
 def alike(traces: Sequence[Trace], batch_size: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +15,8 @@ class PeakMemory:
     """Inside this context memory is watched; after it `peak` is what was in use beyond the start.
 
     On CUDA these are the bytes torch allocated, and what was queued before is finished on entry. On
-    Linux it is the resident memory of the process: small work disappears in memory that the
-    process already has. Elsewhere `peak` is None.
+    Linux it is the resident memory of the process, from which what was freed before is returned on
+    entry. Elsewhere `peak` is None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,6 +30,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
+        _return_freed()
         try:
             CLEAR_REFS.write_text("5", encoding="ascii")  # forgets the peak so far (proc(5))
         except OSError:
@@ -45,6 +47,13 @@ class PeakMemory:
             else _status("VmHWM")
         )
         self.peak = max(0, after - self._before)
+
+
+def _return_freed() -> None:
+    """Without it, work would disappear in memory that the allocator holds from work before it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if trim is not None:
+        trim(0)
 
 
 def _status(name: str) -> int:

@@ -145,6 +145,35 @@ class _State:
         return self.cache.layers
 
 
+class Projection(nn.Module):
+    """Hidden state → latent: LayerNorm(h + Linear(GELU(Linear(h)))), [..., E] → [..., E].
+
+    The paper's Linear–GELU–Linear–LayerNorm with a skip around the two linear maps (ours). Fresh,
+    the second map is close to zero and the norm's gain is the spread of the embeddings, so that a
+    latent is the hidden state at the scale of an embedding. The decoder then starts out by thinking, softly,
+    what it would have written; at the hidden state's own scale, twenty times larger in a small
+    model, a latent drowns whatever the layers add to it.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, size)
+        self.down = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size)
+
+    def reset(self, scale: float, generator: torch.Generator) -> None:
+        """Fresh parameters; scale: the standard deviation of the decoder's input embeddings."""
+        for linear, gain in ((self.up, 1.0), (self.down, 0.01)):
+            noise = torch.randn(linear.weight.shape, generator=generator)
+            linear.weight.copy_(gain * noise * linear.in_features**-0.5)
+            linear.bias.zero_()
+        self.norm.weight.fill_(scale)
+        self.norm.bias.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden + self.down(nn.functional.gelu(self.up(hidden))))
+
+
 class LatentReasoner(PreTrainedModel):
     """A causal LM that thinks in latents. Build it with `from_teacher` or `from_pretrained`."""
 
@@ -177,9 +206,7 @@ class LatentReasoner(PreTrainedModel):
             self.initial_latents = nn.Parameter(torch.zeros(rows, size))
             self.projection: nn.Module = nn.Identity()
             if config.projection:
-                self.projection = nn.Sequential(
-                    nn.Linear(size, size), nn.GELU(), nn.Linear(size, size), nn.LayerNorm(size)
-                )
+                self.projection = Projection(size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -226,15 +253,8 @@ class LatentReasoner(PreTrainedModel):
                 for parameter in (student.bot, student.eot, student.initial_latents):
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(embeddings.mean(0) + noise * embeddings.std())
-                for module in student.projection.modules():
-                    if isinstance(module, nn.Linear):
-                        noise = torch.randn(module.weight.shape, generator=generator)
-                        module.weight.copy_(noise * module.in_features**-0.5)
-                        module.bias.zero_()
-                    elif isinstance(module, nn.LayerNorm):
-                        # A latent enters where embeddings do, so it starts at their scale.
-                        module.weight.fill_(float(embeddings.std()))
-                        module.bias.zero_()
+                if isinstance(student.projection, Projection):
+                    student.projection.reset(float(embeddings.std()), generator)
         return student
 
     @classmethod

@@ -77,7 +77,11 @@ def test_without_iterations_the_last_layers_output_is_read_by_nothing() -> None:
     assert without_gradient(student) == {
         "eot",
         "decoder.model.norm.weight",
-        *(f"projection.{i}.{kind}" for i in (0, 2, 3) for kind in ("weight", "bias")),
+        *(
+            f"projection.{part}.{kind}"
+            for part in ("up", "down", "norm")
+            for kind in ("weight", "bias")
+        ),
         *(f"{last}self_attn.{kind}_proj.weight" for kind in "qo"),
         *(f"{last}mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")),
         f"{last}post_attention_layernorm.weight",
@@ -112,7 +116,7 @@ def test_gradients_match_finite_differences(name: str, settings: dict) -> None:
     kv_loss(student, "mse").backward()
     layer = "transformer.h.1.attn.c_attn" if name == "gpt2" else "model.layers.1.self_attn.v_proj"
     step = 1e-6
-    for path in ("bot", "projection.0.weight", f"decoder.{layer}.weight", "initial_latents"):
+    for path in ("bot", "projection.up.weight", f"decoder.{layer}.weight", "initial_latents"):
         parameter = student.get_parameter(path)
         if parameter.grad is None:
             assert (path, settings) == ("initial_latents", {"reasoning": "sequential"})

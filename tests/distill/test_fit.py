@@ -386,12 +386,18 @@ def test_a_teacher_learns_its_chains(tmp_path: Path) -> None:
     assert last < 0.2 * first
 
 
-def test_adapters_start_the_same_whatever_was_drawn_before() -> None:
-    torch.manual_seed(1)
-    one = toy_student(lora=True).state_dict()
-    torch.manual_seed(2)
-    two = toy_student(lora=True).state_dict()
-    assert same(one, two)
+def test_adapters_start_from_their_seed_whatever_was_drawn_before() -> None:
+    def adapters(seed: int, drawn: int) -> dict[str, Tensor]:
+        student = toy_student()
+        torch.manual_seed(drawn)
+        toy.add_lora(student, rank=2, alpha=2, dropout=0.0, targets=["q_proj"], seed=seed)
+        after = torch.rand(())
+        torch.manual_seed(drawn)
+        assert torch.equal(after, torch.rand(()))  # nothing was drawn from the common stream
+        return {name: x for name, x in student.state_dict().items() if "lora_A" in name}
+
+    assert same(adapters(3, drawn=1), adapters(3, drawn=2))
+    assert not same(adapters(3, drawn=1), adapters(4, drawn=1))
 
 
 def test_merged_adapters_compute_what_they_did() -> None:

@@ -187,7 +187,8 @@ def recommendation_table(metrics: dict[str, Any]) -> RenderableType:
     for policy, by_bits in metrics["recommended"].items():
         for bits, budget in by_bits.items():
             if budget is None:
-                table.add_row(Text(policy), bits, "none", *[""] * 5, style="dim")
+                largest = max(map(int, metrics["policies"][policy]))
+                table.add_row(Text(policy), bits, f"> {largest}", *[""] * 5, style="dim")
             else:
                 row(policy, bits, str(budget), metrics["policies"][policy][str(budget)][bits])
     row("none", "", "", metrics["none"], "dim")

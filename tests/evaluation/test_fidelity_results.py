@@ -107,3 +107,19 @@ def test_the_artefact_holds_answers_numbers_plots_and_heatmaps(tmp_path: Path) -
     assert "Smallest budget within 2 points" in table
     (row,) = [line for line in table.splitlines() if line.startswith("rkv")]
     assert row.split()[1:4] == ["16", "8", "100.0"]
+
+
+def test_where_no_budget_is_enough_the_table_says_that_more_is_needed() -> None:
+    score = summarise([answer(2, True)])
+    metrics = {
+        "split": "test",
+        "within": 0.5,
+        "full": score,
+        "none": score,
+        "policies": {"rkv": {"2": {"8": score}, "16": {"8": score}}},
+        "recommended": {"rkv": {"8": None}},
+    }
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(recommendation_table(metrics))
+    (row,) = [line for line in console.export_text().splitlines() if line.startswith("rkv")]
+    assert row.split() == ["rkv", "8", ">", "16"]

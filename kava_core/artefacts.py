@@ -19,7 +19,7 @@ from typing import Any
 
 from kava_core.errors import KavaError
 
-CHUNK = 1 << 20
+WORK = ".work"
 
 
 def canonical_json(value: Any) -> str:
@@ -95,7 +95,7 @@ def work_folder(output: Path, key: Any) -> Path:
     data = next(
         (p for p in output.absolute().parents if p.name == "data"), output.absolute().parent
     )
-    folder = data / ".work" / f"{output.name}-{fingerprint(key)[:24]}"
+    folder = data / WORK / f"{output.name}-{fingerprint(key)[:24]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -103,7 +103,7 @@ def work_folder(output: Path, key: Any) -> Path:
 def publish(built: Path, output: Path) -> None:
     """Rename the complete folder `built` to `output`, replacing what was there.
 
-    `built` lies in a folder of `work_folder`, which is removed with all else it holds (checkpoints).
+    `built` lies in a folder of `work_folder`, which goes with all else it holds (checkpoints).
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.exists():
@@ -111,4 +111,5 @@ def publish(built: Path, output: Path) -> None:
     sync(built)
     built.replace(output)
     sync(output.parent)
-    shutil.rmtree(built.parent)
+    if built.parent.parent.name == WORK:
+        shutil.rmtree(built.parent)

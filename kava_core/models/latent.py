@@ -150,9 +150,8 @@ class Projection(nn.Module):
 
     The paper's Linear–GELU–Linear–LayerNorm with a skip around the two linear maps (ours). Fresh,
     the second map is close to zero and the norm's gain is the spread of the embeddings, so that a
-    latent is the hidden state at the scale of an embedding. The decoder then starts out by thinking, softly,
-    what it would have written; at the hidden state's own scale, twenty times larger in a small
-    model, a latent drowns whatever the layers add to it.
+    latent is the hidden state at the scale of an embedding. At the hidden state's own scale, twenty
+    times larger in a small model, a latent drowns whatever the layers add to it.
     """
 
     def __init__(self, size: int) -> None:

@@ -25,6 +25,7 @@ def refused(output: str) -> str:
         ("evict.budget", 0, "evict.budget"),
         ("evict.budget", "many", "evict.budget"),
         ("evict.lambda", 1.5, "evict.lambda"),
+        ("evict.policy", "psychic", "evict.policy"),
         ("prepare.source", "web", "prepare.source"),
         ("teacher.scratch.heads", 5, "teacher.scratch"),
         ("students.kava.reasoning", "telepathy", "students.kava.reasoning"),
@@ -47,7 +48,6 @@ def test_a_wrong_setting_is_named_by_its_path(
 @pytest.mark.parametrize(
     ("key", "value", "stage", "said"),
     [
-        ("evict.policy", "psychic", "evict", "policy"),
         ("evict.layers", [0, 7], "evict", "layers"),
         ("students.kava.training.lora", {"targets": ["nothing"]}, "distill kava", "lora.targets"),
         ("students.kava.training.batch_size", 100000, "distill kava", "batch_size"),

@@ -8,6 +8,7 @@ there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -77,6 +78,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@functools.cache
+def code_fingerprint() -> str:
+    """A hash over the source of kava_core."""
+    root = Path(__file__).parent
+    return folder_fingerprint(root, [str(p.relative_to(root)) for p in root.rglob("*.py")])
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a directory (so that a rename in it is durable)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -90,8 +98,10 @@ def work_folder(output: Path, key: Any) -> Path:
     """The folder where `output` is built: `<data>/.work/<stage>-<fingerprint of key>`.
 
     `output` is `<data>/<pipeline>/<name…>`, and `key` holds all that determines the artefact's
-    content; the same key finds the unfinished work of a killed run.
+    content; the same key finds the unfinished work of a killed run. The library's own code is part
+    of it: what one version left unfinished another does not continue.
     """
+    key = [key, code_fingerprint()]
     data = next(
         (p for p in output.absolute().parents if p.name == "data"), output.absolute().parent
     )

@@ -107,8 +107,8 @@ class Wording(Protocol):
 
 
 _COMPACT_EVENTS = {
-    "add": ("gets {n} extra .", "buys {n} .", "finds {n} ."),
-    "subtract": ("sells {n} .", "loses {n} .", "gives {n} away ."),
+    "add": ("gets {n} extra .", "finds {n} ."),
+    "subtract": ("sells {n} .", "gives {n} away ."),
     "multiply": ("makes it {n} times as many .",),
     "divide": ("keeps 1 part in {n} .",),
 }
@@ -129,8 +129,7 @@ class CompactTeller:
         self._many = rng.choice(scenario.things)[1]
 
     def opening(self, start: int) -> str:
-        verb = self._rng.choice(("has", "gets", "finds"))
-        return f"{self._name} {verb} {start} {self._many} ."
+        return f"{self._name} has {start} {self._many} ."
 
     def event(self, operation: str, operand: int) -> str:
         forms = _COMPACT_BY_FACTOR.get((operation, operand), _COMPACT_EVENTS[operation])

@@ -13,14 +13,16 @@ PAD, EOS = "<|pad|>", "<|eos|>"
 _BYTES = 256
 
 # The pieces that merges may not cross, first match first: an English contraction; a word with at
-# most one character (usually the space) before it; one digit; a run of other signs with the space
-# before and the line ends after it; line ends; other white space, of which the last is left to the
-# word that follows. This is how the Qwen2 tokenizer cuts text, so that arithmetic looks alike.
+# most one character (usually the space) before it; one digit, with the space before it; a run of
+# other signs with the space before and the line ends after it; line ends; other white space, of
+# which the last is left to the word that follows. So does the Qwen2 tokenizer cut text, but for the
+# space before a number: as a token of its own it would be a sixth of a short problem, and the first
+# token of every answer would say nothing.
 _PIECES = "|".join(
     (
         r"(?i:'(?:s|t|re|ve|m|ll|d))",
         r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
+        r" ?\p{N}",
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",
         r"\s*[\r\n]+",
         r"\s+(?!\S)",

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kava_core.artefacts import publish, work_folder
+from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.config import EveryLayer, Evict, LastLayers
 from kava_core.console import progress, say
 from stages.common import Run, stage, store_codec
 
 if TYPE_CHECKING:
     from kava_core.eviction import CacheBatch, Policy, Targets
-    from kava_core.store import Geometry, Ranges, TeacherShard, TeacherStore
+    from kava_core.store import Geometry, Ranges, TargetsStore, TeacherShard, TeacherStore
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def evict(run: Run) -> None:
     """Cut the teacher's caches down to M slots per layer and head.
 
     Writes kv_targets/, from which students are trained without the teacher, and eviction.json with
-    the share of (record, layer, head) on which something was really dropped. A new budget, policy,
+    the share of (record, layer, head) from which a token was really dropped. A new budget, policy,
     layer set or bit width reruns this stage and what follows, nothing before.
     """
     from kava_core.rotary import Rotary
-    from kava_core.store import TeacherStore, finalise, finished_shards
+    from kava_core.store import TargetsStore, TeacherStore, finalise, finished_shards
     from kava_core.workers import run_shards
 
     settings = run.settings.evict
@@ -174,8 +174,38 @@ def evict(run: Run) -> None:
         ranges=ranges,
     )
     publish(folder, output)
-    size = sum(info.bytes for info in manifest.files.values())
-    say(f"kv_targets: {manifest.records} records, {size / 1e6:.1f} MB")
+    metrics = _metrics(TargetsStore.open(output))
+    write_json(run.path("eviction.json"), metrics)
+    say(
+        f"kv_targets: {manifest.records} records, {metrics['megabytes']:.1f} MB; eviction engaged "
+        f"on {metrics['engaged_percent']:.1f} % of (record, layer, head)"
+    )
+
+
+def _metrics(store: TargetsStore) -> dict[str, float]:
+    """What eviction did, read from the finished store, so that a continued run counts alike.
+
+    engaged_percent: of (record, layer, head), those from which a token was really dropped;
+    kept_percent: of all tokens there, those that fill a slot.
+    """
+    import torch
+
+    lengths = torch.from_numpy(store.index.column("n_cot")).long()  # [records]
+    engaged = places = kept = tokens = 0
+    first = 0
+    for size in store.sizes:
+        counts = store.batch(range(first, first + size)).slot_counts.long()  # [N, L', H]
+        whole = lengths[first : first + size, None, None].expand_as(counts)
+        engaged += int((counts < whole).sum())
+        places += counts.numel()
+        kept += int(counts.sum())
+        tokens += int(whole.sum())
+        first += size
+    return {
+        "engaged_percent": 100 * engaged / places,
+        "kept_percent": 100 * kept / tokens,
+        "megabytes": sum(info.bytes for info in store.manifest.files.values()) / 1e6,
+    }
 
 
 def _layers(settings: Evict) -> Any:

@@ -35,6 +35,14 @@ def test_metrics_have_the_documented_form(finished: Project) -> None:
     assert systems["no-cot"]["forward_passes"] == pytest.approx(systems["no-cot"]["tokens"])
 
 
+def test_eviction_says_how_much_it_dropped(finished: Project) -> None:
+    metrics = json.loads((finished.path / "data/smoke/eviction.json").read_text())
+    assert metrics["engaged_percent"] == 100  # every trace is longer than 4 tokens
+    manifest = json.loads((finished.path / "data/smoke/kv_targets/manifest.json").read_text())
+    kept = 100 * 4 * manifest["records"] / manifest["trace_tokens"]
+    assert metrics["kept_percent"] == pytest.approx(kept)
+
+
 def test_dvc_shows_metrics_and_plots(finished: Project) -> None:
     shown = json.loads(finished.run("dvc", "metrics", "show", "--json"))
     assert "data/smoke/evaluation/metrics.json" in json.dumps(shown)

@@ -228,7 +228,7 @@ class LatentReasoner(PreTrainedModel):
         """A student with the teacher's weights and fresh latents of the embeddings' own scale."""
         decoder_config = teacher.config.get_text_config()
         config = LatentReasonerConfig(
-            decoder_config=decoder_config.to_dict(),
+            decoder_config=_plain(decoder_config),
             latents=latents,
             iterations=iterations,
             reasoning=reasoning,
@@ -265,7 +265,7 @@ class LatentReasoner(PreTrainedModel):
         With an answer prompt it answers at once; with none it writes its chain of thought first.
         """
         config = LatentReasonerConfig(
-            decoder_config=model.config.get_text_config().to_dict(),
+            decoder_config=_plain(model.config.get_text_config()),
             answer_prompt_ids=answer_prompt_ids,
             eos_token_id=eos_token_id,
         )
@@ -530,6 +530,11 @@ def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = mask.long().argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration as a dict, without the place it was loaded from: that is no part of it."""
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 AutoConfig.register("latent_reasoner", LatentReasonerConfig)

@@ -96,10 +96,12 @@ class TraceEncoder:
             if not problem.answer.strip():
                 raise KavaError(f"Problem {problem.id} has an empty answer. Remove it or mend it.")
         questions = self._ids([self.question_text(problem.question) for problem in problems])
-        cots = self._ids([self.cot_text(problem.steps) for problem in problems])
-        answers = self._ids([" " + problem.answer for problem in problems])
+        cots = self.encode_chains([problem.steps for problem in problems])
+        answers = self.encode_answers([problem.answer for problem in problems])
         prompt = self.answer_prompt_ids
-        written = [q + c + prompt + a for q, c, a in zip(questions, cots, answers, strict=True)]
+        written = [
+            q + c + prompt + a[:-1] for q, c, a in zip(questions, cots, answers, strict=True)
+        ]
         self._check(problems, written)
         return [
             Trace(
@@ -107,7 +109,7 @@ class TraceEncoder:
                 question_ids=self.first + question,
                 cot_ids=cot,
                 answer_prompt_ids=list(prompt),
-                answer_ids=[*answer, self.eos],
+                answer_ids=answer,
                 source=problem.source,
                 topic=problem.topic,
                 n_steps=len(problem.steps),
@@ -124,6 +126,16 @@ class TraceEncoder:
             return []
         texts = [self.question_text(question) for question in questions]
         return [self.first + ids for ids in self._ids(texts)]
+
+    def encode_chains(self, chains: Sequence[Sequence[str]]) -> list[list[int]]:
+        """The ids of chains of steps, as `encode` makes them; none of a chain without steps."""
+        return self._ids([self.cot_text(steps) for steps in chains]) if chains else []
+
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """The ids of bare answers, as `encode` makes them: the last is eos."""
+        return (
+            [[*ids, self.eos] for ids in self._ids([" " + a for a in answers])] if answers else []
+        )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(

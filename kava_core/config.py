@@ -127,8 +127,19 @@ class LoRA(Section):
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+class HeldOut(Section):
+    """The last `records` training records are never trained on; every `every` steps the terms of
+    the loss are measured on them."""
+
+    records: Positive
+    every: Positive
+
+
 class Training(Section):
-    """How weights are fitted; AdamW with a cosine schedule."""
+    """How weights are fitted; AdamW with a cosine schedule.
+
+    held_out: evaluation during training; null: none.
+    """
 
     steps: Positive
     batch_size: Positive = 64
@@ -139,6 +150,7 @@ class Training(Section):
     max_grad_norm: PositiveReal = 2.0
     precision: Literal["float32", "bfloat16"] = "float32"
     lora: LoRA | None = None
+    held_out: HeldOut | None = None
     log_every: Positive = 25
     save_every: Positive = 200
     seed: StrictInt = 0
@@ -344,9 +356,17 @@ class Fidelity(Section):
 
 
 class Student(Section):
-    """One student: how it reasons, what it is taught by, and how long."""
+    """One student: how it reasons, what it is taught by, and how long.
+
+    targets: `store` reads them from kv_targets, the teacher is not even loaded but for its weights;
+    `online` makes them anew in every step with the frozen teacher, by the store's settings, and
+    takes token ids and statistics from the store only. processes: how many share each batch, on
+    this machine or the Ray cluster that RAY_ADDRESS names; it changes results by rounding.
+    """
 
     training: Training
+    targets: Literal["store", "online"] = "store"
+    processes: Positive = 1
     reasoning: Literal["jacobi", "sequential", "none"] = "jacobi"
     iterations: NotNegative = 3
     projection: StrictBool = True
@@ -366,6 +386,15 @@ class Student(Section):
         if self.reasoning == "none" and (self.alpha_kv or self.alpha_codi):
             raise ValueError(
                 "a student with `reasoning: none` reads no targets: alpha_kv, alpha_codi must be 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Student:
+        if self.training.batch_size % self.processes:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} must be a multiple of processes "
+                f"{self.processes}, which share every batch"
             )
         return self
 

@@ -3,21 +3,28 @@
 Checkpoints, schedules, mixed precision, clipping and distribution are the Trainer's. What is ours
 is the loss, the order of the data, and that a killed run goes on where its last whole checkpoint
 stands and ends with the weights of a run that was never killed.
+
+In a process group (`kava_core.distill.processes`) every process calls `fit`: each works on its part
+of every batch, and what is logged, saved and decided is that of all of them together.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -33,6 +40,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from kava_core.console import progress, say
+from kava_core.distill import group
 from kava_core.errors import KavaError
 
 Batch = dict[str, Any]
@@ -40,14 +48,17 @@ Batch = dict[str, Any]
 Terms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 LOWEST_SHARE = 0.01
+STOP_FILE = "stop"
+LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "gradient_share")
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How long and how fast; every field changes the result.
+    """How long and how fast; every field but the last changes the result.
 
     `warmup` is the share of `steps` over which the learning rate rises; a batch is `batch_size`
-    records, `accumulation` of them make a step.
+    records (of all processes together), `accumulation` of them make a step. evaluate_every: steps
+    between two looks at the held-out records; 0: none.
     """
 
     steps: int
@@ -61,6 +72,7 @@ class FitSettings:
     log_every: int
     save_every: int
     seed: int
+    evaluate_every: int = 0
 
 
 class Stopped(KavaError):
@@ -79,6 +91,7 @@ def fit(
     title: str,
     loader_workers: int = 0,
     shares_every: int = 0,
+    held_out: Sequence[int] = (),
 ) -> None:
     """Train `model` in place.
 
@@ -86,7 +99,10 @@ def fit(
     of the run and depends on (seed, epoch) alone. folder: where checkpoints live until the run is
     complete; a whole checkpoint found there is continued from. live_folder: loss curves in
     DVCLive's format. shares_every: every so many steps (0: never) the share of each term in the
-    gradient's norm is measured and logged.
+    gradient's norm is measured and logged. held_out: indices of the dataset that the sampler leaves
+    out, on which the terms are measured every `settings.evaluate_every` steps.
+
+    A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
     Raises KavaError on a loss that is not a number (naming the records), `Stopped` on SIGTERM.
     """
@@ -95,7 +111,7 @@ def fit(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // group.size(),
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -107,6 +123,8 @@ def fit(
         logging_steps=settings.log_every,
         save_steps=settings.save_every,
         save_total_limit=2,
+        eval_strategy="steps" if settings.evaluate_every else "no",
+        eval_steps=settings.evaluate_every or None,
         seed=settings.seed,
         # Not persistent: only fresh loader processes draw from the random numbers as none do.
         dataloader_num_workers=loader_workers,
@@ -117,29 +135,37 @@ def fit(
         report_to=[],
         disable_tqdm=True,
         optim="adamw_torch",
+        ddp_broadcast_buffers=False,  # rotary frequencies, the same everywhere
     )
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = group.from_first(lambda: last_whole_checkpoint(folder))
     if checkpoint:
         say(f"{title}: continuing from {checkpoint.name}")
     window = _Window()
     with progress() as display, _Terminable() as termination:
         task = display.add_task(title, total=settings.steps, note="")
+        stop = _Stop(termination, folder / STOP_FILE)
+        callbacks: list[TrainerCallback] = [window, stop]
+        if group.rank() == 0:
+            callbacks += [_Display(display, task), _Live(live_folder)]
         trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
+            eval_dataset=dataset if settings.evaluate_every else None,
             data_collator=_as_it_is,  # type: ignore[arg-type]
-            callbacks=[window, _Display(display, task), _Live(live_folder), _Stop(termination)],
+            callbacks=callbacks,
         )
-        trainer.bind(terms, sampler, shares_every, window)
+        trainer.bind(terms, sampler, shares_every, window, held_out)
         trainer.pop_callback(_printer())
+        if group.size() > 1:
+            set_seed(settings.seed + group.rank())  # no two processes drop out the same units
         if checkpoint and _step_of(checkpoint) >= settings.steps:
             trainer.take_over(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # Mixed precision wrapped the model's forward; the caller gets its own model back.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if termination.is_set() and trainer.state.global_step < settings.steps:
+    if stop.stopped and trainer.state.global_step < settings.steps:
         raise Stopped(
             f"{title}: stopped at step {trainer.state.global_step} of {settings.steps} and saved. "
             "Run the same command again to go on."
@@ -165,16 +191,21 @@ def _step_of(checkpoint: Path) -> int:
 
 class _Window(TrainerCallback, ExportableState):
     """What has been measured since the last log. It is part of every checkpoint, so that a
-    continued run logs what an uninterrupted one does, wherever it was stopped."""
+    continued run logs what an uninterrupted one does, wherever it was stopped.
+
+    before: this window and the random numbers as they were when the step at work began."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.batches = 0
         self.shares: dict[str, float] = {}
+        self.before: tuple[dict[str, Any], Any] | None = None
+
+    def attributes(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "batches": self.batches, "shares": dict(self.shares)}
 
     def state(self) -> dict[str, Any]:
-        attributes = {"sums": self.sums, "batches": self.batches, "shares": self.shares}
-        return {"args": {}, "attributes": attributes}
+        return {"args": {}, "attributes": self.attributes()}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -182,15 +213,55 @@ class _Window(TrainerCallback, ExportableState):
         saved: Any = state.stateful_callbacks
         vars(self).update(saved[type(self).__name__]["attributes"])
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.before is not None:
+            self.before = (self.attributes(), self.before[1])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # Here, not when the next step begins: a new epoch's loader draws in between.
+        self.before = ({}, _random_state())
+
+    def rewind(self) -> None:
+        """Back to where the step at work began (`before` is not None)."""
+        assert self.before is not None
+        attributes, numbers = self.before
+        vars(self).update(attributes)
+        _set_random_state(numbers)
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state[3])
+
 
 class _Trainer(Trainer):
     model_accepts_loss_kwargs = False  # every term is a mean over records: plain averaging is right
 
-    def bind(self, terms: Terms, sampler: Sampler[int], shares_every: int, window: _Window) -> None:
+    def bind(
+        self,
+        terms: Terms,
+        sampler: Sampler[int],
+        shares_every: int,
+        window: _Window,
+        held_out: Sequence[int],
+    ) -> None:
         self.terms = terms
         self.sampler = sampler
         self.shares_every = shares_every
         self.window = window
+        self.held_out = held_out
         self.warned: set[str] = set()
 
     def take_over(self, checkpoint: Path) -> None:
@@ -214,24 +285,63 @@ class _Trainer(Trainer):
         if self.shares_every and self.state.global_step % self.shares_every == 0:
             self._measure_shares(terms, model)
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            raise KavaError(
-                f"the loss became {loss.item():g} at step {self.state.global_step + 1}, on the "
-                f"records {', '.join(inputs['ids'])}. The last checkpoint is kept. Lower the "
-                "learning rate, or look at these records."
-            )
+        # One exchange: the means over all processes, which are not finite if any process's is not.
+        values = group.mean(torch.stack([loss, *terms.values()]).detach()).tolist()
+        if not math.isfinite(values[0]):
+            self._give_up(model, values[0], loss, inputs["ids"])
         window = self.window
-        for name, value in {"loss": loss, **terms}.items():
-            window.sums[name] = window.sums.get(name, 0.0) + float(value.detach())
+        for name, value in zip(("loss", *terms), values, strict=True):
+            window.sums[name] = window.sums.get(name, 0.0) + value
         window.batches += 1
         return (loss, None) if return_outputs else loss
+
+    def _give_up(self, model: nn.Module, value: float, own: Tensor, ids: list[str]) -> None:
+        """Save what the steps before this one gave, and say where it went wrong."""
+        step = self.state.global_step
+        if self.window.before is not None:  # else this run has not taken a step
+            self.window.rewind()
+            self._save_checkpoint(model, trial=None)
+        bad = group.gather([] if torch.isfinite(own) else ids)
+        raise KavaError(
+            f"the loss became {value:g} at step {step + 1}, on the records "
+            f"{', '.join(name for names in bad for name in names)}. The state before that step is "
+            "saved. Lower the learning rate, or look at these records."
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process writes the Trainer's state next, which makes the checkpoint a whole one.
+        group.wait()
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The terms on the held-out records, logged as `eval_loss…`; draws no random numbers."""
+        assert self.model is not None
+        own = self.held_out[group.rank() :: group.size()]
+        step = self.args.per_device_train_batch_size
+        sums: Tensor | None = None
+        names: list[str] = []
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for first in range(0, len(own), step):
+                indices = list(own[first : first + step])
+                batch = self.train_dataset.__getitems__(indices)  # type: ignore[union-attr]
+                terms = self.terms(self.model, send_to_device(batch, self.args.device))
+                names = list(terms)
+                values = torch.stack(list(terms.values())).double() * len(indices)
+                sums = values if sums is None else sums + values
+        self.model.train()
+        assert sums is not None
+        means = (group.mean(sums) * group.size() / len(self.held_out)).tolist()
+        logs = {f"eval_loss_{name}": value for name, value in zip(names, means, strict=True)}
+        self.log({"eval_loss": sum(means), **logs})
+        return logs
 
     def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         norms = {}
         for name, term in terms.items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            squares = [g.float().square().sum() for g in gradients if g is not None]
+            squares = [group.mean(g.float()).square().sum() for g in gradients if g is not None]
             norms[name] = float(torch.stack(squares).sum().sqrt())
         total = sum(norms.values()) or 1.0
         self.window.shares = {name: norm / total for name, norm in norms.items()}
@@ -312,24 +422,27 @@ class _Live(TrainerCallback):
         self.live.end()
 
     def _write(self, logs: dict[str, float], step: int) -> None:
-        if "loss" not in logs:
+        if "loss" not in logs and "eval_loss" not in logs:
             return  # the Trainer's closing summary holds seconds, which no artefact may
         self.live.step = step
         # Sorted, as the entries of a checkpoint are: the order of the files' keys must not tell.
         for name, value in sorted(logs.items()):
-            if name.startswith(("loss", "learning_rate", "grad_norm", "gradient_share")):
+            if name.startswith(LOGGED):
                 self.live.log_metric(name, value)
         self.live.make_summary()
 
 
 class _Stop(TrainerCallback):
-    def __init__(self, termination: threading.Event) -> None:
-        self.termination = termination
+    def __init__(self, termination: threading.Event, file: Path) -> None:
+        self.termination, self.file = termination, file
+        self.stopped = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.termination.is_set():
+        # All processes must stop after the same step.
+        self.stopped = group.any_of(self.termination.is_set() or self.file.exists())
+        if self.stopped:
             control.should_save = True
             control.should_training_stop = True
 

@@ -302,10 +302,12 @@ def test_shares_of_the_gradient_are_measured_and_a_weak_term_is_named(tmp_path: 
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_names_the_records_and_keeps_the_checkpoint(
-    store: Path, tmp_path: Path
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_number_names_the_records_and_saves_what_came_before(
+    store: Path, tmp_path: Path, accumulation: int
 ) -> None:
-    run = Toy(store, tmp_path, toy.replace(SETTINGS, accumulation=1))
+    """The checkpoint is that of step 4, though the second batch of step 5 is the broken one."""
+    run = Toy(store, tmp_path, toy.replace(SETTINGS, accumulation=accumulation))
     opened = TargetsStore.open(store)
     terms = student_terms(toy.toy_objective(opened), Match.of(opened))
     seen: list[list[str]] = []
@@ -313,22 +315,25 @@ def test_a_loss_that_is_no_number_names_the_records_and_keeps_the_checkpoint(
     def broken(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         seen.append(batch["ids"])
         result = terms(model, batch)
-        return {**result, "kv": result["kv"] * float("nan")} if len(seen) == 5 else result
+        return {**result, "kv": result["kv"] * float("nan")} if len(seen) == last else result
 
+    last = 5 * accumulation
     with pytest.raises(KavaError) as error:
         fit(
-            toy_student(),
+            toy_student(dropout=0.1),
             broken,
             TargetsDataset(opened, chains=False),
-            ShardShuffleSampler(opened.sizes, seed=0),
+            ShardShuffleSampler(opened.sizes, seed=SETTINGS.seed),
             run.settings,
             folder=run.checkpoints,
             live_folder=tmp_path / "live",
             title="toy",
         )
     assert "nan at step 5" in str(error.value)
-    assert ", ".join(seen[4]) in str(error.value)
-    assert checkpoints(run) == [3]
+    assert f"records {', '.join(seen[last - 1])}. The state before" in str(error.value)
+    assert checkpoints(run) == [3, 4]
+    assert same(run.run(), run.but(folder=tmp_path / "whole").run())
+    assert files(tmp_path / "live") == files(tmp_path / "whole" / "live")
 
 
 def test_no_checkpoint_no_continuation(tmp_path: Path) -> None:

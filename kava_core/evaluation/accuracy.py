@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.answers import extract_answer, same_answer
+from kava_core.evaluation.breakdown import accuracy_by
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
-from kava_core.problems.traces import TraceEncoder
+from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
 
 Z95 = 1.959963984540054
 
@@ -24,21 +25,26 @@ Z95 = 1.959963984540054
 class Prediction:
     """One answered problem.
 
-    text: all that was generated; answer: what was read from it ("" if nothing could be); passes:
-    decoder calls; tokens: generated, the end of sequence included; seconds: the batch's wall-clock
-    over its size.
+    written: the generated ids, the end of sequence included; text: the same as text; answer: what
+    was read from it ("" if nothing could be); passes: decoder calls; seconds: the batch's
+    wall-clock over its size.
     """
 
     id: str
     n_steps: int
     topic: str
     gold: str
+    written: tuple[int, ...]
     text: str
     answer: str
     correct: bool
     passes: int
-    tokens: int
     seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """How many were generated."""
+        return len(self.written)
 
 
 def ask(
@@ -62,6 +68,7 @@ def ask(
     order = sorted(range(len(problems)), key=lambda i: (len(questions[i]), i))
     done: dict[int, Prediction] = {}
     device = system.device
+    prompted = bool(system.config.answer_prompt_ids)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         began = time.perf_counter()
@@ -73,21 +80,30 @@ def ask(
             end = row.index(encoder.eos) + 1 if encoder.eos in row else len(row)
             text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
             problem = problems[i]
-            answer = extract_answer(text) or ""
+            answer = read_answer(text, prompted=prompted)
             done[i] = Prediction(
                 id=problem.id,
                 n_steps=len(problem.steps),
                 topic=problem.topic,
                 gold=problem.answer,
+                written=tuple(row[:end]),
                 text=text,
                 answer=answer,
                 correct=bool(answer) and same_answer(answer, problem.answer),
                 passes=passes,
-                tokens=end,
                 seconds=seconds,
             )
         advance(len(chosen))
     return [done[i] for i in range(len(problems))]
+
+
+def read_answer(text: str, *, prompted: bool) -> str:
+    """The answer in a generated text, "" if there is none.
+
+    prompted: the text was written behind the answer prompt. It is then read as if the system had
+    written the prompt, so that all systems are read alike.
+    """
+    return extract_answer(ANSWER_PROMPT + text if prompted else text) or ""
 
 
 def wilson(correct: int, n: int) -> list[float]:
@@ -103,9 +119,7 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """exact_match and ci95 in per cent; forward_passes, tokens, seconds_per_problem are means."""
     n = len(predictions)
     correct = sum(p.correct for p in predictions)
-    by_steps: dict[int, list[bool]] = {}
-    for prediction in predictions:
-        by_steps.setdefault(prediction.n_steps, []).append(prediction.correct)
+    ordered = sorted(predictions, key=lambda p: p.n_steps)
     return {
         "exact_match": 100 * correct / n,
         "ci95": wilson(correct, n),
@@ -113,8 +127,5 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "forward_passes": sum(p.passes for p in predictions) / n,
         "tokens": sum(p.tokens for p in predictions) / n,
         "seconds_per_problem": sum(p.seconds for p in predictions) / n,
-        "by_steps": {
-            str(steps): {"exact_match": 100 * sum(marks) / len(marks), "n": len(marks)}
-            for steps, marks in sorted(by_steps.items())
-        },
+        "by_steps": accuracy_by([[str(p.n_steps)] for p in ordered], [p.correct for p in ordered]),
     }

@@ -6,61 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.accuracy import Prediction, ask, summarise, wilson
+from kava_core.evaluation.accuracy import Prediction, ask, read_answer, summarise, wilson
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
-from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
-from tests.tiny import COMMON, tiny_model
+from tests.evaluation.talker import make_encoder, make_talker, problems, system
 
 LONGEST = 7
 
 
-def problems() -> list[Problem]:
-    words = ["ian has 4 apples", "mo", "a train of 31 cars leaves", "liz sells", "x", "9 cups of"]
-    return [
-        Problem(f"p{i}", f"{text} . how many ?", ("<<1+1=2>>",) * (1 + i % 3), "5", "toy", f"t{i}")
-        for i, text in enumerate(words * 2)
-    ]
-
-
 @pytest.fixture(scope="module")
 def encoder() -> TraceEncoder:
-    return TraceEncoder(train_tokenizer([p.question for p in problems()], 300))
+    return make_encoder()
 
 
 @pytest.fixture(scope="module")
 def talker(encoder: TraceEncoder) -> LatentReasoner:
-    """Answers in random digits of random number, since nothing else has a logit but the end."""
-    tokenizer = encoder.tokenizer
-    model = tiny_model(LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer)}))
-    digits = [tokenizer.encode(str(n), add_special_tokens=False)[0] for n in range(10)]
-    with torch.no_grad():
-        kept = model.lm_head.weight[[*digits, encoder.eos]].clone()
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[digits] = kept[:10]
-        model.lm_head.weight[encoder.eos] = 1.3 * kept[10]
-    return LatentReasoner.from_teacher(
-        model,
-        latents=3,
-        iterations=2,
-        reasoning="jacobi",
-        projection=True,
-        per_position=True,
-        answer_prompt_ids=encoder.answer_prompt_ids,
-        eos_token_id=encoder.eos,
-        seed=0,
-    ).eval()
-
-
-def system(talker: LatentReasoner, encoder: TraceEncoder, kind: str) -> LatentReasoner:
-    if kind == "latent":
-        return talker
-    prompt = encoder.answer_prompt_ids if kind == "at once" else []
-    return LatentReasoner.plain(talker.decoder, answer_prompt_ids=prompt, eos_token_id=encoder.eos)
+    return make_talker(encoder)
 
 
 def alone(asked: LatentReasoner, question: list[int], eos: int) -> list[int]:
@@ -102,6 +67,7 @@ def test_everyone_is_asked_alone_in_the_order_given(
     for prediction, problem, tokens in zip(found, todo, expected, strict=True):
         text = tokenizer.decode([t for t in tokens if t != encoder.eos])
         assert prediction.text == text
+        assert prediction.written == tuple(tokens)
         assert prediction.tokens == len(tokens)  # the end of sequence included
         assert prediction.passes == KINDS[kind] + len(tokens) - 1
         assert prediction.answer == text.strip()
@@ -142,6 +108,25 @@ def test_an_answer_is_right_if_it_is_the_gold_one(
     assert not any(p.correct for p in marks(wrong))
 
 
+@pytest.mark.parametrize(
+    ("text", "prompted", "chained"),
+    [
+        (" 72", "72", "72"),
+        (" x^2 + 1", "x^2 + 1", "1"),
+        (" 3 of 5\n7", "3 of 5", "7"),
+        (" yes", "yes", ""),
+        ("", "", ""),
+        ("<<3+4=7>>The answer is: x^2", "x^2", "x^2"),
+    ],
+)
+def test_a_prompted_answer_is_the_line_behind_the_prompt(
+    text: str, prompted: str, chained: str
+) -> None:
+    """As where a system wrote the prompt itself: of an expression not only the last number."""
+    assert read_answer(text, prompted=True) == prompted
+    assert read_answer(text, prompted=False) == chained
+
+
 def test_no_problems_are_refused(talker: LatentReasoner, encoder: TraceEncoder) -> None:
     tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
     with pytest.raises(KavaError, match="no problems to evaluate on"):
@@ -175,7 +160,8 @@ def test_wilson_holds_the_proportion_and_stays_within_0_and_100(n: int) -> None:
 
 
 def prediction(n_steps: int, correct: bool, passes: int, tokens: int, seconds: float) -> Prediction:
-    return Prediction("i", n_steps, "t", "5", "5", "5", correct, passes, tokens, seconds)
+    written = (1,) * tokens
+    return Prediction("i", n_steps, "t", "5", written, "5", "5", correct, passes, seconds)
 
 
 def test_a_summary_computed_by_hand() -> None:

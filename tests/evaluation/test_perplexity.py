@@ -1,0 +1,136 @@
+"""The gold answer's tokens are as surprising as they are behind the system's own reasoning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kava_core.errors import KavaError
+from kava_core.evaluation.accuracy import Prediction, ask
+from kava_core.evaluation.perplexity import gold_nll, perplexity
+from kava_core.models.latent import LatentReasoner
+from kava_core.problems.records import Problem
+from kava_core.problems.traces import TraceEncoder
+from tests.evaluation.talker import make_encoder, make_talker, problems, system
+
+GOLDS = ["5", "123", "70", "8 9", "1/2"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TraceEncoder:
+    return make_encoder()
+
+
+@pytest.fixture(scope="module")
+def talker(encoder: TraceEncoder) -> LatentReasoner:
+    return make_talker(encoder)
+
+
+def todo() -> list[Problem]:
+    """Answers of several lengths; some problems have no steps."""
+    return [
+        replace(p, answer=GOLDS[i % len(GOLDS)], steps=p.steps if i % 3 else ())
+        for i, p in enumerate(problems())
+    ]
+
+
+def answered(asked: LatentReasoner, encoder: TraceEncoder) -> list[Prediction]:
+    return ask(asked, encoder.tokenizer, encoder, todo(), batch_size=5, max_new_tokens=6)
+
+
+def near(found: list[list[float]], expected: list[list[float]]) -> None:
+    assert [len(row) for row in found] == [len(row) for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@torch.no_grad()
+def behind(model: torch.nn.Module, prefix: list[int], answer: list[int]) -> list[float]:
+    """−log p of each answer token from a plain decoder, everything read anew for each of them."""
+    found = []
+    for i, token in enumerate(answer):
+        logits = model(torch.tensor([prefix + answer[:i]])).logits[0, -1]
+        found.append(-float(logits.double().log_softmax(-1)[token]))
+    return found
+
+
+def test_of_a_chain_writer_it_is_behind_the_chain_it_wrote(
+    talker: LatentReasoner, encoder: TraceEncoder
+) -> None:
+    asked = system(talker, encoder, "with a chain")
+    predictions = answered(asked, encoder)
+    prompt, chain = encoder.answer_prompt_ids, encoder.encode_chains([["<<1+1=2>>"]])[0]
+    predictions[0] = replace(predictions[0], written=(*chain, *prompt, *chain, encoder.eos))
+    predictions[1] = replace(predictions[1], written=(*prompt, *chain, *prompt))  # cut off there
+    predictions[2] = replace(predictions[2], written=(*chain, *prompt[:-1]))  # cut off before
+    predictions[3] = replace(predictions[3], written=(encoder.eos,))
+    found = gold_nll(asked, encoder, todo(), predictions, batch_size=5)
+    expected = []
+    for i, (problem, prediction) in enumerate(zip(todo(), predictions, strict=True)):
+        own = [token for token in prediction.written if token != encoder.eos] + prompt
+        own = {0: chain + prompt, 1: prompt + chain + prompt}.get(i, own)
+        (question,) = encoder.encode_questions([problem.question])
+        (answer,) = encoder.encode_answers([problem.answer])
+        expected.append(behind(talker.decoder, question + own, answer))
+    near(found, expected)
+
+
+def test_of_one_that_answers_at_once_it_is_behind_question_and_prompt(
+    talker: LatentReasoner, encoder: TraceEncoder
+) -> None:
+    asked = system(talker, encoder, "at once")
+    found = gold_nll(asked, encoder, todo(), answered(asked, encoder), batch_size=5)
+    questions = encoder.encode_questions([p.question for p in todo()])
+    answers = encoder.encode_answers([p.answer for p in todo()])
+    near(
+        found,
+        [
+            behind(talker.decoder, question + encoder.answer_prompt_ids, answer)
+            for question, answer in zip(questions, answers, strict=True)
+        ],
+    )
+
+
+@torch.no_grad()
+def test_of_a_latent_student_it_is_behind_its_latents(
+    talker: LatentReasoner, encoder: TraceEncoder
+) -> None:
+    found = gold_nll(talker, encoder, todo(), answered(talker, encoder), batch_size=5)
+    expected = []
+    for problem in todo():  # alone, the answer one token at a time
+        ids = torch.tensor(encoder.encode_questions([problem.question]))
+        (answer,) = encoder.encode_answers([problem.answer])
+        row = []
+        for i, token in enumerate(answer):
+            read = torch.tensor([answer[:i]], dtype=torch.long).view(1, -1)
+            logits = talker(ids, torch.ones_like(ids), read, torch.ones_like(read)).logits[0, -1]
+            row.append(-float(logits.double().log_softmax(-1)[token]))
+        expected.append(row)
+    near(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["latent", "at once", "with a chain"])
+def test_the_batch_changes_nothing(
+    talker: LatentReasoner, encoder: TraceEncoder, kind: str
+) -> None:
+    asked = system(talker, encoder, kind)
+    predictions = answered(asked, encoder)
+    one_by_one = gold_nll(asked, encoder, todo(), predictions, batch_size=1)
+    near(gold_nll(asked, encoder, todo(), predictions, batch_size=100), one_by_one)
+    near(gold_nll(asked, encoder, todo()[::-1], predictions[::-1], batch_size=5)[::-1], one_by_one)
+
+
+def test_perplexity_is_per_token_over_all_answers() -> None:
+    assert perplexity([[1.0], [2.0, 3.0, 6.0]]) == pytest.approx(math.exp(3.0))
+
+
+def test_weights_that_give_no_number_are_refused_by_the_problem(encoder: TraceEncoder) -> None:
+    broken = make_talker(encoder)
+    predictions = answered(broken, encoder)
+    with torch.no_grad():
+        broken.decoder.lm_head.weight[5] = float("nan")
+    with pytest.raises(KavaError, match=r"problem p\d+: expected a finite probability"):
+        gold_nll(broken, encoder, todo(), predictions, batch_size=5)

@@ -2,19 +2,113 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
 from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.errors import KavaError
-from stages.common import Run, stage, torch_threads
-from stages.fitting import fit_settings
+from stages.common import Run, stage, store_codec, torch_threads
+from stages.fitting import fit_settings, hold_out
 
 if TYPE_CHECKING:
     from kava_core.config import Student
+    from kava_core.distill.online import OnlineTargets
     from kava_core.models.latent import LatentReasoner
     from kava_core.store import TargetsStore
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """The training of one student, into `work`; what each of its processes runs.
+
+    fingerprints: of the teacher and of what it is taught from, already checked.
+    """
+
+    run: Run
+    student: str
+    work: Path
+    fingerprints: dict[str, str]
+
+    @property
+    def settings(self) -> Student:
+        return self.run.settings.students[self.student]
+
+    @property
+    def output(self) -> Path:
+        return self.work / "output"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    def __call__(self) -> None:
+        from kava_core.distill import group
+        from kava_core.distill.fit import fit
+        from kava_core.distill.student import Match, add_lora, merge_lora, student_terms
+        from kava_core.models.loading import load_model, load_tokenizer, save_model
+        from kava_core.store.sampler import ShardShuffleSampler
+
+        settings, training = self.settings, self.settings.training
+        teacher = str(self.run.path("teacher"))
+        tokenizer = load_tokenizer(teacher)
+        store, dataset, sizes, traces = self._data(tokenizer)
+        taught, held_out = hold_out(sizes, training, f"students.{self.student}.training")
+        with torch_threads(training.threads):
+            model = _build(settings, load_model(teacher), tokenizer, store)
+            adapters = None
+            if training.lora is not None:
+                adapters = add_lora(model, **training.lora.model_dump(), seed=training.seed)
+            fit(
+                model,
+                student_terms(
+                    _objective(settings, store),
+                    Match.of(store) if store else None,
+                    _online(settings, store, teacher),
+                ),
+                dataset,
+                ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window),
+                fit_settings(training),
+                folder=self.checkpoints,
+                live_folder=self.output / "live",
+                title=self.student,
+                loader_workers=self.run.settings.resources.loader_workers,
+                shares_every=settings.gradient_share_every,
+                held_out=held_out,
+            )
+            if group.rank() > 0:
+                return
+            if adapters is not None:
+                merge_lora(model, adapters)
+            save_model(self.output, model, tokenizer)
+            write_json(
+                self.output / "student.json",
+                {
+                    "name": self.student,
+                    "settings": settings.model_dump(mode="json", by_alias=True),
+                    "fingerprints": self.fingerprints,
+                    "traces": traces,
+                },
+            )
+
+    def _data(self, tokenizer: Any) -> tuple[TargetsStore | None, Any, list[int], str]:
+        """The store, the dataset, how many records each of its shards has, and the traces' kind."""
+        from kava_core.distill.batches import AnswerDataset, TargetsDataset
+        from kava_core.problems.folder import open_problems
+        from kava_core.problems.traces import TraceEncoder
+        from kava_core.store import TargetsStore
+
+        settings, chains = self.settings, self.settings.w_cot > 0
+        if settings.reasoning != "none":
+            store = TargetsStore.open(self.run.path("kv_targets"))
+            dataset = TargetsDataset(store, chains, online=settings.targets == "online")
+            return store, dataset, list(store.sizes), str(store.manifest.settings["traces"])
+        problems = open_problems(self.run.path("problems"))
+        encoded = TraceEncoder(tokenizer, problems.traces).encode_all(problems.load("train"))
+        return None, AnswerDataset(encoded, chains), [len(encoded)], problems.traces
 
 
 @stage
@@ -27,25 +121,13 @@ def distill(run: Run, student: str) -> None:
     `LatentReasoner.from_pretrained`, its tokenizer, student.json and loss curves. Killed and run
     again, it goes on from its last checkpoint and ends with the same weights.
     """
-    from kava_core.distill.batches import AnswerDataset, TargetsDataset
-    from kava_core.distill.fit import fit
-    from kava_core.distill.student import (
-        Match,
-        add_lora,
-        merge_lora,
-        student_terms,
-    )
     from kava_core.models.loading import (
-        load_model,
         load_tokenizer,
         model_fingerprint,
-        save_model,
         tokenizer_fingerprint,
     )
     from kava_core.problems.folder import open_problems
-    from kava_core.problems.traces import TraceEncoder
     from kava_core.store import Expectation, TargetsStore
-    from kava_core.store.sampler import ShardShuffleSampler
 
     if student not in run.settings.students:
         raise KavaError(
@@ -53,64 +135,63 @@ def distill(run: Run, student: str) -> None:
             f"{', '.join(run.settings.students)}."
         )
     settings = run.settings.students[student]
-    training = settings.training
     teacher = str(run.path("teacher"))
-    tokenizer = load_tokenizer(teacher)
     inputs = {
         "teacher": model_fingerprint(teacher),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(teacher)),
     }
-    store: TargetsStore | None = None
-    dataset: Any
     if settings.reasoning != "none":
-        store = TargetsStore.open(
-            run.path("kv_targets"),
-            Expectation(teacher=inputs["teacher"], tokenizer=inputs["tokenizer"]),
-        )
+        expected = Expectation(teacher=inputs["teacher"], tokenizer=inputs["tokenizer"])
+        store = TargetsStore.open(run.path("kv_targets"), expected)
         inputs["kv_targets"] = store.manifest.digest
-        traces = str(store.manifest.settings["traces"])
-        dataset, sizes = TargetsDataset(store, chains=settings.w_cot > 0), list(store.sizes)
     else:
-        problems = open_problems(run.path("problems"))
-        inputs["problems"] = problems.fingerprint("train")
-        traces = problems.traces
-        encoded = TraceEncoder(tokenizer, problems.traces).encode_all(problems.load("train"))
-        dataset, sizes = AnswerDataset(encoded, chains=settings.w_cot > 0), [len(encoded)]
-    if len(dataset) < training.batch_size:
-        raise KavaError(
-            f"there are {len(dataset)} training records, fewer than one batch of "
-            f"{training.batch_size}. Lower students.{student}.training.batch_size."
-        )
+        inputs["problems"] = open_problems(run.path("problems")).fingerprint("train")
     plain = settings.model_dump(mode="json", by_alias=True)
     output = run.path("students", student)
     work = work_folder(output, {"settings": plain, "inputs": inputs})
-    folder = work / "output"
-    folder.mkdir(exist_ok=True)
-    with torch_threads(training.threads):
-        model = _build(settings, load_model(teacher), tokenizer, store)
-        adapters = None
-        if training.lora is not None:
-            adapters = add_lora(model, **training.lora.model_dump(), seed=training.seed)
-        fit(
-            model,
-            student_terms(_objective(settings, store), Match.of(store) if store else None),
-            dataset,
-            ShardShuffleSampler(sizes, seed=training.seed, window=settings.shard_window),
-            fit_settings(training),
-            folder=work / "checkpoints",
-            live_folder=folder / "live",
-            title=student,
-            loader_workers=run.settings.resources.loader_workers,
-            shares_every=settings.gradient_share_every,
+    job = DistillJob(run, student, work, inputs)
+    job.output.mkdir(exist_ok=True)
+    if settings.processes == 1:
+        job()
+    else:
+        from kava_core.distill.processes import run_processes
+
+        from kava_core.distill.fit import STOP_FILE
+
+        resources = run.settings.resources
+        run_processes(
+            job,
+            settings.processes,
+            stop_file=job.checkpoints / STOP_FILE,
+            threads=settings.training.threads,
+            cpus=resources.cpus_per_worker,
+            gpus=resources.gpus_per_worker,
         )
-        if adapters is not None:
-            merge_lora(model, adapters)
-        save_model(folder, model, tokenizer)
-        write_json(
-            folder / "student.json",
-            {"name": student, "settings": plain, "fingerprints": inputs, "traces": traces},
-        )
-        publish(folder, output)
+    publish(job.output, output)
+
+
+def _online(settings: Student, store: TargetsStore | None, teacher: str) -> OnlineTargets | None:
+    """The frozen teacher and the store's own settings, where targets are made in the step."""
+    if store is None or settings.targets == "store":
+        return None
+    from kava_core.config import Evict, Generate
+    from kava_core.distill.online import OnlineTargets
+    from kava_core.models.loading import DTYPES, load_model, to_device
+    from kava_core.models.teacher_pass import TeacherPass
+    from stages.evict import Plan
+
+    made = store.manifest.settings
+    try:
+        generate = Generate.model_validate(made.get("generate"))
+        evict = Evict.model_validate(made.get("evict"))
+    except ValidationError as error:
+        raise KavaError(
+            f"{store.path} does not say how it was made in words of this version ({error}). Make "
+            "it again, or use `targets: store`."
+        ) from None
+    model = to_device(load_model(teacher, DTYPES[generate.model_dtype]))
+    plan = Plan.of(evict, store.geometry)
+    return OnlineTargets.like(store, TeacherPass(model), store_codec(generate), plan.cut)
 
 
 def _build(

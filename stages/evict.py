@@ -35,12 +35,11 @@ class Plan:
     geometry: Geometry
 
     @classmethod
-    def of(cls, settings: Evict, store: TeacherStore) -> Plan:
-        """KavaError names the setting that cannot be met."""
+    def of(cls, settings: Evict, source: Geometry) -> Plan:
+        """source: of the caches to be cut. KavaError names the setting that cannot be met."""
         from kava_core.eviction import group_layers, make_budgets, make_policy, parse_layers
         from kava_core.store import Geometry
 
-        source = store.geometry
         wanted = {
             "lam": settings.lambda_,
             "redundancy_phase": settings.redundancy_phase,
@@ -66,12 +65,12 @@ class Plan:
         )
         return cls(policy, layers, groups, budgets, settings.share, settings.phase, geometry)
 
-    def cut(self, shard: TeacherShard, store: TeacherStore) -> Targets:
-        """The targets of one teacher shard."""
+    def cut(self, caches: CacheBatch) -> Targets:
+        """The targets of some traces, from caches of all layers."""
         from kava_core.eviction import evict as evict_batch
 
         return evict_batch(
-            _batch(shard, store).choose_layers(self.layers),
+            caches.choose_layers(self.layers),
             self.policy,
             self.budgets,
             share=self.share,
@@ -97,11 +96,11 @@ class EvictJob:
         from kava_core.store import TeacherStore, write_targets_shard
 
         store = TeacherStore.open(self.teacher_kv)
-        plan = Plan.of(self.settings, store)
+        plan = Plan.of(self.settings, store.geometry)
 
         def work(number: int) -> dict[str, Any]:
             shard = store.shard(number)
-            targets = plan.cut(shard, store)
+            targets = plan.cut(_batch(shard, store))
             write_targets_shard(
                 self.folder,
                 number,
@@ -135,7 +134,7 @@ def evict(run: Run) -> None:
     settings = run.settings.evict
     source = run.path("teacher_kv")
     store = TeacherStore.open(source)
-    plan = Plan.of(settings, store)
+    plan = Plan.of(settings, store.geometry)
     fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
     plain = settings.model_dump(mode="json", by_alias=True)
     output = run.path("kv_targets")
@@ -238,7 +237,7 @@ def _ranges(settings: Evict, plan: Plan, store: TeacherStore) -> Ranges | None:
 
     samples, seen = [], 0
     for number in range(store.shards):
-        targets = plan.cut(store.shard(number), store)
+        targets = plan.cut(_batch(store.shard(number), store))
         valid = (targets.slot_positions >= 0).all(dim=(1, 2))  # [B, M] filled in all rows, heads
         samples.append(
             tuple(x.permute(0, 3, 1, 2, 4)[valid] for x in (targets.keys, targets.values))

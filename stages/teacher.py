@@ -29,7 +29,7 @@ def teacher(run: Run) -> None:
     from kava_core.models.loading import save_model, to_device
     from kava_core.problems.traces import TraceEncoder
     from kava_core.store.sampler import ShardShuffleSampler
-    from stages.fitting import fit_settings
+    from stages.fitting import fit_settings, hold_out
 
     settings = run.settings.teacher
     problems = open_problems(run.path("problems"))
@@ -48,16 +48,18 @@ def teacher(run: Run) -> None:
         if training is not None:
             traces = encoder.encode_all(problems.load("train"))
             _check(traces, model)
+            taught, held_out = hold_out([len(traces)], training, "teacher.training")
             fit(
                 model,
                 chain_terms,
                 ChainDataset(traces),
-                ShardShuffleSampler([len(traces)], seed=training.seed),
+                ShardShuffleSampler(taught, seed=training.seed),
                 fit_settings(training),
                 folder=work / "checkpoints",
                 live_folder=folder / "live",
                 title="teacher",
                 loader_workers=run.settings.resources.loader_workers,
+                held_out=held_out,
             )
         metrics = _validate(run, to_device(model), encoder, problems)
         save_model(folder, model, tokenizer)

@@ -74,12 +74,15 @@ class AnswerDataset(Dataset[dict[str, Any]]):
 class TargetsDataset(Dataset[dict[str, Any]]):
     """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
 
+    online: instead of them `records`, from whose tokens the teacher makes the targets anew.
+
     Nothing is kept between batches. Codes are worked out on the trainer's device, not here.
     """
 
-    def __init__(self, store: TargetsStore, chains: bool) -> None:
+    def __init__(self, store: TargetsStore, chains: bool, online: bool = False) -> None:
         self.store = store
         self.chains = chains
+        self.online = online
 
     def __len__(self) -> int:
         return len(self.store)
@@ -94,7 +97,10 @@ class TargetsDataset(Dataset[dict[str, Any]]):
             if self.chains
             else None,
         )
-        batch["targets"] = self.store.batch(indices)
+        if self.online:
+            batch["records"] = records
+        else:
+            batch["targets"] = self.store.batch(indices)
         return batch
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kava_core.distill.fit import Terms
 from kava_core.distill.objective import Objective
+from kava_core.distill.online import OnlineTargets
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.store import TargetsStore
@@ -64,8 +65,13 @@ def objective_of(
     )
 
 
-def student_terms(objective: Objective, match: Match | None) -> Terms:
-    """The weighted terms of a batch, ready for `fit`; match None means there are no targets."""
+def student_terms(
+    objective: Objective, match: Match | None, online: OnlineTargets | None = None
+) -> Terms:
+    """The weighted terms of a batch, ready for `fit`; match None means there are no targets.
+
+    online: makes the targets from the batch's `records`; None takes its stored `targets`.
+    """
 
     def terms(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         reasoning = model(
@@ -79,7 +85,7 @@ def student_terms(objective: Objective, match: Match | None) -> Terms:
         if match is None or not (objective.alpha_kv or objective.alpha_codi):
             return objective.weighted(reasoning, batch, None, None)
         student = cast(LatentReasoner, getattr(model, "module", model))
-        targets = batch["targets"].dequantise()
+        targets = online(batch["records"]) if online else batch["targets"].dequantise()
         wanted = {
             **batch,
             "keys": targets.keys[:, match.rows],

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from kava_core.artefacts import atomic_path, file_digest
+from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
+from kava_core.store.checksum import file_checksum
 from kava_core.store.layout import INDEX_FILE
 from kava_core.store.manifest import REMAKE, Manifest
 
@@ -180,7 +181,7 @@ class Index:
     def _open(self) -> pa.ipc.RecordBatchFileReader:
         if self._reader is None:
             info = self._manifest.files[INDEX_FILE]
-            if self._checksums and file_digest(self.path) != info.sha256:
+            if self._checksums and file_checksum(self.path) != info.blake3:
                 raise KavaError(
                     f"{self.path} does not match its checksum: its content is damaged. {REMAKE}"
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, StringConstraints, ValidationError
+from pydantic import PositiveInt, StringConstraints, ValidationError
 
 import kava_core
 from kava_core.artefacts import canonical_json, read_json
 from kava_core.errors import KavaError
+from kava_core.store.checksum import checksum
 from kava_core.store.layout import (
     CALIBRATION_FILE,
     INDEX_FILE,
@@ -26,7 +26,8 @@ from kava_core.store.layout import (
     shard_name,
 )
 
-FORMAT_VERSION = 1
+# The one version that is written and read. Version 1, never published, had SHA-256 checksums.
+FORMAT_VERSION = 2
 KIND_NAMES = {"teacher_kv": "a teacher's cache", "kv_targets": "KV targets"}
 SOFTWARE = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
 
@@ -75,14 +76,14 @@ class Drift(Strict):
 class FileInfo(Strict):
     """Checksum and length of one file."""
 
-    sha256: Digest
+    blake3: Digest
     bytes: PositiveInt
 
 
 class Manifest(Strict):
     """The whole of manifest.json; nothing in it tells two identical runs apart."""
 
-    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
+    format_version: Literal[2]
     kind: Kind
     geometry: Geometry
     codec: Codec
@@ -116,9 +117,9 @@ class Manifest(Strict):
 
 
 def manifest_digest(plain: dict[str, Any]) -> str:
-    """SHA-256 (hex) of the canonical JSON of a manifest without its `digest`."""
+    """Checksum of the canonical JSON of a manifest without its `digest`."""
     body = {key: value for key, value in plain.items() if key != "digest"}
-    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    return checksum([canonical_json(body).encode()])
 
 
 def software_versions() -> dict[str, str]:
@@ -248,8 +249,13 @@ def _check_version(file: Path, found: Any) -> None:
         raise KavaError(f"{file} has no valid format_version (found {found!r}). {REMAKE}")
     if found > FORMAT_VERSION:
         raise KavaError(
-            f"{file} is of format version {found}, this program reads up to {FORMAT_VERSION}. "
-            "Update the program, or make the store with this version."
+            f"{file} is of format version {found}, this program reads version {FORMAT_VERSION}. "
+            "Update the program, or make the store with this version of it."
+        )
+    if found < FORMAT_VERSION:
+        raise KavaError(
+            f"{file} is of format version {found} (SHA-256 checksums), this program reads version "
+            f"{FORMAT_VERSION} (BLAKE3). Run the stage that makes the store again."
         )
 
 

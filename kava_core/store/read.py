@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kava_core.artefacts import file_digest
 from kava_core.errors import KavaError
+from kava_core.store.checksum import file_checksum
 from kava_core.store.codec import Encoded, spread
 from kava_core.store.index import Index, Record
 from kava_core.store.layout import (
@@ -196,7 +196,7 @@ class _Store:
             return
         info = self.manifest.files[name]
         check_file(self.path, name, info.bytes)
-        if self.checksums and file_digest(self.path / name) != info.sha256:
+        if self.checksums and file_checksum(self.path / name) != info.blake3:
             raise KavaError(
                 f"{self.path / name} does not match its checksum: its content is damaged. {REMAKE}"
             )

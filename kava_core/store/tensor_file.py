@@ -7,7 +7,6 @@ tensors, where a batch needs single rows of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -68,14 +67,6 @@ def write_synced(path: Path, pieces: list[bytes | memoryview]) -> None:
             f"{path} cannot be written ({error.strerror}). Free some space on that disk, or check "
             "that the folder may be written to; finished shards are kept."
         ) from None
-
-
-def checksum(pieces: list[bytes | memoryview]) -> str:
-    """SHA-256 (hex) of the pieces one after the other."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:

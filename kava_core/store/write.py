@@ -22,7 +22,6 @@ from torch import Tensor
 from kava_core.artefacts import (
     atomic_path,
     canonical_json,
-    file_digest,
     fingerprint,
     read_json,
     sync,
@@ -30,6 +29,7 @@ from kava_core.artefacts import (
 )
 from kava_core.errors import KavaError
 from kava_core.rotary import Rotary
+from kava_core.store.checksum import checksum, file_checksum
 from kava_core.store.codec import (
     CODE_BITS,
     Encoded,
@@ -50,11 +50,11 @@ from kava_core.store.layout import (
     shard_name,
 )
 from kava_core.store.manifest import FileInfo, Manifest, load_manifest
-from kava_core.store.tensor_file import checksum, serialise, write_synced
+from kava_core.store.tensor_file import serialise, write_synced
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
 # Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
-PIECE = 1 << 16
+PIECE = 1 << 17
 
 
 def write_teacher_shard(
@@ -204,7 +204,7 @@ def finalise(
         names.append(CALIBRATION_FILE)
     for name in names:
         file = folder / name
-        files[name] = FileInfo(sha256=file_digest(file), bytes=file.stat().st_size)
+        files[name] = FileInfo(blake3=file_checksum(file), bytes=file.stat().st_size)
     turn = rotary.to_json() if rotary is not None else {"inv_freq": [], "scaling": []}
     manifest = Manifest.build(
         kind=kind,
@@ -301,22 +301,24 @@ def _write(
                 )
                 for name in ("keys", "values")
             }
-        written.result()
         side = {
             "spec": _spec(kind, geometry, codec, ranges),
             "shard": shard,
             "records": len(records),
             "trace_tokens": columns_total(columns),
-            "sha256": digest.result(),
+            "blake3": digest.result(),
             "bytes": sum(len(piece) for piece in pieces),
             "sums": sums,
             "drift": drift,
             "columns": columns,
         }
-        temporary.replace(file)
-    # Its fsync of the folder makes both names durable; without a side record a shard is not done.
-    with atomic_path(_side_path(folder, shard)) as temporary:
-        temporary.write_text(canonical_json(side), encoding="utf-8")
+        # Both names are durable after its fsync of the folder; a shard without it is not done.
+        with atomic_path(_side_path(folder, shard)) as side_temporary:
+            try:
+                write_synced(side_temporary, [canonical_json(side).encode()])
+            finally:  # of two failures the shard's is the one to tell
+                written.result()
+            temporary.replace(file)
 
 
 @contextmanager
@@ -346,17 +348,18 @@ def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Σx and Σx² of x [A, R, …] for each of its R rows, in float64; the same for any threads."""
     x = x.reshape(x.shape[0], x.shape[1], -1)
     step = max(1, PIECE // x[0].numel())
-    total, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    total, squares = torch.empty(2, *x.shape[:2], dtype=torch.float64)  # [A, R] each
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # pieces this small only lose by being cut up further
     try:
-        for piece in x.split(step):
-            exact = piece.double()
-            total += exact.sum(-1).numpy().sum(0)
-            squares += torch.linalg.vecdot(exact, exact).numpy().sum(0)
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            exact = x[part].double()
+            torch.sum(exact, -1, out=total[part])
+            torch.sum(exact.square_(), -1, out=squares[part])
+        return total.sum(0).numpy(), squares.sum(0).numpy()
     finally:
         torch.set_num_threads(threads)
-    return total, squares
 
 
 def _std(parts: list[dict[str, list[float]]]) -> tuple[float, ...]:
@@ -397,7 +400,7 @@ def _side_record(folder: Path, shard: int, spec: str) -> dict[str, Any]:
 
 
 def _info(side: dict[str, Any]) -> FileInfo:
-    return FileInfo(sha256=side["sha256"], bytes=side["bytes"])
+    return FileInfo(blake3=side["blake3"], bytes=side["bytes"])
 
 
 def _check_ids(folder: Path, ids: list[str], seen: set[str]) -> None:
@@ -441,15 +444,14 @@ def _check_finite(name: str, x: Tensor, records: Sequence[RecordFields], spans: 
 def _check_slots(records: Sequence[RecordFields], counts: Tensor, positions: Tensor) -> None:
     """KavaError naming the first record whose slots are impossible."""
     lengths = torch.tensor([len(record.cot_ids) for record in records])
-    slots = positions.shape[-1]
-    valid = torch.arange(slots) < counts[..., None]  # [N, L', H, M]
-    good = (counts >= 1) & (counts <= slots) & (counts <= lengths.view(-1, 1, 1))
-    good &= ((positions >= 0) == valid).all(-1) & ((positions == -1) | valid).all(-1)
-    good &= (positions < lengths.view(-1, 1, 1, 1)).all(-1)
-    good &= ((positions.diff(dim=-1) > 0) | ~valid[..., 1:]).all(-1)
-    bad = ~good.flatten(1).all(1)
-    if bad.any():
-        first = records[int(bad.nonzero()[0])]
+    valid = torch.arange(positions.shape[-1]) < counts[..., None]  # [N, L', H, M]
+    inside = (positions >= 0) & (positions < lengths.view(-1, 1, 1, 1))
+    good = torch.where(valid, inside, positions == -1)
+    good[..., 1:] &= (positions.diff(dim=-1) > 0) | ~valid[..., 1:]
+    possible = (counts >= 1) & (counts <= positions.shape[-1])
+    if not (good.all() and possible.all()):
+        right = good.flatten(1).all(1) & possible.flatten(1).all(1)
+        first = records[int((~right).nonzero()[0])]
         raise KavaError(
             f"record {first.id!r} (trace of {len(first.cot_ids)} tokens) has impossible slots. "
             "Valid slots come first, ascending within the trace; the others have position -1."

@@ -16,7 +16,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from kava_core.artefacts import file_digest
 from kava_core.errors import KavaError
 from kava_core.store import (
     Expectation,
@@ -25,6 +24,7 @@ from kava_core.store import (
     write_targets_shard,
     write_teacher_shard,
 )
+from kava_core.store.checksum import file_checksum
 from kava_core.store.manifest import manifest_digest
 from kava_core.store.verify import open_store, verify
 from stages.store import store_group
@@ -70,7 +70,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
 def register(folder: Path, name: str) -> None:
     """Make the manifest agree with what the file holds now."""
     file = folder / name
-    entry = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+    entry = {"blake3": file_checksum(file), "bytes": file.stat().st_size}
     edit_manifest(folder, lambda plain: plain["files"].update({name: entry}))
 
 
@@ -170,8 +170,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"manifest\.json names the file '/etc/x'",
     ),
     "a newer format": (
-        lambda f: edit_manifest(f, lambda m: m.update(format_version=2, unheard="of")),
-        r"format version 2, this program reads up to 1",
+        lambda f: edit_manifest(f, lambda m: m.update(format_version=3, unheard="of")),
+        r"manifest\.json is of format version 3, this program reads version 2",
+    ),
+    "the format before": (
+        lambda f: edit_manifest(
+            f,
+            lambda m: m.update(
+                format_version=1,
+                files={n: {"sha256": i["blake3"], "bytes": 1} for n, i in m["files"].items()},
+            ),
+        ),
+        r"format version 1 \(SHA-256 checksums\), this program reads version 2 \(BLAKE3\)",
+    ),
+    "no version": (
+        lambda f: edit_manifest(f, lambda m: m.update(format_version="2")),
+        r"manifest\.json has no valid format_version \(found '2'\)",
+    ),
+    "another checksum": (
+        lambda f: edit_manifest(f, lambda m: m["files"].update({SHARD: {"sha256": "0" * 64}})),
+        r"manifest\.json: files\.shard-00001\.safetensors\.blake3: ",
     ),
     "an unknown key": (
         lambda f: edit_manifest(f, lambda m: m.update(unheard="of")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from kava_core.store import Codec, Geometry, TargetsStore, TeacherStore, calibrate
@@ -27,11 +27,11 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     body = {key: value for key, value in manifest.items() if key != "digest"}
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert hashlib.sha256(text.encode()).hexdigest() == manifest["digest"]
+    assert blake3(text.encode()).hexdigest() == manifest["digest"]
     for name, entry in manifest["files"].items():
         content = (folder / name).read_bytes()
         assert len(content) == entry["bytes"]
-        assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+        assert blake3(content).hexdigest() == entry["blake3"]
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["files"]}
     with pa.OSFile(str(folder / "index.arrow")) as file:
         reader = pa.ipc.open_file(file)

@@ -110,6 +110,13 @@ def same_answer(predicted: str | None, gold: str) -> bool:
     return _same_expression(predicted, gold)
 
 
+def has_value(text: str) -> bool:
+    """Whether an answer is a number or a mathematical expression, and not mere text."""
+    if parse_number(text) is not None:
+        return True
+    return _MATH.search(text) is not None and _same_expression(text, text)
+
+
 def _parse(text: str) -> _Number | None:
     plain = _plain(text).rpartition("=")[2].strip()
     if plain.startswith("-"):

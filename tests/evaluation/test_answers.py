@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.evaluation.answers import extract_answer, parse_number, same_answer
+from kava_core.evaluation.answers import extract_answer, has_value, parse_number, same_answer
 
 SAME = [
     ("42", "42"),
@@ -195,3 +195,22 @@ def test_expressions_can_be_compared_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert results == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", True),
+        ("$1,200", True),
+        ("3/4", True),
+        ("x^2 + 1", True),
+        (r"\frac{\pi}{2}", True),
+        ("(3, 4)", True),
+        ("yes", False),
+        ("Monday", False),
+        ("a banana", False),
+        ("", False),
+    ],
+)
+def test_an_answer_is_a_value_or_mere_text(text: str, value: bool) -> None:
+    assert has_value(text) == value

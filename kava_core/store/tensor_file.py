@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kava_core.artefacts import sync
 from kava_core.errors import KavaError
 from kava_core.store.layout import TensorSpec, describe
 from kava_core.store.manifest import REMAKE
@@ -54,14 +57,25 @@ def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
     return [struct.pack("<Q", len(header)) + header, *data]
 
 
-def write_synced(path: Path, pieces: list[bytes | memoryview]) -> None:
-    """Write the pieces one after the other and fsync."""
+def write_pieces(path: Path, pieces: list[bytes | memoryview]) -> None:
+    """Write the pieces one after the other; only `flush` puts them on the disk."""
+    with _disk_errors(path), path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[file.write(rest) :]
+
+
+def flush(path: Path) -> None:
+    """Wait until the file is on the disk."""
+    with _disk_errors(path):
+        sync(path)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
-        with path.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
         raise KavaError(
             f"{path} cannot be written ({error.strerror}). Free some space on that disk, or check "

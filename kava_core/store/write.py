@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -50,11 +50,14 @@ from kava_core.store.layout import (
     shard_name,
 )
 from kava_core.store.manifest import FileInfo, Manifest, load_manifest
-from kava_core.store.tensor_file import serialise, write_synced
+from kava_core.store.tensor_file import flush, serialise, write_pieces
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
 # Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
 PIECE = 1 << 17
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def write_teacher_shard(
@@ -200,7 +203,7 @@ def finalise(
     names = [INDEX_FILE]
     if shared:
         with atomic_path(folder / CALIBRATION_FILE) as temporary:
-            write_synced(temporary, serialise(shared))
+            write_pieces(temporary, serialise(shared))
         names.append(CALIBRATION_FILE)
     for name in names:
         file = folder / name
@@ -275,12 +278,17 @@ def _write(
         tensors |= stored_tensors(name, encoded[name])
     drift: dict[str, Any] | None = None
     file = folder / shard_name(shard)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary, described = (
+        file.with_name(f".{path.name}.{os.getpid()}.tmp")
+        for path in (file, _side_path(folder, shard))
+    )
     pieces = serialise(tensors)
-    # Disk, checksum and sums keep three different parts of the machine busy: let them overlap.
-    with _removed_on_failure(temporary), ThreadPoolExecutor(2) as threads:
-        written = threads.submit(write_synced, temporary, pieces)
-        digest = threads.submit(checksum, pieces)
+    # Sums are taken here while one thread writes and then takes the checksum, and another one waits
+    # for the disk.
+    with _removed_on_failure(temporary, described), ThreadPoolExecutor(2) as threads:
+        written = threads.submit(write_pieces, temporary, pieces)
+        flushed = threads.submit(_after, written, flush, temporary)
+        digest = threads.submit(_after, written, checksum, pieces)
         sums = {}
         decoded = {name: item.dequantise() for name, item in encoded.items()}
         if "slot_positions" in extra:
@@ -312,22 +320,29 @@ def _write(
             "drift": drift,
             "columns": columns,
         }
-        # Both names are durable after its fsync of the folder; a shard without it is not done.
-        with atomic_path(_side_path(folder, shard)) as side_temporary:
-            try:
-                write_synced(side_temporary, [canonical_json(side).encode()])
-            finally:  # of two failures the shard's is the one to tell
-                written.result()
-            temporary.replace(file)
+        write_pieces(described, [canonical_json(side).encode()])
+        flush(described)
+        flushed.result()
+        # A shard without a side record is not done. Names that a power cut takes back cost no more
+        # than writing the shard again; `finalise` makes them durable.
+        temporary.replace(file)
+        described.replace(_side_path(folder, shard))
 
 
 @contextmanager
-def _removed_on_failure(path: Path) -> Iterator[None]:
+def _removed_on_failure(*paths: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
         raise
+
+
+def _after(first: Future[None], call: Callable[[T], U], argument: T) -> U:
+    """The call, once `first` has succeeded."""
+    first.result()
+    return call(argument)
 
 
 def stored_tensors(name: str, item: Encoded) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -86,34 +87,39 @@ def _on_ray(
     from ray.exceptions import RayError
     from ray.util import ActorPool
 
-    started = not ray.is_initialized()
-    if started:
-        _start(job.threads)
-    try:
-        room = _room(cpus, gpus)
+    with ray_running(job.threads, "set resources.workers to 0"):
+        places = room(cpus, gpus)
         actor = ray.remote(_Worker).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
         )
-        count = min(workers or room, room, len(shards))
+        count = min(workers or places, places, len(shards))
         pool = ActorPool([actor.remote(job) for _ in range(count)])
-        for shard, result, error in pool.map_unordered(lambda a, s: a.run.remote(s), list(shards)):
-            if error is not None or result is None:
-                raise KavaError(error or f"shard {shard} came back empty")
-            yield shard, result
-    except RayError as error:
-        raise KavaError(
-            f"a worker failed and Ray's retries did not help: {error}. Finished shards are kept; "
-            "run the stage again to go on, or with resources.workers: 0 to see the error itself."
-        ) from error
-    finally:
-        if started:
-            ray.shutdown()
+        results = pool.map_unordered(lambda a, s: a.run.remote(s), list(shards))
+        try:
+            for shard, result, error in results:
+                if error is not None or result is None:
+                    raise KavaError(error or f"shard {shard} came back empty")
+                yield shard, result
+        except RayError as error:
+            raise KavaError(
+                f"a worker failed and Ray's retries did not help: {error}. Finished shards are "
+                "kept; run the stage again to go on, or with resources.workers: 0 to see the error "
+                "itself."
+            ) from error
 
 
-def _start(threads: int) -> None:
-    """RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us."""
+@contextmanager
+def ray_running(threads: int, otherwise: str) -> Iterator[None]:
+    """Ray, for as long as it is needed; one that runs already stays as it is.
+
+    RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us. otherwise:
+    what a person can do who has no Ray. KavaError if it cannot be started.
+    """
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
@@ -124,12 +130,15 @@ def _start(threads: int) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise KavaError(
-            f"Ray could not be started or reached: {error}. Check RAY_ADDRESS, or set "
-            "resources.workers to 0."
+            f"Ray could not be started or reached: {error}. Check RAY_ADDRESS, or {otherwise}."
         ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def _room(cpus: float, gpus: float) -> int:
+def room(cpus: float, gpus: float) -> int:
     """How many workers fit; KavaError if none does, since it would be waited for for ever."""
     import ray
 

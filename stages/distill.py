@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,19 +149,20 @@ def distill(run: Run, student: str) -> None:
     plain = settings.model_dump(mode="json", by_alias=True)
     output = run.path("students", student)
     work = work_folder(output, {"settings": plain, "inputs": inputs})
-    job = DistillJob(run, student, work, inputs)
+    # Its processes may start in another folder.
+    job = DistillJob(replace(run, data=run.data.absolute()), student, work, inputs)
     job.output.mkdir(exist_ok=True)
     if settings.processes == 1:
         job()
     else:
-        from kava_core.distill.processes import run_processes
-
         from kava_core.distill.fit import STOP_FILE
+        from kava_core.distill.processes import run_processes
 
         resources = run.settings.resources
         run_processes(
             job,
             settings.processes,
+            folder=work / "ray",
             stop_file=job.checkpoints / STOP_FILE,
             threads=settings.training.threads,
             cpus=resources.cpus_per_worker,

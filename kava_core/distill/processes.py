@@ -1,0 +1,150 @@
+"""One training over several processes: Ray Train starts them, here or on the cluster of
+RAY_ADDRESS, and joins them in a torch process group; `kava_core.distill.group` speaks for it.
+
+Every process runs the same job and works on its part of each batch. Checkpoints, data and results
+lie on a disk that all of them see. Ray is imported only when there are several.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kava_core.console import console, say
+from kava_core.distill import group
+from kava_core.errors import KavaError
+from kava_core.workers import ray_running, room
+
+FOLLOW_SECONDS = 0.5
+
+
+def run_processes(
+    job: Callable[[], None],
+    processes: int,
+    *,
+    folder: Path,
+    stop_file: Path,
+    threads: int,
+    cpus: float,
+    gpus: float,
+) -> None:
+    """Run `job`, which can be pickled, in `processes` processes at once, until all are done.
+
+    folder: for Ray's own notes, on the shared disk. stop_file: made when SIGTERM arrives here; the
+    job watches for it. cpus, gpus: reserved for each process.
+
+    KavaErrors of the job arrive as they are. A process that dies ends all the others; what they
+    saved is kept, and the same call goes on from there.
+    """
+    with ray_running(threads, "set `processes` of the student to 1"):
+        from ray.exceptions import RayError
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+
+        places = room(cpus, gpus)
+        if places < processes:
+            raise KavaError(
+                f"expected room for {processes} processes of {cpus:g} CPUs and {gpus:g} GPUs, "
+                f"found room for {places}. Lower `processes` of the student or "
+                "resources.cpus_per_worker."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        said = folder / "said.txt"
+        said.unlink(missing_ok=True)
+        interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own and leaves it
+        trainer = TorchTrainer(
+            lambda: _run(job, said),
+            scaling_config=ScalingConfig(
+                num_workers=processes,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            ),
+            # A process may not come back alone: its group is gone with it.
+            run_config=RunConfig(
+                name="train", storage_path=str(folder), failure_config=FailureConfig(max_failures=0)
+            ),
+        )
+        try:
+            with _passing_on_sigterm(stop_file), _repeating(said):
+                trainer.fit()
+        except (RayError, TrainingFailedError) as error:
+            raise _explained(error) from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupt)
+
+
+def _run(job: Callable[[], None], said: Path) -> None:
+    """In a process of the group: the first one's words are passed on, the others keep theirs."""
+    if group.rank() > 0:
+        console.quiet = True
+        job()
+        return
+    with said.open("a", encoding="utf-8", buffering=1) as file:
+        console.file = file
+        job()
+
+
+def _explained(error: Exception) -> Exception:
+    """The job's own error if it is one that a person can mend."""
+    failures = getattr(error, "worker_failures", {None: error})
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, KavaError):
+            return cause
+    ranks = ", ".join(str(rank) for rank in sorted(causes) if rank is not None) or "?"
+    first = " / ".join(
+        f"{type(x).__name__}: {str(x).strip().splitlines()[0]}" for x in causes.values()
+    )
+    return KavaError(
+        f"of the training processes {ranks} failed ({first}). What was saved is kept; run the same "
+        "command again to go on, or with `processes: 1` to see the error itself."
+    )
+
+
+@contextmanager
+def _passing_on_sigterm(stop_file: Path) -> Iterator[None]:
+    """SIGTERM makes the file (main thread only, as signals are)."""
+    stop_file.parent.mkdir(parents=True, exist_ok=True)
+    stop_file.unlink(missing_ok=True)
+
+    def receive(*_: object) -> None:
+        stop_file.touch()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _repeating(said: Path) -> Iterator[None]:
+    """Say here what is written to the file, line by line."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        done = 0
+        while True:
+            last = over.wait(FOLLOW_SECONDS)
+            text = said.read_text(encoding="utf-8") if said.exists() else ""
+            end = text.rfind("\n") + 1
+            if end > done:
+                say(text[done : end - 1])
+                done = end
+            if last:
+                return
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -15,7 +15,6 @@ from kava_core.store.read import (
     TargetTensors,
     TeacherShard,
     TeacherStore,
-    read_ahead,
 )
 from kava_core.store.sampler import ShardShuffleSampler
 from kava_core.store.write import (
@@ -46,7 +45,6 @@ __all__ = [
     "finalise",
     "finished_shards",
     "load_manifest",
-    "read_ahead",
     "write_targets_shard",
     "write_teacher_shard",
 ]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -107,7 +106,11 @@ class TargetsBatch:
         )
 
     def pin_memory(self) -> TargetsBatch:
-        """The same in pinned memory; torch's loader calls it where there is a CUDA device."""
+        """The same in pinned memory.
+
+        torch's DataLoader calls it with `pin_memory=True`; its worker processes are what reads
+        ahead.
+        """
         return replace(
             self,
             keys=self.keys.pin_memory(),
@@ -308,13 +311,10 @@ class TargetsStore(_Store):
         """Records per shard, as a sampler wants them."""
         return self.manifest.shards
 
-    def buffer(self, records: int, *, pin: bool = False) -> Buffer:
-        """Memory for batches of up to `records` records; pinned for CUDA on request."""
+    def buffer(self, records: int) -> Buffer:
+        """Memory for batches of up to `records` records."""
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
-        tensors = {
-            name: torch.empty(spec.shape, dtype=spec.dtype, pin_memory=pin)
-            for name, spec in layout.items()
-        }
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
         rows = [_rows(x) for x in tensors.values()]
         return Buffer(tensors, [list(slot) for slot in zip(*rows, strict=True)])
 
@@ -380,37 +380,6 @@ class TargetsStore(_Store):
                 f"{self.path / shard_name(shard)} and the index disagree: a slot lies past the end "
                 f"of its trace. {REMAKE}"
             )
-
-
-def read_ahead(
-    store: TargetsStore,
-    batches: Iterable[Sequence[int]],
-    *,
-    depth: int = 2,
-    records: int,
-    pin: bool = False,
-) -> Iterator[TargetsBatch]:
-    """Read `batches` of indices, in order, while the caller works on the one before.
-
-    depth: batches read ahead, each into memory of its own that is used again; a batch is valid
-    until the next one is asked for. records: the largest batch. pin: pinned memory, for `to(device,
-    non_blocking=True)` (synchronise before asking for the next batch).
-    """
-    buffers = [store.buffer(records, pin=pin) for _ in range(depth + 1)]
-    source = iter(batches)
-    with ThreadPoolExecutor(1) as reader:
-        pending: list[Future[TargetsBatch]] = []
-        turn = 0
-        while True:
-            while len(pending) <= depth:
-                indices = next(source, None)
-                if indices is None:
-                    break
-                pending.append(reader.submit(store.batch, indices, buffers[turn % len(buffers)]))
-                turn += 1
-            if not pending:
-                return
-            yield pending.pop(0).result()
 
 
 def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from kava_core.errors import KavaError
 from kava_core.store import (
     Codec,
+    TargetsBatch,
     TargetsStore,
     TeacherStore,
     finished_shards,
-    read_ahead,
     write_targets_shard,
     write_teacher_shard,
 )
@@ -142,18 +143,6 @@ def test_std_of_a_teacher_store(tmp_path: Path) -> None:
     assert np.allclose(statistics.keys_std, keys, rtol=1e-9)
 
 
-def test_read_ahead_gives_the_batches_in_order(tmp_path: Path) -> None:
-    make_targets_store(tmp_path / "store")
-    store = TargetsStore.open(tmp_path / "store")
-    wanted = [[0, 6], [1], [2, 5], [3, 4], [6, 6], [0, 1]]
-    for depth in (1, 2, 9):
-        for indices, batch in zip(
-            wanted, read_ahead(store, wanted, depth=depth, records=2), strict=True
-        ):
-            assert batch.indices == indices
-            assert torch.equal(batch.keys.codes, store.batch(indices).keys.codes)
-
-
 def test_a_store_travels_to_another_process_by_its_path(tmp_path: Path) -> None:
     make_targets_store(tmp_path / "store")
     store = TargetsStore.open(tmp_path / "store")
@@ -176,19 +165,47 @@ def test_finalise_names_what_is_missing(tmp_path: Path) -> None:
         finish(tmp_path, "teacher_kv", 0, GEOMETRY, FLOAT32)
 
 
+def tensors_of(batch: TargetsBatch) -> list[torch.Tensor]:
+    encoded = (batch.keys, batch.values, batch.endpoint)
+    parts = [x for item in encoded for x in (item.codes, item.scale, item.zero)]
+    return [x for x in (*parts, batch.slot_counts, batch.slot_positions) if x is not None]
+
+
+@pytest.mark.parametrize(("bits", "tensors"), [(16, 5), (8, 9)])
+def test_torchs_loader_pins_every_tensor_of_a_batch(
+    tmp_path: Path, bits: int, tensors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[int] = []
+
+    def pin(x: torch.Tensor) -> torch.Tensor:  # which only a machine with a device can do
+        copy = x.clone()
+        pinned.append(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    make_targets_store(tmp_path / "store", codec=Codec.from_bits(keys=bits, values=bits))
+    batch = TargetsStore.open(tmp_path / "store").batch([4, 2])
+    loaded = pin_memory({"ids": ["a", "b"], "targets": batch})["targets"]
+    assert isinstance(loaded, TargetsBatch)
+    assert loaded.indices == [4, 2]
+    assert len(pinned) == tensors
+    assert [x.data_ptr() for x in tensors_of(loaded)] == pinned
+    for there, here in zip(tensors_of(loaded), tensors_of(batch), strict=True):
+        assert torch.equal(there, here)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_batches_reach_a_cuda_device_through_pinned_memory(tmp_path: Path, bits: int) -> None:
     make_targets_store(tmp_path / "store", codec=Codec.from_bits(keys=bits, values=bits))
     store = TargetsStore.open(tmp_path / "store")
     here = store.batch([4, 2]).dequantise()
-    (pinned,) = read_ahead(store, [[4, 2]], records=2, pin=True)
-    assert pinned.keys.codes.is_pinned()
-    for batch in (pinned, store.batch([4, 2]).pin_memory()):
-        there = batch.dequantise("cuda")
-        assert there.keys.is_cuda
-        assert torch.allclose(there.keys.cpu(), here.keys)
-        assert torch.allclose(there.values.cpu(), here.values)
+    pinned = store.batch([4, 2]).pin_memory()
+    assert all(x.is_pinned() for x in tensors_of(pinned))
+    there = pinned.dequantise("cuda")
+    assert there.keys.is_cuda
+    assert torch.allclose(there.keys.cpu(), here.keys)
+    assert torch.allclose(there.values.cpu(), here.values)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "distill": ("stages.distill", "distill", "Student: train one from the targets."),
     "evaluate": ("stages.evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
     "report": ("stages.report", "report", "Report: one HTML page and a table."),
+    "ask": ("stages.ask", "ask", "Put a question to a trained student."),
     "store": ("stages.store", "store_group", "Inspect, verify and export stores."),
 }
 

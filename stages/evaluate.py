@@ -86,11 +86,12 @@ def _problems(folder: ProblemFolder) -> dict[str, list[Problem]]:
 
 
 def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:
+    from kava_core.evaluation.students import open_student
     from kava_core.models.latent import LatentReasoner
     from kava_core.models.loading import load_model
 
     if name in run.settings.students:
-        return LatentReasoner.from_pretrained(run.path("students", name))
+        return open_student(run.path("students", name))
     prompt = [] if name == "teacher-cot" else encoder.answer_prompt_ids
     return LatentReasoner.plain(
         load_model(str(run.path("teacher"))), answer_prompt_ids=prompt, eos_token_id=encoder.eos

@@ -45,7 +45,7 @@ def test_eviction_says_how_much_it_dropped(finished: Project) -> None:
 
 def test_dvc_shows_metrics_and_plots(finished: Project) -> None:
     shown = json.loads(finished.run("dvc", "metrics", "show", "--json"))
-    assert "data/smoke/evaluation/metrics.json" in json.dumps(shown)
+    assert "data/smoke/evaluation/summary.json" in json.dumps(shown)
     finished.run("dvc", "plots", "show", "--out", "plots")
     assert (finished.path / "plots" / "index.html").is_file()
 

@@ -1,0 +1,225 @@
+"""`kava evaluate` and `kava ask` as a person runs them, on a pipeline that knows nothing."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from kava_core.artefacts import read_json, write_json
+from kava_core.errors import KavaError
+from kava_core.problems.folder import open_problems
+from kava_core.problems.records import save_problems
+from stages.ask import ask
+from stages.distill import distill
+from stages.evaluate import evaluate
+from stages.evict import evict
+from stages.generate import generate
+from stages.prepare import prepare
+from stages.teacher import teacher
+from tests.stages.project import ROOT, digest
+
+TRAINING = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3}
+FIXED = [
+    "accuracy.json",
+    "accuracy_by_steps.json",
+    "comparisons.json",
+    "similarity.json",
+    "summary.json",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline up to two students, each trained for two steps."""
+    home = tmp_path_factory.mktemp("evaluate")
+    pipeline = {
+        "prepare": {"source": "synthetic", "train": 32, "validation": 8, "test": 14},
+        "teacher": {
+            "scratch": {
+                "vocabulary": 300,
+                "hidden_size": 32,
+                "layers": 2,
+                "heads": 4,
+                "kv_heads": 2,
+                "intermediate_size": 48,
+            },
+            "training": TRAINING,
+            "validate_on": 4,
+            "max_new_tokens": 4,
+        },
+        "generate": {"shard_size": 16},
+        "evict": {"budget": 4},
+        "students": {
+            "kava": {"training": TRAINING, "alpha_kv": 1.0, "iterations": 2},
+            "no-cot": {"training": TRAINING, "reasoning": "none"},
+        },
+        "evaluate": {"batch_size": 5, "max_new_tokens": 8, "similarity_records": 8, "limit": 12},
+        "report": {"title": "Tiny"},
+        "resources": {"workers": 0},
+    }
+    (home / "pipelines.yaml").write_text(
+        yaml.safe_dump({"pipeline": "tiny", "pipelines": {"tiny": pipeline}})
+    )
+    for command in (prepare, teacher, generate, evict):
+        call(command, home)
+    for student in ("kava", "no-cot"):
+        call(distill, home, student)
+    call(evaluate, home)
+    return home
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "home")
+    return tmp_path / "home"
+
+
+def call(command: click.Command, home: Path, *arguments: str) -> None:
+    paths = ["--pipelines", str(home / "pipelines.yaml"), "--data", str(home / "data")]
+    command.main([*arguments, *paths], standalone_mode=False)
+
+
+def change(home: Path, **settings: Any) -> None:
+    file = home / "pipelines.yaml"
+    document = yaml.safe_load(file.read_text())
+    document["pipelines"]["tiny"]["evaluate"].update(settings)
+    file.write_text(yaml.safe_dump(document))
+
+
+def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
+    folder = made / "data/tiny/evaluation"
+    metrics = read_json(folder / "metrics.json")
+    systems = ["kava", "no-cot", "teacher-cot", "teacher-no-cot"]
+    assert metrics.keys() == {"synthetic"}
+    assert sorted(metrics["synthetic"]) == systems
+    for entry in metrics["synthetic"].values():
+        assert entry["n"] == 12
+        assert entry["perplexity"] > 1 and entry["peak_memory_mb"] > 0
+        assert sum(part["n"] for part in entry["by_trace_length"].values()) == 12
+        assert set(entry["by_operation"]) <= {"+", "−", "×", "÷"}
+    compared = read_json(folder / "comparisons.json")["synthetic"]
+    assert {name: len(others) for name, others in compared.items()} == {"kava": 3, "no-cot": 3}
+    assert read_json(folder / "summary.json").keys() == {"synthetic"}
+    rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+    assert len(rows) == 4 * 12 and all(row["question"] for row in rows)
+
+
+def test_again_it_differs_in_measured_seconds_only(made: Path, home: Path) -> None:
+    call(evaluate, home)
+    before, after = (digest(root / "data/tiny/evaluation") for root in (made, home))
+    assert [name for name in FIXED if before[name] != after[name]] == []
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds_per_problem"}
+        return value
+
+    metrics = [timeless(read_json(r / "data/tiny/evaluation/metrics.json")) for r in (made, home)]
+    assert metrics[0] == metrics[1]
+    rows = [
+        pq.read_table(r / "data/tiny/evaluation/predictions.parquet").drop_columns(["seconds"])
+        for r in (made, home)
+    ]
+    assert rows[0].equals(rows[1])
+
+
+def rewrite_test(home: Path, answer: str | None) -> None:
+    """The test split with this answer throughout; None: no problems."""
+    from dataclasses import replace
+
+    folder = open_problems(home / "data/tiny/problems")
+    problems = [] if answer is None else [replace(p, answer=answer) for p in folder.load("test")]
+    save_problems(folder.path / "test.parquet", problems)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(None, "has no test problems"), ("a banana", "none in 12 problems")],
+)
+def test_problems_that_say_nothing_are_refused_and_nothing_is_lost(
+    home: Path, answer: str | None, said: str
+) -> None:
+    before = digest(home / "data/tiny/evaluation")
+    rewrite_test(home, answer)
+    with pytest.raises(KavaError, match=said):
+        call(evaluate, home)
+    assert digest(home / "data/tiny/evaluation") == before
+
+
+def test_missing_and_foreign_students_are_named(home: Path) -> None:
+    about = home / "data/tiny/students/kava/student.json"
+    changed = read_json(about)
+    changed["fingerprints"]["teacher"] = "f" * 64
+    write_json(about, changed)
+    with pytest.raises(KavaError, match=r"student kava was made from the teacher ffffffffffff…"):
+        call(evaluate, home)
+    shutil.rmtree(about.parent)
+    with pytest.raises(KavaError, match=r"students/kava/student\.json is missing"):
+        call(evaluate, home)
+
+
+@pytest.mark.parametrize(("student", "latents", "thinking"), [("kava", 4, 3), ("no-cot", 0, 1)])
+def test_a_student_is_asked_from_the_command_line(
+    made: Path, student: str, latents: int, thinking: int
+) -> None:
+    folder = made / "data/tiny/students" / student
+    row = next(
+        row
+        for row in pq.read_table(made / "data/tiny/evaluation/predictions.parquet").to_pylist()
+        if row["system"] == student
+    )
+    told = CliRunner().invoke(ask, [str(folder), row["question"], "--json"], catch_exceptions=False)
+    found = json.loads(told.stdout)
+    assert found["question"] == row["question"]
+    assert (found["latents"], found["reasoning_passes"]) == (latents, thinking)
+    assert found["passes"] >= thinking
+    # `evaluate` stops at 8 tokens here
+    assert found["text"].startswith(row["text"].rstrip("\ufffd"))
+
+    plain = CliRunner().invoke(ask, [str(folder), row["question"]], catch_exceptions=False)
+    answer, passes = plain.stdout.splitlines()
+    assert answer == (found["answer"] or f"(no answer in {found['text']!r})")
+    assert passes.startswith(f"{thinking} passes to read")
+
+
+def test_what_is_no_student_or_no_question_is_refused(home: Path) -> None:
+    data = home / "data/tiny"
+    shutil.rmtree(data / "problems")
+    (data / "problems").mkdir()
+    (data / "students/no-cot/model.safetensors").write_bytes(b"damaged")
+    for folder, question, said in (
+        (data / "nowhere", "How many?", "nowhere is no folder"),
+        (data / "problems", "How many?", "is no student: .* found no model"),
+        (data / "teacher", "How many?", "is no student: .* found a model of type llama"),
+        (data / "students/no-cot", "How many?", "no student could be loaded from"),
+        (data / "students/kava", " ", "expected a question, found nothing"),
+    ):
+        with pytest.raises(KavaError, match=said):
+            ask.main([str(folder), question], standalone_mode=False)
+
+
+def imported(path: Path) -> set[Path]:
+    """Files of kava_core/evaluation that a file imports, wherever in it, and what those import."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            file = Path(*node.module.split(".")).with_suffix(".py")
+            if file.parent == Path("kava_core/evaluation"):
+                found |= {file} | imported(file)
+    return found
+
+
+def test_dvc_knows_the_evaluation_code_that_the_stage_uses() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    deps = stages["evaluate"]["deps"]
+    listed = {Path(dep) for dep in deps if dep.startswith("kava_core/evaluation")}
+    assert listed == imported(Path("stages/evaluate.py"))

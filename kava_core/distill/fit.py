@@ -135,7 +135,6 @@ def fit(
         report_to=[],
         disable_tqdm=True,
         optim="adamw_torch",
-        ddp_broadcast_buffers=False,  # rotary frequencies, the same everywhere
     )
     checkpoint = group.from_first(lambda: last_whole_checkpoint(folder))
     if checkpoint:
@@ -144,7 +143,7 @@ def fit(
     with progress() as display, _Terminable() as termination:
         task = display.add_task(title, total=settings.steps, note="")
         stop = _Stop(termination, folder / STOP_FILE)
-        callbacks: list[TrainerCallback] = [window, stop]
+        callbacks: list[TrainerCallback] = [_Epochs(sampler, settings), window, stop]
         if group.rank() == 0:
             callbacks += [_Display(display, task), _Live(live_folder)]
         trainer = _Trainer(
@@ -187,6 +186,21 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler its epoch. Accelerate does too, but does not reach it in a continued run of
+    several processes, whose epochs would all be the first one."""
+
+    def __init__(self, sampler: Sampler[int], settings: FitSettings) -> None:
+        self.sampler: Any = sampler
+        batches = len(self.sampler) // settings.batch_size
+        self.steps = -(-batches // settings.accumulation)  # in an epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.sampler.set_epoch(state.global_step // self.steps)
 
 
 class _Window(TrainerCallback, ExportableState):

@@ -1,4 +1,4 @@
-"""report ← evaluation, students, teacher, kv_targets, problems: one page and a table."""
+"""report ← all that came before it: one page and a table."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def report(run: Run) -> None:
 
     Writes report/index.html, which needs no network, table.txt for the terminal, and summary.json.
     """
+    from kava_core.reporting.hardware import hardware
     from kava_core.reporting.inputs import Training, read_findings
     from kava_core.reporting.page import compare, write_report
 
@@ -41,6 +42,7 @@ def report(run: Run) -> None:
         title=settings.report.title,
         pipeline=run.name,
         settings=plain,
+        hardware=hardware(),
     )
     _write_table(built / "table.txt", settings.report.title, comparisons)
     publish(built, output)

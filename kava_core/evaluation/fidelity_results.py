@@ -68,6 +68,9 @@ def write_results(
         "split": split,
         "within": within,
         "recommended": recommend(scores, within),
+        "recommended_by_steps": {
+            steps: recommend(scores, within, steps) for steps in scores[Cell("full")]["by_steps"]
+        },
         **_nested(scores),
     }
     write_json(folder / "metrics.json", metrics)
@@ -83,7 +86,15 @@ def write_results(
             1,
         ),
     ):
-        figure = heatmaps(name, title, panels, _columns(results), limits=limits, digits=digits)
+        figure = heatmaps(
+            name,
+            title,
+            panels,
+            _columns(results),
+            _sweet_spots(results, metrics["recommended_by_steps"]),
+            limits=limits,
+            digits=digits,
+        )
         (folder / f"{name}.png").write_bytes(figure.png)
     return metrics
 
@@ -133,12 +144,15 @@ def summarise_costs(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def recommend(
-    scores: dict[Cell, dict[str, Any]], within: float
+    scores: dict[Cell, dict[str, Any]], within: float, steps: str | None = None
 ) -> dict[str, dict[str, int | None]]:
     """Policy → bits → the smallest budget whose exact match is at most `within` points below full.
 
-    None where no budget of the grid is.
+    steps: count the problems with this number of steps only. None where no budget of the grid is
+    enough.
     """
+    if steps is not None:
+        scores = {cell: score["by_steps"][steps] for cell, score in scores.items()}
     floor = scores[Cell("full")]["exact_match"] - within
     found: dict[str, dict[str, int | None]] = {}
     for cell, score in sorted(scores.items(), key=lambda item: item[0].budget or 0):
@@ -234,6 +248,18 @@ def _plotted(scores: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
 def _columns(results: Sequence[Result]) -> list[str]:
     budgets = sorted({r.cell.budget for r in results if r.cell.budget is not None})
     return ["none", *map(str, budgets), "full"]
+
+
+def _sweet_spots(
+    results: Sequence[Result], recommended: dict[str, dict[str, dict[str, int | None]]]
+) -> dict[str, set[tuple[int, str]]]:
+    """Series → (number of steps, column) of the recommended budgets."""
+    spots: dict[str, set[tuple[int, str]]] = {}
+    for cell in (result.cell for result in results):
+        for steps, by_policy in recommended.items():
+            if cell.budget is not None and by_policy[cell.policy][cell.bits] == cell.budget:
+                spots.setdefault(cell.series, set()).add((int(steps), str(cell.budget)))
+    return spots
 
 
 def _panels(

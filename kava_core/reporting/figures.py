@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kava_core.reporting.inputs import Curve, Curves, Similarity, Targets
+from kava_core.reporting.files import GroupScore
+from kava_core.reporting.heatmaps import heatmap
+from kava_core.reporting.inputs import Curve, Curves, Targets
 from kava_core.reporting.style import (
     INK,
     MUTED,
-    RULE,
     SERIES,
     TERMS,
     Figured,
     canvas,
     colours_of,
     finish,
+    legend,
+    name_beside,
     percent_axis,
     spread,
 )
@@ -34,7 +38,6 @@ TERM_TITLES = {
     "loss_kv": "KV: α × distance to the targets",
     "loss_codi": "CODI: α × distance to the endpoint",
 }
-ANNOTATED_CELLS = 160
 
 
 def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | None) -> Figured:
@@ -69,7 +72,7 @@ def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | 
                 ax.plot([x, x], measured.ci95, color=colour, linewidth=2, alpha=0.55)
                 ax.plot([x], [measured.exact_match], marker, color=colour, markersize=9)
                 point = (x, measured.exact_match)
-                _name_beside(
+                name_beside(
                     ax, systems[i].name, point, (edge + side * 0.035 * reach, label), colour
                 )
         low, high = ax.get_xlim()
@@ -98,18 +101,17 @@ def accuracy_by_steps(name: str, systems: Sequence[System]) -> Figured:
         figure = canvas(380)
         ax = figure.subplots()
         looks = colours_of([s.name for s in systems])
-        shown = [s for s in systems if s.score.by_steps]
-        counts = {n: s.n for system in shown for n, s in system.score.by_steps.items()}
+        counts = {n: s.n for system in systems for n, s in system.score.by_steps.items()}
         steps = sorted(counts)
-        highest = max(s.exact_match for system in shown for s in system.score.by_steps.values())
+        highest = max(s.exact_match for system in systems for s in system.score.by_steps.values())
         percent_axis(ax, highest)
         reach = max(steps[-1] - steps[0], 1)
         ax.set_xlim(steps[0] - 0.05 * reach, steps[-1] + 0.24 * reach)
-        lasts = [sorted(s.score.by_steps.items())[-1] for s in shown]
+        lasts = [sorted(s.score.by_steps.items())[-1] for s in systems]
         height = ax.get_ylim()[1]
         gap = 0.06 * height
         labels = spread([score.exact_match for _, score in lasts], gap, gap / 3, height)
-        for system, (last, end), label in zip(shown, lasts, labels, strict=True):
+        for system, (last, end), label in zip(systems, lasts, labels, strict=True):
             colour, marker = looks[system.name]
             points = sorted(system.score.by_steps.items())
             ax.plot(
@@ -120,7 +122,7 @@ def accuracy_by_steps(name: str, systems: Sequence[System]) -> Figured:
                 linestyle="--" if system.kind.startswith("teacher") else "-",
             )
             place = (steps[-1] + 0.05 * reach, label)
-            _name_beside(ax, system.name, (last, end.exact_match), place, colour)
+            name_beside(ax, system.name, (last, end.exact_match), place, colour)
         ax.set_xticks(steps, [f"{n}\nn = {counts[n]}" for n in steps])
         ax.set_xlabel("steps of the problem")
         ax.set_ylabel("exact match")
@@ -128,6 +130,43 @@ def accuracy_by_steps(name: str, systems: Sequence[System]) -> Figured:
 
     caption = "Problems grouped by the number of dependent steps in their reference solution."
     return finish(name, "Accuracy by number of steps", caption, draw)
+
+
+def accuracy_by_group(name: str, systems: Sequence[System]) -> Figured:
+    """Exact match (%) of every system by the operations and the trace length of a problem."""
+    panels = {
+        "operations of the problem": [s.score.by_operation for s in systems],
+        "tokens of the reference chain": [s.score.by_trace_length for s in systems],
+    }
+
+    def draw() -> Figure:
+        widths = [max(2, len(_labels(found))) for found in panels.values()]
+        figure = canvas(96 + 27 * len(systems))
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True, width_ratios=widths)[0]
+        for ax, (title, found) in zip(grid, panels.items(), strict=True):
+            labels = _labels(found)
+            cells = [[s[g].exact_match if g in s else math.nan for g in labels] for s in found]
+            counts = {g: s[g].n for s in found for g in labels if g in s}
+            columns = [f"{g}\nn = {counts[g]:,}" for g in labels]
+            names = [s.name for s in systems]
+            heatmap(ax, np.array(cells), names, columns, (0.0, 100.0), digits=0, first_row="top")
+            ax.set_xlabel(title)
+        return figure
+
+    caption = (
+        "Exact match in per cent. A problem with several operations counts under each of them."
+    )
+    return finish(name, "Accuracy by operation and trace length", caption, draw)
+
+
+def _labels(found: Sequence[Mapping[str, GroupScore]]) -> list[str]:
+    """The groups of all systems: operations as one writes them, lengths ascending, last `none`."""
+    labels = {label for groups in found for label in groups}
+    first = {label: int(n[0]) for label in labels if (n := re.match(r"\d+", label))}
+    signs = "+−×÷"
+    return sorted(
+        labels, key=lambda s: (s not in first and s not in signs, first.get(s, 0), signs.find(s), s)
+    )
 
 
 def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | None:
@@ -161,7 +200,7 @@ def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | No
             _steps_axis(ax)
         for ax in list(grid)[len(panels) :]:
             ax.set_axis_off()
-        _legend(figure, {name: looks[name][0] for name in students})
+        legend(figure, {name: (looks[name][0], "-") for name in students})
         return figure
 
     caption = (
@@ -199,7 +238,7 @@ def gradient_shares(students: Mapping[str, Curves]) -> Figured | None:
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         for ax in list(grid)[len(shares) :]:
             ax.set_axis_off()
-        _legend(figure, {term: TERMS[term] for term in terms})
+        legend(figure, {term: (TERMS[term], "-") for term in terms})
         return figure
 
     caption = (
@@ -207,50 +246,6 @@ def gradient_shares(students: Mapping[str, Curves]) -> Figured | None:
         "zero teaches next to nothing at its weight."
     )
     return finish("gradient-shares", "Gradient share by term", caption, draw)
-
-
-def similarity_maps(similarity: Mapping[str, Similarity]) -> Figured | None:
-    """Cosine similarity of student K and V to the targets, layer × slot, on one colour scale."""
-    shown = {name: s for name, s in similarity.items() if s.layers}
-    if not shown:
-        return None
-    arrays = {
-        (name, part): np.array(getattr(s, part), dtype=float)  # [L', M]; NaN = no record
-        for name, s in shown.items()
-        for part in ("keys", "values")
-    }
-    known = np.concatenate([a[np.isfinite(a)] for a in arrays.values()])
-    if not known.size:
-        return None
-    low = min(0.0, math.floor(10 * known.min()) / 10)
-    high = max(low + 0.1, math.ceil(10 * known.max()) / 10)
-
-    def draw() -> Figure:
-        deepest = max(len(s.layers) for s in shown.values())
-        tall = min(300, max(70, 30 * deepest))
-        figure = canvas((tall + 66) * len(shown) + 10)
-        grid = figure.subplots(len(shown), 2, squeeze=False)
-        for row, (name, s) in enumerate(shown.items()):
-            for ax, part in zip(grid[row], ("keys", "values"), strict=True):
-                image = _heatmap(ax, arrays[name, part], s.layers, low, high)
-                ax.set_title(f"{name}: {part}")
-                if row == len(shown) - 1:
-                    ax.set_xlabel("latent slot")
-                if part == "keys":
-                    ax.set_ylabel("layer")
-        bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 0.5 + 0.5 / len(shown)), pad=0.02)
-        bar.set_label("cosine similarity (no unit)")
-        bar.outline.set_visible(False)
-        return figure
-
-    records = max(s.records for s in shown.values())
-    caption = (
-        "Mean over the heads and the store's first "
-        f"{records:,} records of the cosine between a student's cache at each latent and the "
-        "teacher's token kept for that slot. Grey: no record has that slot. All panels share one "
-        "scale."
-    )
-    return finish("similarity", "Student and teacher caches, layer by slot", caption, draw)
 
 
 def trace_lengths(targets: Targets) -> Figured:
@@ -304,29 +299,6 @@ def trace_lengths(targets: Targets) -> Figured:
     return finish("trace-lengths", "Trace lengths and the budget", caption, draw)
 
 
-def _name_beside(
-    ax: Axes,
-    name: str,
-    point: tuple[float, float],
-    place: tuple[float, float],
-    colour: str,
-) -> None:
-    """A system's name at `place` with a thin line to its `point`."""
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6}
-    right = place[0] > point[0]
-    line |= {"shrinkA": 2, "shrinkB": 6, "relpos": (0.0 if right else 1.0, 0.5)}
-    ax.annotate(
-        name,
-        point,
-        place,
-        va="center",
-        ha="left" if right else "right",
-        color=colour,
-        weight="bold",
-        arrowprops=line,
-    )
-
-
 def _groups(places: Sequence[float], width: float) -> list[list[int]]:
     """Indices of places that lie within `width` of their left neighbour, left to right."""
     order = sorted(range(len(places)), key=lambda i: (places[i], i))
@@ -372,43 +344,3 @@ def _loss_axis(ax: Axes, values: Sequence[float]) -> None:
         ax.yaxis.set_minor_locator(NullLocator())
     else:
         ax.set_ylim(bottom=min(0.0, min(values, default=0.0)))
-
-
-def _heatmap(ax: Axes, cells: np.ndarray, layers: Sequence[int], low: float, high: float) -> Any:
-    rows, slots = cells.shape
-    ax.set_facecolor(RULE)
-    image = ax.imshow(
-        np.ma.masked_invalid(cells),
-        cmap="viridis",
-        vmin=low,
-        vmax=high,
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-    )
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-    ax.set_yticks(range(rows), [str(layer) for layer in layers])
-    if rows > 12:
-        ax.set_yticks(ax.get_yticks()[:: math.ceil(rows / 12)])
-        ax.set_yticklabels([str(layers[int(t)]) for t in ax.get_yticks()])
-    every = math.ceil(slots / 12)
-    ax.set_xticks(range(0, slots, every), [str(slot + 1) for slot in range(0, slots, every)])
-    if rows * slots <= ANNOTATED_CELLS and slots <= 12:
-        for (row, slot), value in np.ndenumerate(cells):
-            if np.isfinite(value):
-                bright = (value - low) / (high - low) > 0.6
-                colour = "black" if bright else "white"
-                text = f"{value:.2f}".replace("-", "−")
-                ax.text(slot, row, text, ha="center", va="center", color=colour, fontsize=10)
-    return image
-
-
-def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1.2
-        )

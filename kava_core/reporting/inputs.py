@@ -8,16 +8,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
+from kava_core.reporting.files import Found, GroupScore, Percent, checked, read_checked
+from kava_core.reporting.insights import Insight, LayerMaps, read_insights
+from kava_core.reporting.truncation import Truncation, read_truncation
 from kava_core.store.manifest import Manifest, load_manifest
 
-Percent = Annotated[float, Field(ge=0, le=100)]
+STAGES = ("prepare", "teacher", "generate", "evict", "fidelity", "evaluate", "report")
 PREDICTION_COLUMNS = (
     "test_set",
     "system",
@@ -32,23 +33,11 @@ PREDICTION_COLUMNS = (
 )
 
 
-class _Found(BaseModel):
-    """A part of a file that later versions may add keys to."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class StepScore(_Found):
-    """Accuracy (%) on the problems with one number of steps."""
-
-    exact_match: Percent
-    n: int
-
-
-class Score(_Found):
+class Score(Found):
     """One system on one test set: accuracy and its 95 % interval in %, the costs means per problem.
 
-    forward_passes: decoder calls; tokens: generated; seconds_per_problem: wall-clock.
+    forward_passes: decoder calls; tokens: generated; seconds_per_problem: wall-clock; perplexity:
+    of the gold answers, per token; peak_memory_mb: of tensors beyond the weights, for a batch.
     """
 
     exact_match: Percent
@@ -57,29 +46,43 @@ class Score(_Found):
     forward_passes: float
     tokens: float
     seconds_per_problem: float
-    by_steps: dict[int, StepScore] = {}
+    perplexity: float
+    peak_memory_mb: float
+    by_steps: dict[int, GroupScore]
+    by_operation: dict[str, GroupScore]
+    by_trace_length: dict[str, GroupScore]
 
 
-class Similarity(_Found):
+Scores = dict[str, dict[str, Score]]  # test set → system
+
+
+class Difference(Found):
+    """Exact match of a student less that of a baseline on the same problems, in points."""
+
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+
+    @property
+    def clear(self) -> bool:
+        """The interval does not hold 0."""
+        return self.ci95[0] > 0 or self.ci95[1] < 0
+
+
+# test set → student → baseline → difference
+Differences = dict[str, dict[str, dict[str, Difference]]]
+
+
+class Similarity(LayerMaps):
     """Mean cosine of a student's latents to its targets, [L'][M]; None where no record has a slot.
 
     layers: the L' teacher layers that are compared.
     """
 
     records: int
-    layers: list[int]
-    keys: list[list[float | None]]
-    values: list[list[float | None]]
-
-    @model_validator(mode="after")
-    def _rectangular(self) -> Similarity:
-        for cells in (self.keys, self.values):
-            if len(cells) != len(self.layers) or len({len(row) for row in cells}) > 1:
-                raise ValueError(f"expected one row of slots for each of {len(self.layers)} layers")
-        return self
 
 
-class TeacherMetrics(_Found):
+class TeacherMetrics(Found):
     """The teacher's accuracy (%) on n validation problems, with and without its chain."""
 
     n: int
@@ -87,14 +90,14 @@ class TeacherMetrics(_Found):
     exact_match_no_cot: Percent
 
 
-class ProblemCounts(_Found):
+class ProblemCounts(Found):
     """How many problems a split has, in all and by number of steps."""
 
     problems: int
     by_steps: dict[int, int]
 
 
-class ProblemMetrics(_Found):
+class ProblemMetrics(Found):
     """Counts of the three splits."""
 
     train: ProblemCounts
@@ -102,13 +105,13 @@ class ProblemMetrics(_Found):
     test: ProblemCounts
 
 
-class ProblemsFile(_Found):
+class ProblemsFile(Found):
     """How the problems were made."""
 
     settings: dict[str, Any]
 
 
-class Training(_Found):
+class Training(Found):
     """How long a model was trained."""
 
     steps: int
@@ -122,7 +125,7 @@ class Training(_Found):
         return self.steps * self.batch_size * self.accumulation
 
 
-class StudentSettings(_Found):
+class StudentSettings(Found):
     """The settings of a student that say how it reasons and what taught it."""
 
     training: Training
@@ -133,7 +136,7 @@ class StudentSettings(_Found):
     w_cot: float = 0.0
 
 
-class StudentFile(_Found):
+class StudentFile(Found):
     """student.json."""
 
     settings: dict[str, Any]
@@ -208,12 +211,16 @@ class StageRun:
 class Findings:
     """All that the report shows.
 
-    scores: test set → system → Score. teacher_kv is None where the teacher's caches are not at
-    hand (targets are enough to train from). prepare: the settings the problems were made with.
-    runs: empty where there is no run log.
+    scores: test set → system → Score. insights: by student, what its latents hold; empty where
+    nobody looked. truncation: None where the fidelity stage did not run. teacher_kv is None where
+    the teacher's caches are not at hand (targets are enough to train from). prepare: the settings
+    the problems were made with. runs: empty where there is no run log.
     """
 
-    scores: dict[str, dict[str, Score]]
+    scores: Scores
+    differences: Differences
+    insights: dict[str, Insight]
+    truncation: Truncation | None
     predictions: list[Prediction]
     similarity: dict[str, Similarity]
     students: dict[str, Student]
@@ -232,59 +239,38 @@ def read_findings(folder: Path, students: Sequence[str], log: Path | None = None
     log: the run log, one JSON object per line; it may be missing. KavaError names a missing or
     wrong file and the stage that makes it, and students that were made from other targets.
     """
-    scores = _validated(
-        TypeAdapter(dict[str, dict[str, Score]]), folder / "evaluation/metrics.json", "evaluate"
-    )
-    if not scores or not all(scores.values()):
-        raise KavaError(
-            f"{folder / 'evaluation/metrics.json'} has no system on some test set. Run `kava "
-            "evaluate` again."
-        )
-    similarity = _validated(
-        TypeAdapter(dict[str, Similarity]), folder / "evaluation/similarity.json", "evaluate"
-    )
+    evaluation = folder / "evaluation"
+    scores = read_scores(evaluation)
+    similarity = read_checked(dict[str, Similarity], evaluation / "similarity.json", "evaluate")
     targets = _read_targets(folder / "kv_targets")
     found = {name: _read_student(folder / "students" / name, name) for name in students}
     _check_targets(found, targets.manifest)
     teacher_kv = folder / "teacher_kv"
     return Findings(
         scores=scores,
-        predictions=_read_predictions(folder / "evaluation/predictions.parquet"),
+        differences=read_checked(Differences, evaluation / "comparisons.json", "evaluate"),
+        insights=read_insights(evaluation / "interpretability.json"),
+        truncation=read_truncation(folder / "fidelity"),
+        predictions=_read_predictions(evaluation / "predictions.parquet"),
         similarity=similarity,
         students=found,
-        teacher_metrics=_validated(
-            TypeAdapter(TeacherMetrics), folder / "teacher/metrics.json", "teacher"
-        ),
+        teacher_metrics=read_checked(TeacherMetrics, folder / "teacher/metrics.json", "teacher"),
         teacher_curves=_read_curves(folder / "teacher/live"),
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
-        problems=_validated(
-            TypeAdapter(ProblemMetrics), folder / "problems/metrics.json", "prepare"
-        ),
-        prepare=_validated(
-            TypeAdapter(ProblemsFile), folder / "problems/problems.json", "prepare"
-        ).settings,
+        problems=read_checked(ProblemMetrics, folder / "problems/metrics.json", "prepare"),
+        prepare=read_checked(ProblemsFile, folder / "problems/problems.json", "prepare").settings,
         runs=_read_log(log, students) if log is not None and log.is_file() else [],
     )
 
 
-def _validated(adapter: TypeAdapter[Any], path: Path, stage: str) -> Any:
-    """The JSON in `path` as what `adapter` describes."""
-    if not path.is_file():
-        raise KavaError(f"{path} is missing. Run `kava {stage}` first.")
-    return _checked(adapter, read_json(path), path, stage)
-
-
-def _checked(adapter: TypeAdapter[Any], value: Any, path: Path, stage: str) -> Any:
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = " → ".join(map(str, first["loc"])) or "top level"
-        message = first["msg"].removeprefix("Value error, ")
-        raise KavaError(
-            f"{path}: {where}: {message}, found {first['input']!r:.80}. Run `kava {stage}` again."
-        ) from None
+def read_scores(evaluation: Path) -> Scores:
+    """Test set → system → Score of an evaluation folder."""
+    path = evaluation / "metrics.json"
+    scores: Scores = read_checked(Scores, path, "evaluate")
+    if not scores or not all(scores.values()):
+        raise KavaError(f"{path} has no system on some test set. Run `kava evaluate` again.")
+    return scores
 
 
 def _read_predictions(path: Path) -> list[Prediction]:
@@ -303,15 +289,15 @@ def _read_predictions(path: Path) -> list[Prediction]:
     if missing:
         raise KavaError(f"{path} has no column {missing[0]!r}. Run `kava evaluate` again.")
     rows = table.select(list(PREDICTION_COLUMNS)).to_pylist()
-    predictions: list[Prediction] = _checked(TypeAdapter(list[Prediction]), rows, path, "evaluate")
+    predictions: list[Prediction] = checked(list[Prediction], rows, path, "evaluate")
     return predictions
 
 
 def _read_student(folder: Path, name: str) -> Student:
     path = folder / "student.json"
     stage = f"distill {name}"
-    about: StudentFile = _validated(TypeAdapter(StudentFile), path, stage)
-    settings = _checked(TypeAdapter(StudentSettings), about.settings, path, stage)
+    about: StudentFile = read_checked(StudentFile, path, stage)
+    settings = checked(StudentSettings, about.settings, path, stage)
     return Student(
         name, settings, about.settings, about.fingerprints, _read_curves(folder / "live")
     )
@@ -397,5 +383,5 @@ def _read_log(path: Path, students: Sequence[str]) -> list[StageRun]:
         except (ValueError, KeyError, TypeError):
             continue  # a kill can tear a line of the log, and no result depends on it
         latest[run.stage] = run
-    order = ["prepare", "teacher", "generate", "evict", *(f"distill {s}" for s in students)]
-    return [latest[stage] for stage in [*order, "evaluate"] if stage in latest]
+    order = [*STAGES[:5], *(f"distill {s}" for s in students), "evaluate"]
+    return [latest[stage] for stage in order if stage in latest]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,8 @@ COLOURS = {
 INK, MUTED, RULE = (COLOURS[name][0] for name in ("ink", "muted", "rule"))
 SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series")]
 MARKERS = "osD^vPX*<>"
+
+Dash = Literal["-", "--"]
 
 # The systems that a reader meets in every report look the same in all of them.
 KNOWN = {
@@ -151,6 +153,43 @@ def percent_axis(ax: Axes, highest: float) -> None:
     """A y axis in % from 0 to a little above `highest`."""
     ax.set_ylim(0, min(104.0, max(5.0, 1.12 * highest)))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+
+
+def name_beside(
+    ax: Axes,
+    name: str,
+    point: tuple[float, float],
+    place: tuple[float, float],
+    colour: str,
+) -> None:
+    """A system's name at `place` with a thin line to its `point`."""
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6}
+    right = place[0] > point[0]
+    line |= {"shrinkA": 2, "shrinkB": 6, "relpos": (0.0 if right else 1.0, 0.5)}
+    ax.annotate(
+        name,
+        point,
+        place,
+        va="center",
+        ha="left" if right else "right",
+        color=colour,
+        weight="bold",
+        arrowprops=line,
+    )
+
+
+def legend(figure: Figure, lines: Mapping[str, tuple[str, Dash]]) -> None:
+    """Names of lines above a figure; lines: name → (colour, dash)."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, linestyle=dash, label=name)
+        for name, (colour, dash) in lines.items()
+    ]
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=min(5, len(handles)), handlelength=1.6
+        )
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

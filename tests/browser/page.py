@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from kava_core.reporting.hardware import hardware
 from kava_core.reporting.inputs import Training, read_findings
 from kava_core.reporting.page import compare, write_report
 from tests.reporting.pipeline import TRAINING, make_pipeline
@@ -70,7 +71,12 @@ document.body.append(said);
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "KAVA_PAGE" in os.environ:
         return Path(os.environ["KAVA_PAGE"]).absolute()
-    made = make_pipeline(tmp_path_factory.mktemp("made") / "data", problems=600, records=800)
+    made = make_pipeline(
+        tmp_path_factory.mktemp("made") / "data",
+        problems=600,
+        records=800,
+        test_sets=("synthetic", "svamp"),
+    )
     findings = read_findings(made.folder, made.students, made.log)
     teacher = Training.model_validate(TRAINING)
     folder = tmp_path_factory.mktemp("page")
@@ -82,6 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         title="Latent reasoning, made up",
         pipeline="made",
         settings=settings,
+        hardware=hardware(),
     )
     return folder / "index.html"
 

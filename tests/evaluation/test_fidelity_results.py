@@ -82,6 +82,23 @@ def test_the_recommended_budget_is_the_smallest_that_is_near_enough_per_policy_a
     assert recommend(scores, within=0)["rkv"] == {"8": None, "8/4": None}
 
 
+def test_the_sweet_spot_of_a_difficulty_counts_its_problems_only() -> None:
+    def score(two: float, three: float) -> dict[str, Any]:
+        by_steps = {"2": {"exact_match": two}, "3": {"exact_match": three}}
+        return {"exact_match": (two + three) / 2, "by_steps": by_steps}
+
+    scores = {
+        Cell("full"): score(100.0, 60.0),
+        Cell("rkv", 2, 16, 16): score(98.0, 10.0),
+        Cell("rkv", 4, 16, 16): score(100.0, 40.0),
+        Cell("rkv", 8, 16, 16): score(100.0, 57.0),
+    }
+    assert recommend(scores, within=2) == {"rkv": {"16": 8}}
+    assert recommend(scores, within=2, steps="2") == {"rkv": {"16": 2}}
+    assert recommend(scores, within=2, steps="3") == {"rkv": {"16": None}}
+    assert recommend(scores, within=3, steps="3") == {"rkv": {"16": 8}}
+
+
 def test_the_artefact_holds_answers_numbers_plots_and_heatmaps(tmp_path: Path) -> None:
     cells = [Cell("full"), Cell("none"), Cell("rkv", 2, 16, 16), Cell("rkv", 8, 16, 16)]
     results = [
@@ -91,6 +108,7 @@ def test_the_artefact_holds_answers_numbers_plots_and_heatmaps(tmp_path: Path) -
     metrics = write_results(tmp_path, results, split="validation", within=2.0)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert metrics["recommended"] == {"rkv": {"16": 8}}
+    assert metrics["recommended_by_steps"] == {"2": {"rkv": {"16": 2}}, "3": {"rkv": {"16": 8}}}
     assert metrics["policies"]["rkv"]["2"]["16"]["exact_match"] == 50
     timings = json.loads((tmp_path / "timings.json").read_text())
     assert timings["full"]["seconds_per_problem"] == pytest.approx(0.15)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from kava_core.artefacts import write_json
+from kava_core.evaluation.fidelity_results import Cell, Result, write_results
 from kava_core.store import Codec, Geometry, Record, write_targets_shard
 from tests.store.make import finish
 
@@ -50,13 +52,22 @@ class Pipeline:
         return self.data / ".runs" / f"{self.name}.jsonl"
 
 
-def make_pipeline(data: Path, *, problems: int = 60, records: int = 40) -> Pipeline:
+def make_pipeline(
+    data: Path,
+    *,
+    name: str = "made",
+    problems: int = 60,
+    records: int = 40,
+    test_sets: Sequence[str] = ("synthetic",),
+) -> Pipeline:
     """Write everything that a report reads; the same arguments write the same files."""
-    made = Pipeline(data)
+    made = Pipeline(data, name)
     digest = _targets(made.folder / "kv_targets", records)
-    _evaluation(made.folder / "evaluation", problems)
-    for name in STUDENTS:
-        _student(made.folder / "students" / name, name, digest)
+    _evaluation(made.folder / "evaluation", problems, test_sets)
+    write_json(made.folder / "evaluation/interpretability.json", _insights())
+    _fidelity(made.folder / "fidelity")
+    for student in STUDENTS:
+        _student(made.folder / "students" / student, student, digest)
     _write(made.folder / "teacher/teacher.json", {"settings": {"training": TRAINING}})
     _curves(made.folder / "teacher/live", {"loss": (5.0, 0.02), "loss_chain": (5.0, 0.02)})
     _write(
@@ -76,10 +87,32 @@ def make_pipeline(data: Path, *, problems: int = 60, records: int = 40) -> Pipel
     return made
 
 
-def _evaluation(folder: Path, problems: int) -> None:
+def _evaluation(folder: Path, problems: int, test_sets: Sequence[str]) -> None:
+    rows: list[dict[str, Any]] = []
+    metrics, differences = {}, {}
+    for test_set in test_sets:
+        asked, metrics[test_set], differences[test_set] = _answers(test_set, problems)
+        rows += asked
+    _write(folder / "metrics.json", metrics)
+    write_json(folder / "comparisons.json", differences)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "predictions.parquet")
+    rng = random.Random(0)
+    cells: dict[str, Any] = {"keys": _grid(rng, 2, 8), "values": _grid(rng, 2, 8)}
+    cells["keys"][1][7] = None
+    _write(
+        folder / "similarity.json",
+        {name: {"records": 32, "layers": [0, 1], **cells} for name in WEIGHTS},
+    )
+
+
+def _answers(
+    test_set: str, problems: int
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Rows of predictions, metrics and differences of one test set."""
     rows, metrics = [], {}
+    correct: dict[str, list[bool]] = {}
     for system, (accuracy, passes, tokens, milliseconds) in SYSTEMS.items():
-        rng = random.Random(system)
+        rng = random.Random(test_set + system)
         marks: dict[int, list[bool]] = {}
         for i in range(problems):
             steps = 2 + i % 3
@@ -90,9 +123,9 @@ def _evaluation(folder: Path, problems: int) -> None:
             chain = "<<3+4=7>><<7*2=14>>" if system == "teacher-cot" else ""
             rows.append(
                 {
-                    "test_set": "synthetic",
+                    "test_set": test_set,
                     "system": system,
-                    "id": f"test-{i:04d}",
+                    "id": f"{test_set}-{i:04d}",
                     "n_steps": steps,
                     "topic": "farm",
                     "gold": gold,
@@ -115,23 +148,140 @@ def _evaluation(folder: Path, problems: int) -> None:
             "forward_passes": passes,
             "tokens": tokens,
             "seconds_per_problem": milliseconds / 1000,
-            "by_steps": {
-                str(n): {"exact_match": 100 * sum(m) / len(m), "n": len(m)}
-                for n, m in marks.items()
+            "perplexity": 1.0 + 40 * (1 - share),
+            "peak_memory_mb": 12.5 if system.startswith("teacher") else 25.5,
+            "by_steps": {str(n): _score(m) for n, m in marks.items()},
+            "by_operation": {"+": _score(marks[2] + marks[3]), "−": _score(marks[4])},
+            "by_trace_length": {"9-16": _score(marks[2]), "17-32": _score(marks[3] + marks[4])},
+        }
+        correct[system] = [mark for m in marks.values() for mark in m]
+    differences = {
+        student: {
+            other: _difference(correct[student], correct[other])
+            for other in SYSTEMS
+            if other != student
+        }
+        for student in STUDENTS
+    }
+    return rows, metrics, differences
+
+
+def _score(marks: list[bool]) -> dict[str, Any]:
+    return {"exact_match": 100 * sum(marks) / len(marks), "n": len(marks)}
+
+
+def _difference(left: list[bool], right: list[bool]) -> dict[str, Any]:
+    gain = 100 * (sum(left) - sum(right)) / len(left)
+    return {"difference": gain, "ci95": [gain - 6, gain + 6], "p_value": 0.01}
+
+
+def _grid(rng: random.Random, rows: int, columns: int, scale: float = 1.0) -> list[list[float]]:
+    return [[round(scale * rng.uniform(0.1, 0.9), 3) for _ in range(columns)] for _ in range(rows)]
+
+
+def _insights() -> dict[str, Any]:
+    """What three students with 8 latents and 3 passes hold."""
+    rng = random.Random(1)
+    trace = ["<<", "3", "+", "4", "=", "7", ">>", "<<", "7", "*", "2", "=", "14", ">>", "\n"]
+    words = ["3", " 4", "7", "14", " apples", "=", "*", "?", "\n", "<b>"]
+
+    def tokens(first: str) -> list[list[Any]]:
+        top = rng.uniform(0.3, 0.95)
+        rest = rng.sample([w for w in words if w != first], 2)
+        return [[first, top], *([word, (1 - top) / 3] for word in rest)]
+
+    kept = [1, 2, 3, 5, 8, 10, 12, None]
+    decoded = [
+        {
+            "id": f"synthetic-{i:04d}",
+            "question": f"ian has {i} apples. he sells 3 and doubles the rest. how many?",
+            "trace": trace,
+            "answer": str(7 + i),
+            "iterations": [
+                {
+                    "slots": [
+                        {
+                            "student": tokens(rng.choice(words)),
+                            "teacher": [] if place is None else tokens(trace[place + 1]),
+                            "teacher_position": place,
+                        }
+                        for place in kept
+                    ]
+                }
+                for _ in range(3)
+            ],
+        }
+        for i in range(3)
+    ]
+    parts = ["numbers", "names", "verbs", "question mark"]
+
+    def maps(columns: int, scale: float = 1.0) -> dict[str, Any]:
+        return {"keys": _grid(rng, 2, columns, scale), "values": _grid(rng, 2, columns, scale)}
+
+    return {
+        name: {
+            "records": 32,
+            "question_parts": parts,
+            "decoded": decoded,
+            "similarity_evicted": {"layers": [0, 1], **maps(8)},
+            "similarity_full": {"layers": [0, 1], **maps(8)},
+            "attention": {
+                "sources": [*(f"latent {i}" for i in range(8)), "answer"],
+                "targets": [*parts, "latents"],
+                "iterations": [_grid(rng, 9, 5, 0.4) for _ in range(3)],
+            },
+            "magnitudes": {
+                "iterations": [maps(8, 12.0) for _ in range(3)],
+                "teacher_full": maps(20, 12.0),
+                "teacher_truncated": {"4": maps(4, 12.0), "8": maps(8, 12.0)},
+            },
+            "interventions": {
+                "n": 60,
+                "none": 61.0,
+                **{
+                    kind: [round(61 - 8 * i * rng.random(), 1) for i in range(8)]
+                    for kind in ("zero", "mean", "shuffle")
+                },
             },
         }
-    _write(folder / "metrics.json", {"synthetic": metrics})
-    pq.write_table(pa.Table.from_pylist(rows), folder / "predictions.parquet")
-    rng = random.Random(0)
-    cells: dict[str, Any] = {
-        part: [[round(rng.uniform(0.1, 0.9), 3) for _ in range(8)] for _ in range(2)]
-        for part in ("keys", "values")
+        for name in WEIGHTS
     }
-    cells["keys"][1][7] = None
-    _write(
-        folder / "similarity.json",
-        {name: {"records": 32, "layers": [0, 1], **cells} for name in WEIGHTS},
-    )
+
+
+def _fidelity(folder: Path) -> None:
+    """The fidelity stage's own files, of made-up answers: more slots, more of them right."""
+    folder.mkdir()
+    results = []
+    grid = [
+        (policy, m, bits) for policy in ("rkv", "random") for m in (2, 4, 8, 16) for bits in (16, 4)
+    ]
+    for cell in (Cell("full"), Cell("none"), *(Cell(p, m, b, b) for p, m, b in grid)):
+        slots = {"full": 32, "none": 0}.get(cell.policy, cell.budget or 0)
+        need = 3.0 if cell.policy == "random" else 2.0
+        answers = [
+            {
+                "id": f"validation-{i:03d}",
+                "n_steps": 2 + i % 3,
+                "correct": i % 20 < 20 * slots / (need * (2 + i % 3)),
+                "nll": 0.5,
+                "kl": 0.1,
+                "answer_tokens": 3,
+                "tokens_kept": float(slots),
+                "bytes": 100 * slots,
+            }
+            for i in range(60)
+        ]
+        costs = [
+            {
+                "problems": 20,
+                "n_steps": n,
+                "seconds_per_problem": (0.2 + 0.01 * slots + 0.05 * n) / 1000,
+                "peak_memory_bytes": None,
+            }
+            for n in (2, 3, 4)
+        ]
+        results.append(Result(cell, answers, costs))
+    write_results(folder, results, split="validation", within=2.0)
 
 
 def _student(folder: Path, name: str, digest: str) -> None:

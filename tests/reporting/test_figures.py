@@ -5,13 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kava_core.reporting.figures import (
-    gradient_shares,
-    loss_curves,
-    similarity_maps,
-    trace_lengths,
-)
-from kava_core.reporting.inputs import Curve, Similarity, Targets
+from kava_core.reporting.figures import gradient_shares, loss_curves, trace_lengths
+from kava_core.reporting.heatmaps import heatmap, limits_of
+from kava_core.reporting.inputs import Curve, Targets
+from kava_core.reporting.insights import LayerMaps, slot_maps
 from kava_core.reporting.style import COLOURS, KNOWN, colours_of, spread
 
 VALUES = st.lists(st.floats(0, 100), min_size=1, max_size=8)
@@ -55,18 +52,39 @@ def test_curves_of_one_point_of_zeros_and_of_nothing_are_drawn() -> None:
 
 
 def test_similarity_without_a_number_is_left_out() -> None:
-    empty = Similarity(records=1, layers=[0], keys=[[None]], values=[[None]])
-    assert similarity_maps({"kava": empty}) is None
-    assert similarity_maps({}) is None
+    empty = LayerMaps(layers=[0], keys=[[None]], values=[[None]])
+    assert slot_maps("name", "title", "", {"kava": empty}) is None
+    assert slot_maps("name", "title", "", {}) is None
 
 
 def test_all_heatmaps_share_the_scale_of_the_widest() -> None:
-    low = Similarity(records=1, layers=[0], keys=[[-0.31]], values=[[0.1]])
-    high = Similarity(records=1, layers=[0], keys=[[0.2]], values=[[0.97]])
-    figure = similarity_maps({"a": low, "b": high})
+    low = LayerMaps(layers=[0], keys=[[-0.31]], values=[[0.1]])
+    high = LayerMaps(layers=[0], keys=[[0.2]], values=[[0.97]])
+    figure = slot_maps("name", "title", "", {"a": low, "b": high})
     assert figure is not None
     for text in ("−0.31", "0.97", "a: keys", "b: values", "cosine similarity"):
         assert text in figure.svg
+
+
+def test_a_scale_goes_from_zero_or_below_to_the_highest_number() -> None:
+    assert limits_of([np.array([[0.31, np.nan]]), np.array([[0.62]])]) == pytest.approx((0.0, 0.7))
+    assert limits_of([np.array([[-0.31]])]) == pytest.approx((-0.4, -0.3))
+    assert limits_of([np.array([[0.0]])]) == pytest.approx((0.0, 0.1))
+    assert limits_of([np.array([[np.nan]])]) is None and limits_of([]) is None
+
+
+def test_few_cells_have_their_numbers_and_marked_ones_a_frame() -> None:
+    from matplotlib.figure import Figure
+
+    cells = np.array([[0.25, np.nan], [1.0, -0.5]])
+    ax = Figure().subplots()
+    heatmap(ax, cells, ["a", "b"], [1, 2], (-1.0, 1.0), digits=2, marks=[(1, 0)])
+    assert sorted(text.get_text() for text in ax.texts) == ["0.25", "1.00", "−0.50"]
+    assert {patch.get_xy() for patch in ax.patches} == {(-0.46, 0.56)}  # column 0, row 1
+    many = Figure().subplots()
+    heatmap(many, np.zeros((20, 40)), range(20), range(40), (0.0, 1.0), digits=2)
+    assert not many.texts
+    assert len(many.get_xticks()) <= 12 and len(many.get_yticks()) <= 12
 
 
 @pytest.mark.parametrize("lengths", [[7], [1, 2, 5000], list(range(1, 200))])

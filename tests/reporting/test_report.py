@@ -56,6 +56,7 @@ def build(findings: Findings, folder: Path) -> Path:
         title="A title",
         pipeline="made",
         settings={"teacher": {"model": "scratch", "training": TRAINING}},
+        hardware={"processor": "a <fast> one"},
     )
     return folder
 
@@ -63,7 +64,14 @@ def build(findings: Findings, folder: Path) -> Path:
 def bare(findings: Findings) -> Findings:
     """Without the drawings that take longest."""
     students = {name: replace(s, curves={}) for name, s in findings.students.items()}
-    return replace(findings, similarity={}, teacher_curves={}, students=students)
+    return replace(
+        findings,
+        similarity={},
+        teacher_curves={},
+        students=students,
+        insights={},
+        truncation=None,
+    )
 
 
 class Elements(HTMLParser):
@@ -160,7 +168,9 @@ def test_several_test_sets_have_a_table_and_figures_each(own: Pipeline, tmp_path
     (tmp_path / "page").mkdir()
     folder = build(bare(read_findings(own.folder, own.students)), tmp_path / "page")
     assert {p.name for p in folder.glob("accuracy-by-*.png")} == {
-        f"accuracy-by-{what}-{number}.png" for what in ("cost", "steps") for number in (1, 2)
+        f"accuracy-by-{what}-{number}.png"
+        for what in ("cost", "steps", "group")
+        for number in (1, 2)
     }
 
 
@@ -177,7 +187,7 @@ def test_the_page_needs_nothing_but_itself(page: Path) -> None:
                 local = value is not None and value.startswith(("#", "data:image/png;base64,"))
                 assert local or (page / str(value)).is_file(), (tag, value)
     assert "url(http" not in html and "@import" not in html
-    assert tags.count("svg") == len(list(page.glob("*.png"))) == 6
+    assert tags.count("svg") == len(list(page.glob("*.png"))) == 17
 
 
 def test_ids_are_unique_and_references_meet_one(page: Path) -> None:
@@ -250,7 +260,7 @@ def test_the_run_log_is_apart_and_may_be_missing(
     without = read_findings(made.folder, made.students, tmp_path / "none.jsonl")
     assert without.runs == []
     html = (build(bare(without), tmp_path) / "index.html").read_text()
-    assert "This run" not in html
+    assert "started (UTC)" not in html and "processor" in html
 
 
 def test_engagement_counts_traces_that_lose_tokens(findings: Findings) -> None:
@@ -293,6 +303,9 @@ def test_the_table_fits_a_terminal_of_80_columns(findings: Findings) -> None:
     [
         ("evaluation/metrics.json", "evaluate"),
         ("evaluation/similarity.json", "evaluate"),
+        ("evaluation/comparisons.json", "evaluate"),
+        ("fidelity/metrics.json", "fidelity"),
+        ("fidelity/timings.json", "fidelity"),
         ("evaluation/predictions.parquet", "evaluate"),
         ("kv_targets", "evict"),
         ("students/codi/student.json", "distill codi"),
@@ -314,6 +327,9 @@ def test_a_missing_file_is_named_with_its_stage(own: Pipeline, file: str, stage:
         ("evaluation/metrics.json", {}, "no system"),
         ("evaluation/metrics.json", {"t": {"kava": {"n": 3}}}, "t → kava → exact_match"),
         ("evaluation/metrics.json", [1], "found"),
+        ("evaluation/comparisons.json", {"t": {"kava": {"codi": 3}}}, "t → kava → codi"),
+        ("evaluation/interpretability.json", {"kava": {"records": 3}}, "kava → decoded"),
+        ("fidelity/metrics.json", {"split": "test"}, "within: Field required"),
         (
             "evaluation/similarity.json",
             {"kava": {"records": 1, "layers": [0, 1], "keys": [[0.5]], "values": [[0.5]]}},
@@ -361,7 +377,11 @@ def score(accuracy: float) -> dict[str, Any]:
         "forward_passes": 3.0,
         "tokens": 3.0,
         "seconds_per_problem": 0.002,
+        "perplexity": 1.5,
+        "peak_memory_mb": 20.0,
         "by_steps": {"2": {"exact_match": accuracy, "n": 60}},
+        "by_operation": {"+": {"exact_match": accuracy, "n": 60}},
+        "by_trace_length": {"1-8": {"exact_match": accuracy, "n": 60}},
     }
 
 

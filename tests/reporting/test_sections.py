@@ -1,0 +1,180 @@
+"""The page's later sections: differences, truncation, latents; and what they say when off."""
+
+import html
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kava_core.artefacts import write_json
+from kava_core.errors import KavaError
+from kava_core.reporting.inputs import Findings, read_findings
+from kava_core.reporting.page import compare, summary
+from kava_core.reporting.systems import headline, systems_of
+from kava_core.reporting.truncation import accuracy_by_budget, read_truncation, truncation_maps
+from kava_core.reporting.worked import visible, work_through
+from tests.reporting.pipeline import Pipeline, make_pipeline
+from tests.reporting.test_report import TEACHER, build
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    data = tmp_path_factory.mktemp("made") / "data"
+    return make_pipeline(data, test_sets=("svamp", "synthetic"))
+
+
+@pytest.fixture(scope="module")
+def findings(made: Pipeline) -> Findings:
+    return read_findings(made.folder, made.students)
+
+
+@pytest.fixture(scope="module")
+def page(findings: Findings, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = build(findings, tmp_path_factory.mktemp("page"))
+    return (folder / "index.html").read_text()
+
+
+def text_of(page: str) -> str:
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+
+
+def test_every_test_set_has_its_comparison_and_the_own_one_is_first(
+    findings: Findings, page: str
+) -> None:
+    comparisons = compare(findings, TEACHER)
+    assert [c.test_set for c in comparisons] == ["synthetic", "svamp"]
+    assert {p.test_set for p in findings.predictions} == {"synthetic", "svamp"}
+    for name in ("synthetic", "svamp"):
+        assert f"<h3>{name}, 60 test problems</h3>" in page
+    for number in (1, 2):
+        assert f'id="accuracy-by-cost-{number}"' in page
+    assert set(summary(findings, comparisons)["test_sets"]) == {"synthetic", "svamp"}
+
+
+def test_differences_are_shown_with_their_interval_and_clear_ones_are_bold(
+    findings: Findings, page: str
+) -> None:
+    found = findings.differences["synthetic"]["kava"]["no-cot"]
+    assert found.clear == (found.ci95[0] > 0 or found.ci95[1] < 0)
+    cell = f">{found.difference:+.1f}<small>{found.ci95[0]:.1f} to {found.ci95[1]:.1f}</small>"
+    assert cell.replace("-", "−") in page
+    clear = sum(
+        d.clear
+        for by_student in findings.differences.values()
+        for by_other in by_student.values()
+        for d in by_other.values()
+    )
+    assert page.count('class="n clear"') == clear > 0
+
+
+def test_the_policy_that_needs_fewest_slots_is_shown_with_its_sweet_spots(
+    made: Pipeline, page: str
+) -> None:
+    found = read_truncation(made.folder / "fidelity")
+    assert found is not None
+    assert (found.policy, found.bits, found.budgets, found.steps) == (
+        "rkv",
+        "16",
+        [2, 4, 8, 16],
+        [2, 3, 4],
+    )
+    metrics = json.loads((made.folder / "fidelity/metrics.json").read_text())
+    full = metrics["full"]["by_steps"]
+    for n in found.steps:  # by the definition, from the raw numbers
+        near = [
+            m
+            for m in found.budgets
+            if metrics["policies"]["rkv"][str(m)]["16"]["by_steps"][str(n)]["exact_match"]
+            >= full[str(n)]["exact_match"] - 2
+        ]
+        assert found.metrics.recommended_by_steps[n]["rkv"]["16"] == min(near)
+    assert f"M = {found.spot} slots per layer and head are enough" in text_of(page)
+    maps = truncation_maps(found)
+    for label in ("budget M (slots per layer and head)", "(%)", "(ms)", "4 steps", "none", "full"):
+        assert label in maps.svg
+    assert maps.svg.count("var(--series-2)") == 2 * len(found.steps)  # a frame in either map
+    lines = accuracy_by_budget(found)
+    assert "random" in lines.svg and "rkv" in lines.svg
+
+
+def test_a_grid_without_a_sweet_spot_says_so(made: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(made.folder / "fidelity", tmp_path / "fidelity")
+    path = tmp_path / "fidelity/metrics.json"
+    metrics = json.loads(path.read_text())
+    for spots in [metrics["recommended"], *metrics["recommended_by_steps"].values()]:
+        for by_bits in spots.values():
+            by_bits.update(dict.fromkeys(by_bits))
+    write_json(path, metrics)
+    found = read_truncation(tmp_path / "fidelity")
+    assert found is not None and found.spot is None
+    assert "var(--series-2)" not in truncation_maps(found).svg
+    del metrics["policies"]["random"]["4"]
+    write_json(path, metrics)
+    with pytest.raises(KavaError, match="every policy with the same budgets"):
+        read_truncation(tmp_path / "fidelity")
+
+
+def test_one_problem_is_worked_through_by_every_latent_student(findings: Findings) -> None:
+    gap = headline(systems_of(findings, "synthetic", TEACHER))
+    assert gap is not None
+    thoughts = work_through(findings, gap)
+    assert thoughts[0].student == gap.best.name
+    assert {t.student for t in thoughts} == set(findings.insights)
+    assert len({t.decoded.id for t in thoughts}) == 1
+    first = thoughts[0]
+    assert first.answer is not None and first.answer.id == first.decoded.id
+    solved = [
+        d.id
+        for d in findings.insights[gap.best.name].decoded
+        if any(p.correct for p in findings.predictions if (p.system, p.id) == (gap.best.name, d.id))
+    ]
+    assert first.decoded.id == (solved or [d.id for d in findings.insights["kava"].decoded])[0]
+    assert first.kept == {1, 2, 3, 5, 8, 10, 12}
+    assert work_through(replace(findings, insights={}), gap) == []
+
+
+def test_student_and_teacher_tokens_stand_side_by_side(findings: Findings, page: str) -> None:
+    table = page[page.index('class="decoded"') : page.index("</table>", page.index("decoded"))]
+    gap = headline(systems_of(findings, "synthetic", TEACHER))
+    slots = work_through(findings, gap)[0].decoded.iterations[-1].slots
+    rows = re.findall(r"<tr><th scope=\"row\">(\d+)</th>(.*?)</tr>", table)
+    assert [int(number) for number, _ in rows] == list(range(1, len(slots) + 1))
+    for (_, row), slot in zip(rows, slots, strict=True):
+        for token, share in [*slot.student, *slot.teacher]:
+            assert f"{visible(token)} {100 * share:.0f}" in text_of(row)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"), [(" 4", "␣4"), ("Ġthe", "␣the"), ("\n", "↵"), ("", "∅"), ("<s>", "<s>")]
+)
+def test_tokens_can_be_seen(token: str, shown: str) -> None:
+    assert visible(token) == shown
+
+
+def test_what_is_turned_off_is_said_in_a_line(made: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(made.data, tmp_path / "data")
+    own = Pipeline(tmp_path / "data")
+    shutil.rmtree(own.folder / "fidelity")
+    (own.folder / "evaluation/interpretability.json").unlink()
+    found = read_findings(own.folder, own.students)
+    students = {name: replace(s, curves={}) for name, s in found.students.items()}
+    found = replace(found, students=students, teacher_curves={})
+    (tmp_path / "page").mkdir()
+    page = (build(found, tmp_path / "page") / "index.html").read_text()
+    assert "The fidelity stage has not run in this pipeline" in page
+    assert "No latents were looked into" in page
+    assert "kava fidelity --pipeline made\nkava" not in page
+    assert not list((tmp_path / "page").glob("attention-*.png"))
+    assert summary(found, compare(found, TEACHER))["sweet_spot"] is None
+
+
+def test_provenance_names_commands_hardware_and_settings(page: str) -> None:
+    text = text_of(page)
+    for stage in ("prepare", "teacher", "generate", "evict", "fidelity", "distill kava", "report"):
+        assert f"kava {stage} --pipeline made" in text
+    assert "processor a <fast> one" in text
+    for section in ("Fingerprints", "Seeds", "Software", "Settings"):
+        assert section in text

@@ -25,9 +25,9 @@ from stages.evict import evict
 from stages.generate import generate
 from stages.prepare import prepare
 from stages.teacher import teacher
-from tests.stages.project import ROOT, digest
+from tests.stages.project import ROOT, Project, digest
 
-TRAINING = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3}
+TRAINING = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3, "log_every": 1}
 FIXED = [
     "accuracy.json",
     "accuracy_by_steps.json",
@@ -223,3 +223,40 @@ def test_dvc_knows_the_evaluation_code_that_the_stage_uses() -> None:
     deps = stages["evaluate"]["deps"]
     listed = {Path(dep) for dep in deps if dep.startswith("kava_core/evaluation")}
     assert listed == imported(Path("stages/evaluate.py"))
+
+
+def test_dvc_shows_few_metrics_readable_experiments_and_plots(home: Path) -> None:
+    shutil.copytree(ROOT / ".dvc/plots", home / ".dvc/plots")
+    for name in ("dvc.yaml", ".dvc/config"):
+        shutil.copy(ROOT / name, home / name)
+    project = Project(home)
+    project.run("git", "init", "-q")
+    (home / ".gitignore").write_text("/data\n")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "Start")
+
+    def told(*command: str) -> list[str]:
+        """Lines that dvc prints; what it says of stages that were not run here left out."""
+        lines = project.run("dvc", *command).splitlines()
+        return [line for line in lines if line.startswith(("{", "Experiment"))]
+
+    shown = json.loads(told("metrics", "show", "--json")[0])[""]["data"]
+    summary = read_json(home / "data/tiny/evaluation/summary.json")
+    assert shown["data/tiny/evaluation/summary.json"]["data"] == summary
+    (line,) = told("exp", "show", "--csv")
+    metrics = [column for column in line.split(",") if column.startswith("synthetic.")]
+    assert sorted(metrics) == [
+        f"synthetic.{name}" for name in ("kava", "no-cot", "teacher-cot", "teacher-no-cot")
+    ]
+    for title, file in (
+        ("exact match of the systems", "accuracy.json"),
+        ("exact match by number of steps", "accuracy_by_steps.json"),
+        ("student loss on the answer", None),
+    ):
+        drawn = json.loads(told("plots", "show", title, "--show-vega")[0])
+        values = drawn["data"]["values"]
+        if file is None:
+            assert {row["filename"].split("/")[0] for row in values} == {"kava", "no-cot"}
+        else:
+            rows = [{k: v for k, v in row.items() if k != "rev"} for row in values]
+            assert rows == read_json(home / "data/tiny/evaluation" / file)

@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": ("stages.evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
     "report": ("stages.report", "report", "Report: one HTML page and a table."),
     "ask": ("stages.ask", "ask", "Put a question to a trained student."),
+    "compare": ("stages.compare", "compare", "Compare pipelines: one table and one page."),
     "store": ("stages.store", "store_group", "Inspect, verify and export stores."),
 }
 

@@ -19,7 +19,7 @@ from kava_core.reporting.figures import (
 )
 from kava_core.reporting.inputs import STAGES, Difference, Findings, Score, Training
 from kava_core.reporting.insights import attention_flow, interventions, magnitudes, slot_maps
-from kava_core.reporting.style import COLOURS, Figured, colours_of
+from kava_core.reporting.style import COLOURS, Figured, looks_of
 from kava_core.reporting.systems import Headline, System, headline, systems_of
 from kava_core.reporting.truncation import accuracy_by_budget, truncation_maps
 from kava_core.reporting.worked import in_order, visible, work_through
@@ -101,7 +101,7 @@ def write_report(
         seeds=_seeds(findings, settings),
         commands=_commands(pipeline, findings),
         hardware=hardware,
-        looks=_looks(comparisons),
+        looks=looks_of(s.name for c in comparisons for s in c.systems),
     )
     with atomic_path(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -195,13 +195,6 @@ def _overview(
     """System → its score on every test set; the systems in the order of the first."""
     names = dict.fromkeys(s.name for c in comparisons for s in c.systems)
     return {name: [findings.scores[c.test_set].get(name) for c in comparisons] for name in names}
-
-
-def _looks(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """The CSS variable of each system's colour."""
-    variables = {light: name for name, (light, _) in COLOURS.items()}
-    names = sorted({s.name for c in comparisons for s in c.systems})
-    return {name: variables[colour] for name, (colour, _) in colours_of(names).items()}
 
 
 def _median(findings: Findings) -> float:

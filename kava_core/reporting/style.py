@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,6 +146,14 @@ def colours_of(systems: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {
         **{name: KNOWN[name] for name in systems if name in KNOWN},
         **{name: left[i % len(left)] for i, name in enumerate(others)},
+    }
+
+
+def looks_of(systems: Iterable[str]) -> dict[str, str]:
+    """The CSS variable of each system's colour."""
+    variables = {light: name for name, (light, _) in COLOURS.items()}
+    return {
+        name: variables[colour] for name, (colour, _) in colours_of(sorted(set(systems))).items()
     }
 
 

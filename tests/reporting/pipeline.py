@@ -361,7 +361,7 @@ def _targets(folder: Path, records: int) -> str:
 
 
 def _log(path: Path) -> None:
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     stages = ["prepare", "teacher", "generate", "evict", *(f"distill {s}" for s in STUDENTS)]
     entries = [
         {

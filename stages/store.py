@@ -20,16 +20,17 @@ def inspect(path: Path) -> None:
     """Say what the store in folder PATH is, what it was made from and how big it is."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from kava_core.store.summary import describe_store, length_histogram
     from kava_core.store.verify import open_store
 
     store = open_store(path)
-    table = Table(title=str(path), show_header=False, title_justify="left")
+    table = Table(title=Text(str(path)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in describe_store(store):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     histogram = length_histogram(store)
     lengths = Table("tokens", "records", "", title="Trace lengths", title_justify="left")
     most = max(count for _, _, count in histogram)
@@ -62,7 +63,7 @@ def verify(path: Path, full: bool) -> None:
     if problems:
         raise SystemExit(1)
     checked = "every checksum" if full else "lengths, headers and index"
-    click.echo(f"{path} is whole: {checked} of {files + 1} files checked.")
+    click.echo(f"{path} is whole: {checked} of {files} files checked.")
 
 
 @store_group.command()

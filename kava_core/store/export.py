@@ -7,6 +7,7 @@ DEST/store/          the store itself, unchanged
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from kava_core.errors import KavaError
 from kava_core.store.index import SCHEMA
 from kava_core.store.layout import INDEX_FILE, MANIFEST_FILE
-from kava_core.store.manifest import KIND_NAMES
+from kava_core.store.manifest import KIND_NAMES, read_manifest
 from kava_core.store.summary import describe_store
 from kava_core.store.verify import open_store, verify
 
@@ -26,27 +27,44 @@ READERS = {"teacher_kv": "TeacherStore", "kv_targets": "TargetsStore"}
 def export(path: Path, destination: Path) -> None:
     """Write the store in folder `path` as a Hub-style dataset folder.
 
-    destination: a folder that does not exist yet, or an empty one. KavaError if it is neither, or
-    if the store is damaged (every checksum is checked: a damaged store must not be passed on).
+    destination: a folder that does not exist yet, or an empty one; it appears once it is complete.
+    KavaError if it is neither, lies in the store or cannot be written, or if the store is damaged
+    (every checksum is checked: a damaged store must not be passed on).
     """
+    destination = destination.absolute()
+    if destination.is_relative_to(path.absolute()):
+        raise KavaError(f"{destination} lies in the store itself. Choose a folder outside of it.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise KavaError(f"{destination} exists already. Choose a new folder, or empty it.")
     problems = verify(path, full=True)
     if problems:
         raise KavaError(problems[0])
-    store = open_store(path)
-    inside = destination / "store"
+    building = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        _build(path, building)
+        building.replace(destination)
+    except OSError as error:
+        raise KavaError(
+            f"{destination} cannot be written ({error.strerror}). Free some space on that disk, or "
+            "choose a folder that may be written to."
+        ) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _build(path: Path, folder: Path) -> None:
+    inside = folder / "store"
     inside.mkdir(parents=True)
-    for name in [*store.manifest.files, MANIFEST_FILE]:
+    for name in [*read_manifest(path).files, MANIFEST_FILE]:
         shutil.copyfile(path / name, inside / name)
     with (
         pa.memory_map(str(inside / INDEX_FILE)) as source,
-        pq.ParquetWriter(destination / "index.parquet", SCHEMA) as writer,
+        pq.ParquetWriter(folder / "index.parquet", SCHEMA) as writer,
     ):
         reader = pa.ipc.open_file(source)
         for shard in range(reader.num_record_batches):
             writer.write_batch(reader.get_batch(shard))
-    (destination / "README.md").write_text(dataset_card(path), encoding="utf-8")
+    (folder / "README.md").write_text(dataset_card(inside), encoding="utf-8")
 
 
 def dataset_card(path: Path) -> str:
@@ -66,7 +84,8 @@ def dataset_card(path: Path) -> str:
             }
         ],
     )
-    facts = "\n".join(f"| {name} | {value} |" for name, value in describe_store(store))
+    cells = [(name, value.replace("|", "\\|")) for name, value in describe_store(store)]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in cells)
     reader = READERS[manifest.kind]
     return f"""---
 {data.to_yaml()}

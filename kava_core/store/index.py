@@ -16,7 +16,7 @@ from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
 from kava_core.store.checksum import file_checksum
 from kava_core.store.layout import INDEX_FILE
-from kava_core.store.manifest import REMAKE, Manifest
+from kava_core.store.manifest import REMAKE, Manifest, check_file
 
 TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -96,7 +96,7 @@ def index_columns(shard: int, records: Sequence[RecordFields]) -> dict[str, list
                 )
             columns[name].append(tokens)
         for name in ("id", "source", "topic"):
-            columns[name].append(str(getattr(record, name)))
+            columns[name].append(_text(record, name))
         for name, tokens_of in LENGTH_OF.items():
             columns[name].append(len(columns[tokens_of][-1]))
         columns["cot_start"].append(columns["n_question"][-1])
@@ -104,6 +104,18 @@ def index_columns(shard: int, records: Sequence[RecordFields]) -> dict[str, list
         columns["row"].append(row)
         columns["n_steps"].append(int(record.n_steps))
     return columns
+
+
+def _text(record: RecordFields, name: str) -> str:
+    text = str(getattr(record, name))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise KavaError(
+            f"record {record.id!r} has a {name} that is not valid Unicode. Mend it where the "
+            "problems come from."
+        ) from None
+    return text
 
 
 def write_index(path: Path, shards: Iterator[dict[str, list[Any]]]) -> None:
@@ -161,6 +173,15 @@ class Index:
         """A whole column of integers (`n_cot`, `n_steps`, …), int32 [records]."""
         return np.concatenate([self.shard(k)[name] for k in range(len(self._manifest.shards))])
 
+    def check(self) -> None:
+        """KavaError if any part of the index is damaged, contradicts itself or repeats an id."""
+        seen: set[str] = set()
+        for shard in range(len(self._manifest.shards)):
+            for name in self.shard(shard)["id"].to_pylist():
+                if name in seen:
+                    raise KavaError(f"{self.path} has two records {name!r}. {REMAKE}")
+                seen.add(name)
+
     def strings(self, name: str) -> list[str]:
         """A whole column of text (`id`, `source`, `topic`)."""
         shards = range(len(self._manifest.shards))
@@ -171,9 +192,12 @@ class Index:
         if shard not in self._batches:
             try:
                 batch = self._open().get_batch(shard)
+                batch.validate(full=True)  # lengths, places and text that a crafted file may fake
                 columns = {name: _native(batch.column(name)) for name in SCHEMA.names}
             except (pa.ArrowException, OSError) as error:
                 raise KavaError(f"{self.path} cannot be read ({error}). {REMAKE}") from None
+            if any(column.null_count for column in batch.columns):
+                raise KavaError(f"{self.path} has empty cells in shard {shard}. {REMAKE}")
             self._check(shard, batch.num_rows, columns)
             self._batches[shard] = columns
         return self._batches[shard]
@@ -181,6 +205,7 @@ class Index:
     def _open(self) -> pa.ipc.RecordBatchFileReader:
         if self._reader is None:
             info = self._manifest.files[INDEX_FILE]
+            check_file(self.path.parent, INDEX_FILE, info.bytes)
             if self._checksums and file_checksum(self.path) != info.blake3:
                 raise KavaError(
                     f"{self.path} does not match its checksum: its content is damaged. {REMAKE}"
@@ -208,7 +233,7 @@ class Index:
         for name, tokens in LENGTH_OF.items():
             right &= (np.diff(columns[tokens][0]) == columns[name]).all()
         right &= (columns["cot_start"] == columns["n_question"]).all()
-        right &= (columns["n_cot"] > 0).all() and (columns["n_answer"] > 0).all()
+        right &= all((np.diff(columns[name][0]) > 0).all() for name in TOKEN_COLUMNS)
         if not right:
             raise KavaError(f"{self.path} contradicts itself in shard {shard}. {REMAKE}")
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from torch import Tensor
 
 Kind = Literal["teacher_kv", "kv_targets"]
 Share = Literal["none", "selection", "merged"]
@@ -211,6 +212,21 @@ def _encoded(
         layout[f"{name}_scale"] = TensorSpec(torch.bfloat16, lead)
         layout[f"{name}_zero"] = TensorSpec(torch.int16, lead)
     return layout
+
+
+def right_slots(counts: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """Which of N records have slots as the format wants them, [N] bool.
+
+    counts: [N, L', H], positions: [N, L', H, M], lengths N_C: [N]; integers. Of the M slots the
+    first `counts` are valid, at least one, at places in the trace that ascend; the others have −1.
+    """
+    slots = positions.shape[-1]
+    valid = torch.arange(slots) < counts[..., None]  # [N, L', H, M]
+    inside = (positions >= 0) & (positions < lengths.view(-1, 1, 1, 1))
+    right = torch.where(valid, inside, positions == -1)
+    right[..., 1:] &= (positions.diff(dim=-1) > 0) | ~valid[..., 1:]
+    possible = (counts >= 1) & (counts <= slots)
+    return right.flatten(1).all(1) & possible.flatten(1).all(1)
 
 
 def describe(spec: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -181,11 +182,23 @@ def load_manifest(path: Path, kind: str | None = None) -> Manifest:
     Checks the manifest itself, that its digest is right, and that every file it names is there,
     inside the folder and as long as it says. KavaError names the file and what to do.
     """
+    manifest = read_manifest(path, kind)
+    for name, info in manifest.files.items():
+        check_file(path, name, info.bytes)
+    return manifest
+
+
+def read_manifest(path: Path, kind: str | None = None) -> Manifest:
+    """The manifest of the store in folder `path`, checked without a look at the other files."""
     file = path / MANIFEST_FILE
     if not path.is_dir():
         raise KavaError(f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}.")
     check_inside(path, MANIFEST_FILE)
-    plain = read_json(file)
+    try:
+        plain = read_json(file)
+        digest = manifest_digest(plain) if isinstance(plain, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
     if not isinstance(plain, dict):
         raise KavaError(f"{file} must hold a JSON object, found {type(plain).__name__}. {REMAKE}")
     _check_version(file, plain.get("format_version"))
@@ -200,7 +213,7 @@ def load_manifest(path: Path, kind: str | None = None) -> Manifest:
     if isinstance(plain.get("files"), dict):
         for name in plain["files"]:
             _check_name(file, name)
-    if plain.get("digest") != manifest_digest(plain):
+    if plain.get("digest") != digest:
         raise KavaError(
             f"{file} does not match its own digest: it was changed after it was written. {REMAKE}"
         )
@@ -211,8 +224,6 @@ def load_manifest(path: Path, kind: str | None = None) -> Manifest:
         where = ".".join(map(str, first["loc"])) or "(top level)"
         raise KavaError(f"{file}: {where}: {first['msg']}. {REMAKE}") from None
     _check_counts(file, manifest)
-    for name, info in manifest.files.items():
-        check_file(path, name, info.bytes)
     return manifest
 
 
@@ -226,6 +237,8 @@ def check_file(path: Path, name: str, expected: int) -> None:
         found = (path / name).stat().st_size
     except FileNotFoundError:
         raise KavaError(f"{path / name} is missing, but the manifest lists it. {REMAKE}") from None
+    except OSError as error:
+        raise KavaError(f"{path / name} cannot be read ({error.strerror}). {REMAKE}") from None
     if found != expected:
         raise KavaError(
             f"{path / name} has {found} bytes, the manifest says {expected}: it is truncated or "
@@ -236,7 +249,7 @@ def check_file(path: Path, name: str, expected: int) -> None:
 def check_inside(path: Path, name: str) -> None:
     """KavaError if the file is a symbolic link that leads out of the folder."""
     file = path / name
-    if file.is_symlink() and file.resolve().parent != path.resolve():
+    if file.is_symlink() and Path(os.path.realpath(file)).parent != path.resolve():
         raise KavaError(
             f"{file} is a symbolic link out of the store's folder. Put a copy or a hard link in "
             "its place (with DVC: set cache.type to reflink,hardlink,copy and run "
@@ -279,11 +292,10 @@ def _check_counts(file: Path, manifest: Manifest) -> None:
             f"{file}: the shards have {sum(manifest.shards)} records, records says "
             f"{manifest.records}. {REMAKE}"
         )
-    if (manifest.geometry.slots == 0) != (manifest.kind == "teacher_kv"):
-        raise KavaError(
-            f"{file}: {manifest.kind} cannot have {manifest.geometry.slots} slots. {REMAKE}"
-        )
-    rows, levels = len(manifest.geometry.rows), manifest.geometry.model_layers + 1
+    geometry = manifest.geometry
+    if (geometry.slots == 0) != (manifest.kind == "teacher_kv"):
+        raise KavaError(f"{file}: {manifest.kind} cannot have {geometry.slots} slots. {REMAKE}")
+    rows, levels = len(geometry.rows), geometry.model_layers + 1
     statistics = manifest.statistics
     lengths = [len(statistics.keys_std), len(statistics.values_std), len(statistics.endpoint_std)]
     if lengths != [rows, rows, levels]:

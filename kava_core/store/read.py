@@ -31,6 +31,7 @@ from kava_core.store.layout import (
     Geometry,
     TensorSpec,
     calibration_layout,
+    right_slots,
     shard_layout,
     shard_name,
 )
@@ -193,8 +194,8 @@ class _Store:
         """KavaError if the calibration file is damaged."""
         self._shared()
 
-    def _check_content(self, name: str) -> None:
-        """Once per file: it is still there, whole, and has the content that was written."""
+    def check_content(self, name: str) -> None:
+        """Once per file: KavaError unless it is there, whole, and has the content it should."""
         if name in self._checked:
             return
         info = self.manifest.files[name]
@@ -207,7 +208,7 @@ class _Store:
 
     def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
         """All tensors of a file, memory-mapped."""
-        self._check_content(name)
+        self.check_content(name)
         file = self.path / name
         read_header(file, layout)
         try:
@@ -313,6 +314,8 @@ class TargetsStore(_Store):
 
     def buffer(self, records: int) -> Buffer:
         """Memory for batches of up to `records` records."""
+        if not self._agreed:  # a geometry that the files belie asks for no memory
+            self.check_shard(0)
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
         tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}
         rows = [_rows(x) for x in tensors.values()]
@@ -347,7 +350,8 @@ class TargetsStore(_Store):
         )
 
     def check_shard(self, shard: int) -> None:
-        self._shard(shard)
+        with self._lock:
+            self._shard(shard)
 
     def _shard(self, shard: int) -> list[np.ndarray]:
         """The maps of a shard; checked when it is first used by this process."""
@@ -356,7 +360,7 @@ class TargetsStore(_Store):
             self._maps.move_to_end(shard)
             return maps
         name = shard_name(shard)
-        self._check_content(name)
+        self.check_content(name)
         records = self.manifest.shards[shard]
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
         spans = read_header(self.path / name, layout)
@@ -372,13 +376,18 @@ class TargetsStore(_Store):
 
     def _check_slots(self, shard: int, counts: np.ndarray, positions: np.ndarray) -> None:
         """The slots of a shard fit the trace lengths in the index."""
-        lengths = self.index.shard(shard)["n_cot"]
-        most = np.minimum(lengths, self.geometry.slots)
-        highest, last = counts.copy().view(np.int32).max(1), positions.copy().view(np.int32).max(1)
-        if (last >= lengths).any() or (highest > most).any():
+        geometry = self.geometry
+        shape = (len(counts), len(geometry.rows), geometry.kv_heads, -1)
+        right = right_slots(
+            torch.from_numpy(counts.copy().view(np.int32)).view(shape[:-1]),
+            torch.from_numpy(positions.copy().view(np.int32)).view(shape),
+            torch.from_numpy(self.index.shard(shard)["n_cot"].copy()),
+        )
+        if not right.all():
+            row = int((~right).nonzero()[0])
             raise KavaError(
-                f"{self.path / shard_name(shard)} and the index disagree: a slot lies past the end "
-                f"of its trace. {REMAKE}"
+                f"{self.path / shard_name(shard)} and the index disagree: the slots of record "
+                f"{row} of the shard are not places in its trace. {REMAKE}"
             )
 
 

@@ -8,13 +8,13 @@ tensors, where a batch needs single rows of them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,14 +96,18 @@ def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[in
                 raise ValueError("its header is too long")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        found = {
-            name: TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            for name, entry in header.items()
-        }
-        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+        found, spans = {}, {}
+        for name, entry in header.items():
+            shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+            if not all(type(number) is int for number in (*shape, begin, stop)):
+                raise ValueError(f"shape or place of {name} is not of integers")
+            found[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(shape))
+            spans[name] = (begin, stop)
     except FileNotFoundError:
         raise KavaError(f"{file} is missing, but the manifest lists it. {REMAKE}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError, struct.error
+    ) as error:  # fmt: skip
         raise KavaError(
             f"{file} is not a safetensors file as expected ({error}). {REMAKE}"
         ) from None
@@ -117,7 +121,7 @@ def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[in
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         spec = layout[name]
-        if begin != end or stop - begin != spec.dtype.itemsize * int(np.prod(spec.shape)):
+        if begin != end or stop - begin != spec.dtype.itemsize * math.prod(spec.shape):
             raise KavaError(f"{file}: tensor {name} has a wrong place or length. {REMAKE}")
         end = stop
     if 8 + length + end != size:

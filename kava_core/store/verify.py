@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from kava_core.errors import KavaError
 from kava_core.store.index import Index
-from kava_core.store.layout import CALIBRATION_FILE, MANIFEST_FILE, shard_name
-from kava_core.store.manifest import Manifest, load_manifest
+from kava_core.store.layout import CALIBRATION_FILE, INDEX_FILE, MANIFEST_FILE
+from kava_core.store.manifest import Manifest, read_manifest
 from kava_core.store.read import TargetsStore, TeacherStore
 
 
 def open_store(path: Path, *, checksums: bool = True) -> TeacherStore | TargetsStore:
     """The store in folder `path`, of whichever kind it is."""
-    if load_manifest(path).kind == "teacher_kv":
-        return TeacherStore.open(path, checksums=checksums)
-    return TargetsStore.open(path, checksums=checksums)
+    return _reader(read_manifest(path)).open(path, checksums=checksums)
 
 
 def verify(path: Path, *, full: bool = False) -> list[str]:
@@ -31,26 +30,32 @@ def verify(path: Path, *, full: bool = False) -> list[str]:
 def verify_files(path: Path, *, full: bool = False) -> Iterator[tuple[str, str | None]]:
     """`verify`, file by file: its name and what is wrong with it, or None."""
     try:
-        manifest = load_manifest(path)
-        store = open_store(path, checksums=full)
-        store.index = Index(path, manifest)  # small enough to be read whole in any case
+        manifest = read_manifest(path)
     except KavaError as error:
         yield MANIFEST_FILE, str(error)
         return
     yield MANIFEST_FILE, None
+    store = _reader(manifest)(path, manifest, checksums=full)
+    store.index = Index(path, manifest)  # small enough to be read whole in any case
     yield from _extra_files(path, manifest)
+    damage = _problem(store.index.check)
+    yield INDEX_FILE, damage
     if manifest.codec.calibrated:
-        yield CALIBRATION_FILE, _problem(store, None)
-    for shard in range(len(manifest.shards)):
-        yield shard_name(shard), _problem(store, shard)
+        yield CALIBRATION_FILE, _problem(store.check_calibration)
+    for shard, name in enumerate(manifest.shard_files()):
+        if damage is None:
+            yield name, _problem(partial(store.check_shard, shard))
+        else:  # the index tells what a shard must be like
+            yield name, _problem(partial(store.check_content, name))
 
 
-def _problem(store: TeacherStore | TargetsStore, shard: int | None) -> str | None:
+def _reader(manifest: Manifest) -> type[TeacherStore] | type[TargetsStore]:
+    return TeacherStore if manifest.kind == TeacherStore.kind else TargetsStore
+
+
+def _problem(check: Callable[[], None]) -> str | None:
     try:
-        if shard is None:
-            store.check_calibration()
-        else:
-            store.check_shard(shard)
+        check()
     except KavaError as error:
         return str(error)
     return None

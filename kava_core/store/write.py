@@ -47,6 +47,7 @@ from kava_core.store.layout import (
     Geometry,
     Kind,
     describe,
+    right_slots,
     shard_name,
 )
 from kava_core.store.manifest import FileInfo, Manifest, load_manifest
@@ -459,13 +460,8 @@ def _check_finite(name: str, x: Tensor, records: Sequence[RecordFields], spans: 
 def _check_slots(records: Sequence[RecordFields], counts: Tensor, positions: Tensor) -> None:
     """KavaError naming the first record whose slots are impossible."""
     lengths = torch.tensor([len(record.cot_ids) for record in records])
-    valid = torch.arange(positions.shape[-1]) < counts[..., None]  # [N, L', H, M]
-    inside = (positions >= 0) & (positions < lengths.view(-1, 1, 1, 1))
-    good = torch.where(valid, inside, positions == -1)
-    good[..., 1:] &= (positions.diff(dim=-1) > 0) | ~valid[..., 1:]
-    possible = (counts >= 1) & (counts <= positions.shape[-1])
-    if not (good.all() and possible.all()):
-        right = good.flatten(1).all(1) & possible.flatten(1).all(1)
+    right = right_slots(counts, positions, lengths)
+    if not right.all():
         first = records[int((~right).nonzero()[0])]
         raise KavaError(
             f"record {first.id!r} (trace of {len(first.cot_ids)} tokens) has impossible slots. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from kava_core.errors import KavaError
 from kava_core.store import (
     Expectation,
+    Ranges,
     TargetsStore,
     TeacherStore,
     write_targets_shard,
@@ -106,6 +108,37 @@ def not_safetensors(folder: Path) -> None:
     register(folder, SHARD)
 
 
+def header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the header of a shard, checksum and all."""
+    content = (folder / SHARD).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    change(entries)
+    text = json.dumps(entries).encode()
+    (folder / SHARD).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    register(folder, SHARD)
+
+
+def deep_header(folder: Path) -> None:
+    text = b"[" * 200_000
+    (folder / SHARD).write_bytes(struct.pack("<Q", len(text)) + text)
+    register(folder, SHARD)
+
+
+def link_to_itself(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    (folder / SHARD).symlink_to(SHARD)
+
+
+def manifest_is_a_folder(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+
+
+def manifest_text(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "manifest.json").write_text(text)
+
+
 def shorter_index(folder: Path) -> None:
     """The index has a row less than the shard."""
     with pa.OSFile(str(folder / "index.arrow")) as source:
@@ -124,6 +157,34 @@ def longer_trace(folder: Path) -> None:
     columns["n_cot"][longest] = 1
     columns["cot_ids"][longest] = [5]
     write_batches(folder, [batches[0], pa.RecordBatch.from_pydict(columns, batches[1].schema)])
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, pa.Array]], Any]) -> None:
+    """Change columns of the second shard's rows in the index, checksum and all."""
+    with pa.OSFile(str(folder / "index.arrow")) as source:
+        reader = pa.ipc.open_file(source)
+        batches = [reader.get_batch(0), reader.get_batch(1)]
+    columns = {name: batches[1].column(name) for name in batches[1].schema.names}
+    change(columns)
+    changed = pa.RecordBatch.from_arrays(list(columns.values()), schema=batches[1].schema)
+    write_batches(folder, [batches[0], changed])
+
+
+def not_unicode(columns: dict[str, pa.Array]) -> None:
+    ids = columns["id"]
+    size = len(ids.buffers()[2])
+    buffers = [None, ids.buffers()[1], pa.py_buffer(b"\xff" * size)]
+    columns["id"] = pa.Array.from_buffers(pa.string(), len(ids), buffers)
+
+
+def out_of_bounds(folder: Path) -> None:
+    """The index says that the sources of the second shard's rows lie far behind its end."""
+    content = bytearray((folder / "index.arrow").read_bytes())
+    offsets = np.arange(0, 28, len("made up"), dtype=np.int32)
+    place = content.rfind(offsets.tobytes())
+    content[place : place + offsets.nbytes] = (offsets << 20).tobytes()
+    (folder / "index.arrow").write_bytes(content)
+    register(folder, "index.arrow")
 
 
 def write_batches(folder: Path, batches: list[pa.RecordBatch]) -> None:
@@ -199,6 +260,41 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_manifest(f, lambda m: m["geometry"].update(kv_heads="two")),
         r"manifest\.json: geometry\.kv_heads: ",
     ),
+    "a shard that links to itself": (
+        link_to_itself,
+        rf"{SHARD} cannot be read",
+    ),
+    "a folder for a manifest": (manifest_is_a_folder, r"manifest\.json cannot be read"),
+    "a manifest too deep": (manifest_text("[" * 200_000), r"manifest\.json cannot be read"),
+    "a number too long": (manifest_text(f"[{'1' * 5000}]"), r"manifest\.json cannot be read"),
+    "half a character": (
+        manifest_text('{"format_version": 2, "a": "\\ud800"}'),
+        r"manifest\.json cannot be read",
+    ),
+    "a list for a manifest": (manifest_text("[]"), r"manifest\.json must hold a JSON object"),
+    "a header too deep": (deep_header, rf"{SHARD} is not a safetensors file"),
+    "a place that is no pair": (
+        lambda f: header(f, lambda h: h["keys"].update(data_offsets=[0, 1, 2])),
+        rf"{SHARD} is not a safetensors file",
+    ),
+    "a place that is no integer": (
+        lambda f: header(f, lambda h: h["keys"].update(data_offsets=[0.0, "x"])),
+        rf"{SHARD} is not a safetensors file .*place of keys is not of integers",
+    ),
+    "a place past the end": (
+        lambda f: header(f, lambda h: h["keys"].update(data_offsets=[0, 1 << 62])),
+        rf"{SHARD}: tensor keys has a wrong place or length",
+    ),
+    "a tensor too many": (
+        lambda f: header(f, lambda h: h.update(more=h["keys"])),
+        rf"{SHARD}: tensor more is float32 .*, the manifest and the index say none",
+    ),
+    "empty cells in the index": (
+        lambda f: edit_index(f, lambda c: c.update(id=pa.array(["a", None, "b"]))),
+        r"index\.arrow has empty cells in shard 1",
+    ),
+    "text that is none": (lambda f: edit_index(f, not_unicode), r"index\.arrow cannot be read"),
+    "text out of bounds": (out_of_bounds, r"index\.arrow cannot be read"),
     "a file left out": (
         lambda f: edit_manifest(f, lambda m: m["files"].pop(SHARD)),
         rf"manifest\.json: files lists wrongly or leaves out {SHARD}",
@@ -219,11 +315,69 @@ def test_damage_is_named_and_never_gives_a_wrong_batch(store: Path, name: str) -
     assert len(result.stderr.splitlines()) == len(verify(store, full=True)) >= 1
 
 
+def test_all_damage_is_found_and_told_once(store: Path) -> None:
+    truncate(store)
+    flip(store, "shard-00000.safetensors")
+    flip(store, "index.arrow")
+    (store / "notes.txt").touch()
+    problems = verify(store, full=True)
+    for name in ("notes.txt", "index.arrow", "shard-00000.safetensors", SHARD):
+        assert sum(f"{store / name} " in problem for problem in problems) == 1
+    assert len(problems) == 4
+
+
+def test_a_repeated_id_is_found(store: Path) -> None:
+    edit_index(store, lambda c: c.update(id=pa.array(["0-0", "new", "newer"])))
+    assert [p.partition(" has")[2] for p in verify(store)] == [
+        " two records '0-0'. Fetch the store again, or run the stage that makes it."
+    ]
+
+
+def test_slots_that_are_no_places_in_the_trace_are_refused(tmp_path: Path) -> None:
+    for number, spoil in enumerate(
+        (
+            lambda counts, _: counts[1].fill_(0),
+            lambda _, positions: positions[1].fill_(99),
+            lambda _, positions: positions[1, 0, 0].copy_(positions[1, 0, 0].flip(0)),
+        )
+    ):
+        folder = tmp_path / str(number)
+        make_targets_store(folder)
+        tensors = load_file(folder / SHARD)
+        spoil(tensors["slot_counts"], tensors["slot_positions"])
+        save_file(tensors, folder / SHARD)
+        register(folder, SHARD)
+        with pytest.raises(KavaError, match=rf"{SHARD} .*disagree: the slots of record 1 of"):
+            use(folder)
+
+
+def test_damaged_calibration_is_named(tmp_path: Path) -> None:
+    ranges = Ranges(*[torch.tensor(x).expand(3).clone() for x in (-9.0, 9.0, -9.0, 9.0)])
+    codec = FLOAT32.from_bits(keys=8, values=8, granularity="tensor")
+    make_targets_store(tmp_path / "store", codec=codec, ranges=ranges)
+    file = tmp_path / "store" / "calibration.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert verify(tmp_path / "store") == []
+    (problem,) = verify(tmp_path / "store", full=True)[:1]
+    assert "calibration.safetensors does not match its checksum" in problem
+    with pytest.raises(KavaError, match=r"calibration\.safetensors does not match its checksum"):
+        use(tmp_path / "store")
+
+
 def test_an_extra_file_is_named(store: Path) -> None:
     (store / "shard-00002.safetensors").write_bytes(b"")
     problems = verify(store)
     assert len(problems) == 1
     assert "shard-00002.safetensors does not belong to the store" in problems[0]
+
+
+def test_a_geometry_too_large_for_the_files_takes_no_memory(tmp_path: Path) -> None:
+    make_targets_store(tmp_path / "store")
+    edit_manifest(tmp_path / "store", lambda m: m["geometry"].update(head_dim=10**15))
+    with pytest.raises(KavaError, match=r"shard-00000\.safetensors: tensor keys is"):
+        use(tmp_path / "store")
+    with pytest.raises(KavaError, match=r"shard-00000\.safetensors: tensor keys is"):
+        TargetsStore.open(tmp_path / "store").buffer(2)
 
 
 def test_damage_after_opening_is_found(tmp_path: Path) -> None:

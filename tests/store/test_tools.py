@@ -82,6 +82,11 @@ def test_export_refuses_a_damaged_store_and_a_folder_in_use(tmp_path: Path) -> N
     make_targets_store(tmp_path / "store")
     with pytest.raises(KavaError, match="exists already"):
         export(tmp_path / "store", tmp_path)
+    with pytest.raises(KavaError, match="lies in the store itself"):
+        export(tmp_path / "store", tmp_path / "store" / "hub")
+    (tmp_path / "file").touch()
+    with pytest.raises(KavaError, match=r"file/hub cannot be written \(Not a directory\)"):
+        export(tmp_path / "store", tmp_path / "file" / "hub")
     shard = tmp_path / "store" / "shard-00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ class _Epochs(TrainerCallback):
     several processes, whose epochs would all be the first one."""
 
     def __init__(self, sampler: Sampler[int], settings: FitSettings) -> None:
-        self.sampler: Any = sampler
+        self.sampler = cast(Any, sampler)  # its length and `set_epoch` are no part of the type
         batches = len(self.sampler) // settings.batch_size
         self.steps = -(-batches // settings.accumulation)  # in an epoch
 
@@ -347,7 +347,9 @@ class _Trainer(Trainer):
         assert sums is not None
         means = (group.mean(sums) * group.size() / len(self.held_out)).tolist()
         logs = {f"eval_loss_{name}": value for name, value in zip(names, means, strict=True)}
-        self.log({"eval_loss": sum(means), **logs})
+        logs["eval_loss"] = sum(means)
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:

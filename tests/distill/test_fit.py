@@ -155,6 +155,30 @@ def test_adapters_and_chains_survive_a_kill(store: Path, tmp_path: Path) -> None
     assert not any("base_layer" in name or "embed" in name for name in changed)
 
 
+def test_half_precision_survives_a_kill(store: Path, tmp_path: Path) -> None:
+    settings = toy.replace(SETTINGS, precision="bfloat16")
+    run = Toy(store, tmp_path / "killed", settings, lora=True)
+    assert killed(run.but(signal_at=5)) == -signal.SIGKILL
+    undisturbed = run.but(folder=tmp_path / "whole")
+    assert same(run.run(), undisturbed.run())
+    assert files(tmp_path / "killed" / "live") == files(tmp_path / "whole" / "live")
+    exact = run.but(folder=tmp_path / "exact", settings=SETTINGS)
+    exact.run()
+    assert curve(exact, "loss") != curve(undisturbed, "loss")
+    assert curve(exact, "loss") == pytest.approx(curve(undisturbed, "loss"), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, SETTINGS.steps + 1))
+def test_sigkill_at_any_step(
+    store: Path, tmp_path: Path, whole: tuple[dict[str, Tensor], dict[str, bytes]], step: int
+) -> None:
+    run = Toy(store, tmp_path, shares_every=7)
+    assert killed(run.but(signal_at=step)) == -signal.SIGKILL
+    assert same(run.run(), whole[0])
+    assert files(tmp_path / "live") == whole[1]
+
+
 def test_loader_processes_change_nothing(
     store: Path, tmp_path: Path, whole: tuple[dict[str, Tensor], dict[str, bytes]]
 ) -> None:
@@ -297,6 +321,50 @@ def test_shares_of_the_gradient_are_measured_and_a_weak_term_is_named(tmp_path: 
         assert curve(run, f"gradient_share_{name}") == [pytest.approx(share, rel=1e-4)]
     assert "the kv term carries 0.00% of the gradient at step 0" in said
     assert said.count("warning") == 1
+
+
+# --- held-out records -----------------------------------------------------------------------------
+
+
+def test_held_out_records_are_measured_and_change_nothing(store: Path, tmp_path: Path) -> None:
+    """The last 2 of 26 records are left over by every epoch anyway, but for being held out."""
+    settings = toy.replace(SETTINGS, batch_size=3, evaluate_every=4)
+    watched = Toy(store, tmp_path / "watched", settings, held_out=2)
+    alone = watched.but(folder=tmp_path / "alone", settings=toy.replace(settings, evaluate_every=0))
+    assert same(watched.run(), alone.run())
+    extra = {"eval_loss", *(f"eval_loss_{name}" for name in ("answer", "codi", "kv"))}
+    plots = Path("live") / "plots" / "metrics"
+    names = {path.stem for path in (watched.folder / plots).iterdir()}
+    assert names - {path.stem for path in (alone.folder / plots).iterdir()} == extra
+    for name in names - extra:
+        assert curve(watched, name) == curve(alone, name)
+
+
+def test_held_out_losses_are_those_of_the_records(store: Path, tmp_path: Path) -> None:
+    """Means over the two records, though a batch of one is measured at a time; without dropout."""
+    settings = toy.replace(SETTINGS, steps=1, log_every=1, batch_size=1, evaluate_every=1)
+    run = Toy(store, tmp_path, settings, dropout=0.3, held_out=2)
+    weights = run.run()
+    student, opened = toy_student(), TargetsStore.open(store)
+    student.load_state_dict(weights)
+    terms = student_terms(toy.toy_objective(opened), Match.of(opened))
+    with torch.no_grad():
+        expected = terms(
+            student.eval(), TargetsDataset(opened, chains=False).__getitems__([24, 25])
+        )
+    for name, value in expected.items():
+        assert curve(run, f"eval_loss_{name}") == [pytest.approx(float(value), rel=1e-5)]
+    total = sum(float(value) for value in expected.values())
+    assert curve(run, "eval_loss") == [pytest.approx(total, rel=1e-5)]
+
+
+def test_held_out_losses_survive_a_kill(store: Path, tmp_path: Path) -> None:
+    settings = toy.replace(SETTINGS, evaluate_every=2)
+    run = Toy(store, tmp_path / "killed", settings, held_out=2)
+    assert killed(run.but(signal_at=8)) == -signal.SIGKILL  # 4 and 6 evaluated, 6 saved
+    whole = run.but(folder=tmp_path / "whole")
+    assert same(run.run(), whole.run())
+    assert files(run.folder / "live") == files(whole.folder / "live")
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

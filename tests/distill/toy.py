@@ -158,7 +158,8 @@ def toy_objective(store: TargetsStore | None, **weights: float) -> Objective:
 class Toy:
     """One run of `fit` under `folder`, on the store in `store`.
 
-    signal_at: at the first batch of its own n-th step the process sends itself `signal`.
+    held_out: so many records of the last shard. signal_at: at the first batch of its own n-th step
+    the process sends itself `signal`.
     """
 
     store: Path
@@ -169,6 +170,7 @@ class Toy:
     chains: bool = False
     shares_every: int = 0
     loader_workers: int = 0
+    held_out: int = 0
     signal_at: int | None = None
     signal: int = signal.SIGKILL
 
@@ -180,12 +182,16 @@ class Toy:
         """The weights the run ends with."""
         model = toy_student(self.dropout, self.lora)
         store = TargetsStore.open(self.store)
+        last, held_out = (
+            store.sizes[-1] - self.held_out,
+            range(len(store) - self.held_out, len(store)),
+        )
         terms = student_terms(toy_objective(store, w_cot=float(self.chains)), Match.of(store))
         batches = 0
 
         def counted(student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
             nonlocal batches
-            batches += 1
+            batches += student.training
             if self.signal_at and batches == self.settings.accumulation * (self.signal_at - 1) + 1:
                 os.kill(os.getpid(), self.signal)
             return terms(student, batch)
@@ -194,13 +200,14 @@ class Toy:
             model,
             counted,
             TargetsDataset(store, chains=self.chains),
-            ShardShuffleSampler(store.sizes, seed=self.settings.seed),
+            ShardShuffleSampler([*store.sizes[:-1], last], seed=self.settings.seed),
             self.settings,
             folder=self.checkpoints,
             live_folder=self.folder / "live",
             title="toy",
             loader_workers=self.loader_workers,
             shares_every=self.shares_every,
+            held_out=held_out,
         )
         return {name: x.detach().clone() for name, x in model.state_dict().items()}
 

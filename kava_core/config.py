@@ -51,6 +51,10 @@ Bits = Literal[32, 16, 8, 4]
 EndpointBits = Literal[32, 16, 8]
 Distance = Literal["l1", "smooth_l1", "mse"]
 Phase = Literal["pre_rope", "post_rope"]
+# Those of kava_core.problems.sources.
+FileSourceName = Literal[
+    "gsm8k", "gsm8k-aug", "gsm8k-aug-nl", "gsm-hard", "svamp", "metamath", "math", "table"
+]
 # Those of kava_core.eviction, which takes seconds to import.
 Policy = Literal[
     "rkv",
@@ -90,31 +94,95 @@ class Synthetic(Section):
     distractors: Fraction = 0.0
 
 
-class GSM8K(Section):
-    """GSM8K rows from a folder with train.jsonl and test.jsonl, or from a Hub name."""
+class Columns(Section):
+    """Which columns of a table are what; `steps` and `topic` may be missing."""
 
-    path: str
-    allow_leakage: StrictBool = False
+    question: str
+    answer: str
+    steps: str | None = None
+    topic: str | None = None
 
 
-class Prepare(Section):
-    """Problems: where they come from, how many, and how their steps are written."""
+class FileSource(Section):
+    """Problems from files or from the Hub: docs/sources.md says what each source looks like.
 
-    source: Literal["synthetic", "gsm8k"]
+    path: a file, a folder with train, validation and test files, or a Hub name. hub_config: the
+    Hub's name for a part of a dataset; null: the source's own. columns, separator: of a `table`;
+    the separator cuts a text into steps.
+    """
+
+    path: str | None = None
+    hub_config: str | None = None
+    columns: Columns | None = None
+    separator: Annotated[str, Field(min_length=1)] = "\n"
+
+    def _check_source(self, source: str) -> None:
+        if self.path is None:
+            raise ValueError(f"source {source} needs a `path`: a file, a folder or a Hub name")
+        if (source == "table") != (self.columns is not None):
+            raise ValueError("`columns` belongs to the source table, which needs it")
+
+
+class TestSet(FileSource):
+    """Further problems to ask; split null: `test`, or the only split there is."""
+
+    __test__ = False  # no test of pytest's
+
+    source: FileSourceName
+    split: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> TestSet:
+        self._check_source(self.source)
+        return self
+
+
+class Prepare(FileSource):
+    """Problems: where they come from, how many, and how their steps are written.
+
+    Sizes of null take all there is. drop_last_step: leave out the step that states the answer.
+    max_*: what is longer is left out and counted; questions everywhere, traces in train and
+    validation. deduplicate: leave out of train and validation what stands in a test set; without
+    it such a question is an error, unless allow_leakage.
+    """
+
+    source: Literal["synthetic"] | FileSourceName
     traces: Literal["equations", "sentences"] = "equations"
     train: Positive | None = None
     validation: Positive
     test: Positive | None = None
     seed: StrictInt = 0
     synthetic: Synthetic = Synthetic()
-    gsm8k: GSM8K | None = None
+    drop_last_step: StrictBool = False
+    max_steps: Positive | None = None
+    max_question_characters: Positive | None = None
+    max_trace_characters: Positive | None = None
+    deduplicate: StrictBool = False
+    allow_leakage: StrictBool = False
+    test_sets: dict[Name, TestSet] = {}
 
     @model_validator(mode="after")
     def _complete(self) -> Prepare:
-        if self.source == "gsm8k" and self.gsm8k is None:
-            raise ValueError("source gsm8k needs a `gsm8k` mapping with a `path`")
-        if self.source == "synthetic" and (self.train is None or self.test is None):
+        if self.deduplicate and self.allow_leakage:
+            raise ValueError("deduplicate leaves nothing that allow_leakage could allow: set one")
+        if self.source in (*self.test_sets, "test") or "test" in self.test_sets:
+            raise ValueError(
+                f"test_sets must not be named test or {self.source}, the pipeline's own source"
+            )
+        if self.source != "synthetic":
+            self._check_source(self.source)
+            return self
+        if self.train is None or self.test is None:
             raise ValueError("source synthetic needs the numbers `train` and `test`")
+        foreign = self.model_fields_set & {
+            *FileSource.model_fields,
+            "drop_last_step",
+            "max_steps",
+            "max_question_characters",
+            "max_trace_characters",
+        }
+        if foreign:
+            raise ValueError(f"source synthetic has no {', '.join(sorted(foreign))}")
         return self
 
 
@@ -400,7 +468,10 @@ class Student(Section):
 
 
 class Evaluate(Section):
-    """Accuracy and cost of every system on the test problems."""
+    """Accuracy and cost of every system on the first `limit` problems of each test set.
+
+    limit: null asks all of them. batch_size: peak memory is that of one batch.
+    """
 
     limit: Positive | None = None
     batch_size: Positive = 128

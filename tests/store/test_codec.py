@@ -20,8 +20,9 @@ from kava_core.store import (
     calibrate,
     fake_quantise,
 )
-from kava_core.store.codec import dequantise, encode, pack, quantise, unpack
+from kava_core.store.codec import calibration_tensors, dequantise, encode, pack, quantise, unpack
 from kava_core.store.layout import shard_layout
+from kava_core.store.verify import verify
 from tests.store.make import (
     make_targets_store,
     make_teacher_store,
@@ -223,24 +224,58 @@ def test_fake_quantisation_matches_the_store_and_lets_gradients_through() -> Non
         fake_quantise(x, 8, "tensor")
 
 
-GEOMETRIES = st.builds(
-    lambda layers, heads, dim, hidden, slots: Geometry.plain(
-        layers=layers, kv_heads=heads, head_dim=dim, hidden_size=hidden, slots=slots
-    ),
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.integers(1, 9), st.integers(1, 6),
-)  # fmt: skip
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    """Some of the layers, alone or in groups of neighbours that share."""
+    layers = draw(st.lists(st.booleans(), min_size=1, max_size=4).filter(any))
+    kept = [layer for layer, chosen in enumerate(layers) if chosen]
+    share = draw(st.sampled_from(["none", "selection", "merged"]))
+    size = 1 if share == "none" else draw(st.integers(1, 3))
+    return Geometry.model_validate(
+        {
+            "model_layers": len(layers),
+            "layers": tuple(kept),
+            "groups": tuple(tuple(kept[i : i + size]) for i in range(0, len(kept), size)),
+            "share": share,
+            "kv_heads": draw(st.integers(1, 3)),
+            "head_dim": draw(st.integers(1, 7)),
+            "hidden_size": draw(st.integers(1, 9)),
+            "slots": draw(st.integers(1, 6)),
+        }
+    )
+
+
 CODECS = st.builds(
-    lambda keys, values, endpoint, half: Codec.from_bits(
-        keys=keys, values=values, endpoint=endpoint, half=half
+    lambda keys, values, endpoint, half, granularity: Codec.from_bits(
+        keys=keys, values=values, endpoint=endpoint, half=half, granularity=granularity
     ),
     st.sampled_from([32, 16, 8, 4]), st.sampled_from([32, 16, 8, 4]),
     st.sampled_from([32, 16, 8]), st.sampled_from(["bfloat16", "float16"]),
+    st.sampled_from(["token", "channel", "tensor"]),
 )  # fmt: skip
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 
 
+def random_ranges(geometry: Geometry, codec: Codec, seed: int) -> Ranges:
+    """Ranges of a sample that is not the data, so that some of it is clipped."""
+    rows, heads, dim = len(geometry.rows), geometry.kv_heads, geometry.head_dim
+    sample = torch.randn(9, rows, heads, dim, generator=torch.Generator().manual_seed(seed + 1))
+    return calibrate([(sample, sample + 1)], codec.granularity, 99)
+
+
+def stored(
+    x: torch.Tensor, name: str, geometry: Geometry, codec: Codec, ranges: Ranges
+) -> torch.Tensor:
+    """x [A, ...] as numbers after encoding."""
+    shared = calibration_tensors(geometry, codec, ranges)
+    pair = None
+    if name in codec.calibrated:
+        pair = shared[f"{name}_scale"], shared[f"{name}_zero"]
+    return encode(x, getattr(codec, name), pair).dequantise(dtype=torch.float32)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(geometry=GEOMETRIES, codec=CODECS, sizes=SIZES, seed=st.integers(0, 1000))
+@given(geometry=geometries(), codec=CODECS, sizes=SIZES, seed=st.integers(0, 1000))
 def test_any_targets_store_round_trips(
     tmp_path_factory: pytest.TempPathFactory,
     geometry: Geometry,
@@ -249,13 +284,14 @@ def test_any_targets_store_round_trips(
     seed: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("stores") / "store"
-    data = make_targets_store(folder, sizes, geometry, codec, seed=seed)
+    ranges = random_ranges(geometry, codec, seed)
+    data = make_targets_store(folder, sizes, geometry, codec, ranges, seed=seed)
     store = TargetsStore.open(folder)
     batch = store.batch(range(len(store))).dequantise()
     for name in ("keys", "values", "endpoint"):
         exact = torch.cat([getattr(shard, name) for shard in data]).nan_to_num(0)
-        stored = encode(exact, getattr(codec, name)).dequantise(dtype=torch.float32)
-        assert torch.equal(getattr(batch, name), stored)
+        assert torch.equal(getattr(batch, name), stored(exact, name, geometry, codec, ranges))
+    assert verify(folder, full=True) == []
     for name in ("slot_counts", "slot_positions"):
         assert torch.equal(
             getattr(batch, name), torch.cat([getattr(shard, name) for shard in data]).int()
@@ -263,7 +299,7 @@ def test_any_targets_store_round_trips(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(geometry=GEOMETRIES, codec=CODECS, sizes=SIZES, seed=st.integers(0, 1000))
+@given(geometry=geometries(), codec=CODECS, sizes=SIZES, seed=st.integers(0, 1000))
 def test_any_teacher_store_round_trips(
     tmp_path_factory: pytest.TempPathFactory,
     geometry: Geometry,
@@ -273,15 +309,20 @@ def test_any_teacher_store_round_trips(
 ) -> None:
     geometry = geometry.model_copy(update={"slots": 0})
     folder = tmp_path_factory.mktemp("stores") / "store"
-    data = make_teacher_store(folder, sizes, geometry, codec, seed=seed)
+    ranges = random_ranges(geometry, codec, seed)
+    data = make_teacher_store(folder, sizes, geometry, codec, ranges, seed=seed)
     store = TeacherStore.open(folder)
     for k, expected in enumerate(data):
         shard = store.shard(k)
         assert shard.records == expected.records
         assert torch.equal(shard.importance, expected.importance)
         for name in ("keys", "values", "endpoint"):
-            stored = encode(getattr(expected, name), getattr(codec, name)).dequantise()
-            assert torch.equal(getattr(shard, name).dequantise(), stored)
+            exact = getattr(expected, name)
+            assert torch.equal(
+                getattr(shard, name).dequantise(dtype=torch.float32),
+                stored(exact, name, geometry, codec, ranges),
+            )
+    assert verify(folder, full=True) == []
 
 
 def test_unknown_bits_are_refused() -> None:

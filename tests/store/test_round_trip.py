@@ -14,6 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from kava_core.errors import KavaError
 from kava_core.store import (
     Codec,
+    Geometry,
     TargetsBatch,
     TargetsStore,
     TeacherStore,
@@ -21,6 +22,7 @@ from kava_core.store import (
     write_targets_shard,
     write_teacher_shard,
 )
+from kava_core.store.write import PIECE
 from tests.store.make import (
     FLOAT32,
     GEOMETRY,
@@ -134,6 +136,23 @@ def test_std_is_one_number_per_layer_over_valid_slots_of_the_whole_store(tmp_pat
             assert getattr(statistics, f"{name}_std")[layer] == pytest.approx(expected, rel=1e-9)
     endpoint = torch.cat([shard.endpoint for shard in data]).double().std((0, 2), correction=0)
     assert np.allclose(statistics.endpoint_std, endpoint, rtol=1e-9)
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_std_of_halves_over_many_pieces_is_that_of_float64(tmp_path: Path, half: str) -> None:
+    geometry = Geometry.plain(layers=4, kv_heads=4, head_dim=64, hidden_size=512, slots=8)
+    codec = Codec.from_bits(half=half)
+    make_targets_store(tmp_path / "store", sizes=(40, 3), geometry=geometry, codec=codec)
+    store = TargetsStore.open(tmp_path / "store")
+    assert store.batch([0]).keys.codes.numel() * 40 > 2 * PIECE
+    batch = store.batch(range(43)).dequantise(dtype=torch.float64)
+    for layer in range(4):
+        for name in ("keys", "values"):
+            kept = getattr(batch, name)[:, layer][batch.slot_mask[:, layer]]
+            found = getattr(store.manifest.statistics, f"{name}_std")[layer]
+            assert found == pytest.approx(kept.std(correction=0).item(), rel=1e-12)
+    endpoint = batch.endpoint.std((0, 2), correction=0)
+    assert np.allclose(store.manifest.statistics.endpoint_std, endpoint, rtol=1e-12)
 
 
 def test_std_of_a_teacher_store(tmp_path: Path) -> None:

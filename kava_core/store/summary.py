@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from kava_core.store.layout import CODE_BITS
-from kava_core.store.manifest import KIND_NAMES
+from kava_core.store.manifest import KIND_NAMES, Manifest
 from kava_core.store.read import TargetsStore, TeacherStore
 
 BARS = 10
@@ -39,20 +39,26 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
         facts.append(("eviction engaged", f"on {engaged(store):.1%} of the traces"))
     if quantised:
         facts.append(("one scale per", codec.granularity))
-    if manifest.drift is not None:
-        for name in ("keys", "values"):
-            error = getattr(manifest.drift, f"{name}_relative_l2")
-            changed = getattr(manifest.drift, f"{name}_neighbour_changed")
-            facts.append(
-                (
-                    f"drift of {name}",
-                    f"relative L2 {min(error):.4f} to {max(error):.4f} over the layers; nearest "
-                    f"neighbour changed for {np.mean(changed):.1%}",
-                )
-            )
+    facts += drift_facts(manifest)
     facts += [(f"made from {name}", value) for name, value in manifest.fingerprints.items()]
     facts.append(("made with", ", ".join(f"{k} {v}" for k, v in manifest.software.items())))
     facts += [(f"setting {name}", str(value)) for name, value in manifest.settings.items()]
+    return facts
+
+
+def drift_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What quantisation changed, name and value; nothing if nothing is quantised."""
+    facts = []
+    for name in ("keys", "values") if manifest.drift is not None else ():
+        error = getattr(manifest.drift, f"{name}_relative_l2")
+        changed = getattr(manifest.drift, f"{name}_neighbour_changed")
+        facts.append(
+            (
+                f"drift of {name}",
+                f"relative L2 {min(error):.4f} to {max(error):.4f} over the layers; nearest "
+                f"neighbour changed for {np.mean(changed):.1%}",
+            )
+        )
     return facts
 
 

@@ -27,6 +27,7 @@ from kava_core.artefacts import (
     sync,
     write_json,
 )
+from kava_core.console import say
 from kava_core.errors import KavaError
 from kava_core.rotary import Rotary
 from kava_core.store.checksum import checksum, file_checksum
@@ -51,6 +52,7 @@ from kava_core.store.layout import (
     shard_name,
 )
 from kava_core.store.manifest import FileInfo, Manifest, load_manifest
+from kava_core.store.summary import drift_facts
 from kava_core.store.tensor_file import flush, serialise, write_pieces
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
@@ -172,8 +174,8 @@ def finalise(
     settings: those that shaped the content, as plain JSON. fingerprints: name → content hash of
     what the store was made from (`problems`, `teacher`, `tokenizer`, `teacher_kv`).
 
-    A killed run may call it again. KavaError names shards that are missing or were written with
-    other settings, ids that occur twice, and a store without records.
+    Says what quantisation changed. A killed run may call it again. KavaError names shards that are
+    missing or were written with other settings, ids that occur twice, and a store without records.
     """
     if (folder / MANIFEST_FILE).exists():  # written last: only the tidying is left
         _tidy(folder)
@@ -232,6 +234,8 @@ def finalise(
         files=files,
     )
     write_json(folder / MANIFEST_FILE, manifest.to_json())
+    for fact, value in drift_facts(manifest):
+        say(f"{kind}: {fact} by quantisation: {value}")
     _tidy(folder)
     return manifest
 

@@ -196,10 +196,14 @@ def test_drift_is_what_a_reader_would_measure(tmp_path: Path, bits: int) -> None
         assert np.allclose(getattr(drift, f"{name}_neighbour_changed"), changed / total)
 
 
-def test_four_bits_drift_more_than_eight_and_sixteen_report_none(tmp_path: Path) -> None:
+def test_four_bits_drift_more_than_eight_and_sixteen_report_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     drifts = {}
     for bits in (16, 8, 4):
         make_teacher_store(tmp_path / str(bits), codec=Codec.from_bits(keys=bits, values=bits))
+        said = capsys.readouterr().err
+        assert ("teacher_kv: drift of keys by quantisation: relative L2 0.0" in said) == (bits < 16)
         drifts[bits] = TeacherStore.open(tmp_path / str(bits)).manifest.drift
     assert drifts[16] is None
     assert drifts[8] is not None

@@ -102,15 +102,12 @@ class TeacherPass:
         spans = _Spans.of(traces).to(device)
         recorder = _CoTRecorder(spans, self.model.config.get_text_config().num_hidden_layers)
         with recording(self.model, recorder):
-            output = self.model.base_model(
-                input_ids=ids.to(device),
-                position_ids=torch.arange(longest, device=device).expand(len(traces), -1),
-                output_hidden_states=True,
-                use_cache=False,
+            states = self._states(
+                ids.to(device), torch.arange(longest, device=device).expand(len(traces), -1)
             )
         keys, values, importance = recorder.ragged()
         batch = torch.arange(len(traces), device=device)
-        endpoint = torch.stack([h[batch, spans.endpoint] for h in output.hidden_states], dim=1)
+        endpoint = torch.stack([h[batch, spans.endpoint] for h in states], dim=1)
         return TeacherCache(
             keys=self._without_phase(keys, spans),
             values=values,
@@ -118,6 +115,12 @@ class TeacherPass:
             endpoint=endpoint,
             offsets=spans.offsets,
         )
+
+    def _states(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """ids, positions [B, S] → the hidden states of all L+1 levels, each [B, S, E]."""
+        return self.model.base_model(
+            input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False
+        ).hidden_states
 
     def _without_phase(self, keys: Tensor, spans: _Spans) -> Tensor:
         """keys [ΣN_C, L, H, D] post-RoPE → pre-RoPE, in float32 or wider."""
@@ -203,6 +206,7 @@ class _CoTRecorder:
         self.spans = spans
         self.layers: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
 
+    @torch.no_grad()
     def record(
         self,
         layer: int,

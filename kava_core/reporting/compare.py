@@ -54,11 +54,12 @@ def read_measured(names: Sequence[str], data: Path) -> list[Measured]:
         )
     if len(names) < 2:
         raise KavaError("expected at least two pipelines to compare. Name another.")
-    short = [path.parent.name for path in evaluations.values()]
+    places = evaluations.values()
+    short = [(p.parent if p.name == "evaluation" else p).name for p in places]
     shown = short if len(set(short)) == len(short) else names
     return [
         Measured(name, path, read_scores(path), _settings(path.parent))
-        for name, path in zip(shown, evaluations.values(), strict=True)
+        for name, path in zip(shown, places, strict=True)
     ]
 
 

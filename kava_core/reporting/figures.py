@@ -11,7 +11,7 @@ import numpy as np
 
 from kava_core.reporting.files import GroupScore
 from kava_core.reporting.heatmaps import heatmap
-from kava_core.reporting.inputs import Curve, Curves, Targets
+from kava_core.reporting.inputs import Curves, Targets
 from kava_core.reporting.style import (
     INK,
     MUTED,
@@ -171,16 +171,15 @@ def _labels(found: Sequence[Mapping[str, GroupScore]]) -> list[str]:
 
 def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | None:
     """The teacher's loss, then one panel per term of the students' objective."""
-    panels: list[tuple[str, dict[str, Curve]]] = []
-    if "loss" in teacher and teacher["loss"].steps:
-        panels.append(("teacher: cross-entropy (nats per token)", {"": teacher["loss"]}))
+    panels = [("teacher: cross-entropy (nats per token)", "loss", {"": teacher})]
     terms = sorted(
         {m for curves in students.values() for m in curves if m.startswith("loss_")},
         key=lambda m: (list(TERM_TITLES).index(m) if m in TERM_TITLES else 99, m),
     )
     for term in terms:
-        found = {name: curves[term] for name, curves in students.items() if term in curves}
-        panels.append((TERM_TITLES.get(term, term.removeprefix("loss_")), found))
+        title = TERM_TITLES.get(term, term.removeprefix("loss_"))
+        panels.append((title, term, dict(students)))
+    panels = [panel for panel in panels if any(c.get(panel[1]) for c in panel[2].values())]
     if not panels:
         return None
 
@@ -190,12 +189,16 @@ def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | No
         figure = canvas(260 * rows + 40)
         looks = colours_of(list(students))
         grid = figure.subplots(rows, columns, squeeze=False).flat
-        for ax, (title, curves) in zip(grid, panels, strict=False):
-            for name, curve in curves.items():
-                colour = looks[name][0] if name else INK
-                marker = "." if len(curve.steps) < 2 else None
-                ax.plot(curve.steps, curve.values, color=colour, linewidth=1.8, marker=marker)
-            _loss_axis(ax, [v for curve in curves.values() for v in curve.values])
+        for ax, (title, term, models) in zip(grid, panels, strict=False):
+            values = []
+            for name, curves in models.items():
+                for metric, dash in ((term, "-"), (f"eval_{term}", "--")):
+                    if curve := curves.get(metric):
+                        colour = looks[name][0] if name else INK
+                        marker = "." if len(curve.steps) < 2 else None
+                        ax.plot(curve.steps, curve.values, dash, color=colour, marker=marker)
+                        values += curve.values
+            _loss_axis(ax, values)
             ax.set_title(title)
             _steps_axis(ax)
         for ax in list(grid)[len(panels) :]:
@@ -205,7 +208,8 @@ def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | No
 
     caption = (
         "Each term of the objective as it enters the loss, weight included; means over the steps "
-        "between two log entries. A student is in the panels of the terms that teach it."
+        "between two log entries. Dashed: the same on held-out records, where they are measured. A "
+        "student is in the panels of the terms that teach it."
     )
     return finish("loss-curves", "Training losses", caption, draw)
 
@@ -220,7 +224,9 @@ def gradient_shares(students: Mapping[str, Curves]) -> Figured | None:
     shares = {name: terms for name, terms in shares.items() if len(terms) > 1}
     if not shares:
         return None
-    terms = [t for t in TERMS if any(t in found for found in shares.values())]
+    terms = sorted({term for found in shares.values() for term in found})
+    left = [colour for colour in SERIES if colour not in TERMS.values()]
+    looks = {**dict(zip(terms, left * len(terms), strict=False)), **TERMS}
 
     def draw() -> Figure:
         columns = min(3, len(shares))
@@ -231,14 +237,14 @@ def gradient_shares(students: Mapping[str, Curves]) -> Figured | None:
             for term in terms:
                 if term in found:
                     percent = [100 * v for v in found[term].values]
-                    ax.plot(found[term].steps, percent, color=TERMS[term], linewidth=1.8)
+                    ax.plot(found[term].steps, percent, color=looks[term], linewidth=1.8)
             ax.set_title(name)
             _steps_axis(ax)
             ax.set_ylim(0, 104)
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         for ax in list(grid)[len(shares) :]:
             ax.set_axis_off()
-        legend(figure, {term: (TERMS[term], "-") for term in terms})
+        legend(figure, {term: (looks[term], "-") for term in terms})
         return figure
 
     caption = (

@@ -99,6 +99,10 @@ def test_folders_evaluations_and_experiments_stand_for_pipelines(
     }
     found = json.loads(run(data, "one", str(data / "two/evaluation"), "--json").stdout)
     assert list(found["evaluations"]) == ["one", "two"]
+    shutil.copytree(data / "two/evaluation", tmp_path / "kept")
+    found = json.loads(run(data, "one", str(tmp_path / "kept"), "--json").stdout)
+    assert list(found["evaluations"]) == ["one", "kept"]
+    assert found["settings"]["students.kava.alpha_kv"] == {"one": 1.0, "kept": None}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ def test_curves_of_one_point_of_zeros_and_of_nothing_are_drawn() -> None:
     assert gradient_shares({"kava": one}) is None
 
 
+def test_held_out_losses_are_dashed_and_unknown_terms_are_drawn_too() -> None:
+    curve = Curve([1, 2], [1.0, 0.5])
+    curves = {"loss_answer": curve, "loss_new": curve, "eval_loss_new": curve}
+    figure = loss_curves({}, {"kava": curves})
+    assert figure is not None and "new" in figure.svg
+    plain = loss_curves({}, {"kava": {**curves, "eval_loss_new": Curve([], [])}})
+    assert plain is not None
+    assert figure.svg.count("stroke-dasharray") == plain.svg.count("stroke-dasharray") + 1
+    shares = {"gradient_share_answer": curve, "gradient_share_new": curve}
+    drawn = gradient_shares({"kava": shares})
+    assert drawn is not None and "new" in drawn.svg
+
+
 def test_similarity_without_a_number_is_left_out() -> None:
     empty = LayerMaps(layers=[0], keys=[[None]], values=[[None]])
     assert slot_maps("name", "title", "", {"kava": empty}) is None

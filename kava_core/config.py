@@ -165,7 +165,7 @@ class Prepare(FileSource):
     def _complete(self) -> Prepare:
         if self.deduplicate and self.allow_leakage:
             raise ValueError("deduplicate leaves nothing that allow_leakage could allow: set one")
-        if self.source in (*self.test_sets, "test") or "test" in self.test_sets:
+        if self.test_sets.keys() & {self.source, "test"}:
             raise ValueError(
                 f"test_sets must not be named test or {self.source}, the pipeline's own source"
             )
@@ -176,6 +176,7 @@ class Prepare(FileSource):
             raise ValueError("source synthetic needs the numbers `train` and `test`")
         foreign = self.model_fields_set & {
             *FileSource.model_fields,
+            "deduplicate",
             "drop_last_step",
             "max_steps",
             "max_question_characters",

@@ -12,18 +12,39 @@ from kava_core.problems.records import Problem, TraceForm, describe, load_proble
 from kava_core.problems.splits import SPLITS, ProblemSplits
 
 FILES = [f"{split}.parquet" for split in SPLITS]
+TEST_SETS = "test_sets"
 
 
 @dataclass(frozen=True)
 class ProblemFolder:
-    """An opened problems folder; `traces` says how its steps are written."""
+    """An opened problems folder.
+
+    `traces` says how its steps are written, `names` which further test sets it has.
+    """
 
     path: Path
     traces: TraceForm
+    names: tuple[str, ...] = ()
 
     def load(self, split: str) -> list[Problem]:
-        """The problems of `train`, `validation` or `test`."""
-        return load_problems(self.path / f"{split}.parquet")
+        """The problems of `train`, `validation` or `test`; those of `test` may have no steps."""
+        return load_problems(self.path / f"{split}.parquet", steps=split != "test")
+
+    def test_sets(self) -> dict[str, list[Problem]]:
+        """All that is to be asked: `test` under the name of its source, then the further sets.
+
+        Problems may have no steps. KavaError if a set is empty.
+        """
+        test = self.load("test")
+        sets = {test[0].source if test else "test": test}
+        for name in self.names:
+            sets[name] = load_problems(self.path / TEST_SETS / f"{name}.parquet", steps=False)
+        empty = [name for name, problems in sets.items() if not problems]
+        if empty:
+            raise KavaError(
+                f"{self.path}: test set {', '.join(empty)} has no problems. Ask `prepare` for some."
+            )
+        return sets
 
     def fingerprint(self, *splits: str) -> str:
         """Names the content of the given splits and how their steps are written."""
@@ -34,22 +55,33 @@ class ProblemFolder:
 def write_problems(
     folder: Path, splits: ProblemSplits, traces: TraceForm, settings: dict[str, Any]
 ) -> None:
-    """Write the splits, `problems.json` and `metrics.json` (counts, histograms, dropped rows)."""
+    """Write splits and test sets, `problems.json` and `metrics.json`.
+
+    The metrics are counts and lengths per split and test set, rows left out, and leaked questions.
+    """
     for split, problems in splits.named().items():
-        save_problems(folder / f"{split}.parquet", problems)
-    metrics = {split: describe(problems) for split, problems in splits.named().items()}
+        save_problems(folder / f"{split}.parquet", problems, steps=split != "test")
+    for name, problems in splits.test_sets.items():
+        save_problems(folder / TEST_SETS / f"{name}.parquet", problems, steps=False)
+    metrics: dict[str, Any] = {
+        split: describe(problems) for split, problems in splits.named().items()
+    }
+    metrics[TEST_SETS] = {name: describe(found) for name, found in splits.test_sets.items()}
     metrics["dropped"] = splits.dropped
-    metrics["leaked"] = {"test questions in train or validation": splits.leaked}
+    metrics["leaked"] = splits.leaked
     write_json(folder / "metrics.json", metrics)
-    write_json(folder / "problems.json", {"traces": traces, "settings": settings})
+    about = {"traces": traces, TEST_SETS: list(splits.test_sets), "settings": settings}
+    write_json(folder / "problems.json", about)
 
 
 def open_problems(path: Path) -> ProblemFolder:
     """KavaError if the folder is not one that `prepare` wrote."""
     about = read_json(path / "problems.json")
-    missing = [name for name in FILES if not (path / name).is_file()]
-    if missing:
-        raise KavaError(f"{path} lacks {', '.join(missing)}. Run `kava prepare` again.")
     if not isinstance(about, dict) or about.get("traces") not in ("equations", "sentences"):
         raise KavaError(f"{path / 'problems.json'} does not say how traces are written.")
-    return ProblemFolder(path, about["traces"])
+    names = [Path(str(name)).name for name in about.get(TEST_SETS, [])]  # none outside the folder
+    files = [*FILES, *(f"{TEST_SETS}/{name}.parquet" for name in names)]
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        raise KavaError(f"{path} lacks {', '.join(missing)}. Run `kava prepare` again.")
+    return ProblemFolder(path, about["traces"], tuple(names))

@@ -7,6 +7,7 @@ code behind it may trust what it gets.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -39,8 +40,9 @@ _SCHEMA = pa.schema(
 class Problem:
     """One word problem with its reasoning.
 
-    `steps` are the sentences or equations of the trace exactly as they are taught; `answer` is the
-    bare final answer ("42"); `topic` groups problems within a `source`.
+    `steps` are the sentences or equations of the trace exactly as they are taught, none where a
+    test problem has no trace; `answer` is the bare final answer ("42"); `topic` groups problems
+    within a `source`.
     """
 
     id: str
@@ -51,12 +53,12 @@ class Problem:
     topic: str
 
 
-def save_problems(path: Path, problems: Sequence[Problem]) -> None:
+def save_problems(path: Path, problems: Sequence[Problem], *, steps: bool = True) -> None:
     """Write problems to a Parquet file, atomically; equal problems give equal bytes.
 
     KavaError if a problem is not one that `load_problems` would accept.
     """
-    _check(problems, path)
+    _check(problems, path, steps)
     columns = {
         name: [getattr(problem, name) for problem in problems]
         for name in ("id", "question", "answer", "source", "topic")
@@ -68,11 +70,12 @@ def save_problems(path: Path, problems: Sequence[Problem]) -> None:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def load_problems(path: Path) -> list[Problem]:
+def load_problems(path: Path, *, steps: bool = True) -> list[Problem]:
     """Read and check a file written by `save_problems`.
 
-    KavaError, naming the file and the row (counted from 0), if it is missing or damaged, lacks a
-    column, repeats an id, or holds a problem without id, question, steps or answer.
+    steps: whether every problem must have some, as those must that are taught. KavaError, naming
+    the file and the row (counted from 0), if it is missing or damaged, lacks a column, repeats an
+    id, or holds a problem without id, question, steps or answer.
     """
     if not path.is_file():
         raise KavaError(f"{path} is missing. Run the stage `prepare`, or correct the path.")
@@ -99,20 +102,21 @@ def load_problems(path: Path) -> list[Problem]:
         if None in values["steps"]:
             raise KavaError(f"{path}, row {row}: a step is null. Make the file again.")
         problems.append(Problem(**{**values, "steps": tuple(values["steps"])}))
-    _check(problems, path)
+    _check(problems, path, steps)
     return problems
 
 
-def _check(problems: Sequence[Problem], path: Path) -> None:
+def _check(problems: Sequence[Problem], path: Path, steps: bool) -> None:
     rows: dict[str, int] = {}
     for row, problem in enumerate(problems):
         for name in ("id", "question", "answer"):
             if not getattr(problem, name).strip():
                 raise KavaError(f"{path}, row {row} (id {problem.id!r}): `{name}` is empty.")
-        if not problem.steps or not all(step.strip() for step in problem.steps):
+        if (steps and not problem.steps) or not all(step.strip() for step in problem.steps):
+            least = "at least one step and no empty ones" if steps else "no empty steps"
             raise KavaError(
-                f"{path}, row {row} (id {problem.id!r}): expected at least one step and no empty "
-                f"ones, found {list(problem.steps)}."
+                f"{path}, row {row} (id {problem.id!r}): expected {least}, found "
+                f"{list(problem.steps)}."
             )
         first = rows.setdefault(problem.id, row)
         if first != row:
@@ -129,9 +133,14 @@ def describe(problems: Iterable[Problem]) -> dict[str, Any]:
     """Counts and length histograms, ready for JSON (all keys are strings).
 
     `by_steps`, `by_topic` and `by_source` count problems; `question_words` and `trace_words` map a
-    number of whitespace-separated words to the number of problems that have it.
+    number of whitespace-separated words to the number of problems that have it;
+    `question_characters` and `trace_characters` are the lengths that limits are set in.
     """
     kept = list(problems)
+    characters = {
+        "question_characters": [len(problem.question) for problem in kept],
+        "trace_characters": [trace_characters(problem.steps) for problem in kept],
+    }
     numbers = {
         "by_steps": [len(problem.steps) for problem in kept],
         "question_words": [len(problem.question.split()) for problem in kept],
@@ -148,4 +157,20 @@ def describe(problems: Iterable[Problem]) -> dict[str, Any]:
             key: {str(value): histogram[value] for value in sorted(histogram)}  # type: ignore[type-var]
             for key, histogram in histograms.items()
         },
+        **{key: _quantiles(lengths) for key, lengths in characters.items()},
+    }
+
+
+def trace_characters(steps: Sequence[str]) -> int:
+    """The length of a trace: the characters of all its steps."""
+    return sum(map(len, steps))
+
+
+def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    """The least number that so many per cent of `lengths` do not exceed."""
+    ordered = sorted(lengths)
+    return {
+        name: ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+        for name, share in (("min", 0.0), ("median", 0.5), ("p95", 0.95), ("p99", 0.99), ("max", 1))
+        if ordered
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from kava_core.errors import KavaError
@@ -17,15 +17,17 @@ SPLITS = ("train", "validation", "test")
 class ProblemSplits:
     """The problems of a source, and how many rows were left out.
 
-    `dropped` maps a split of the source to {reason: rows}; `leaked` is the number of test questions
-    that also stand in train or validation (0 unless leakage was allowed).
+    `test_sets` are further problems to be asked, by name. `dropped` maps a split of the source or
+    a test set to {reason: rows}; `leaked` maps `test` and every test set to the number of its
+    questions that also stand in train or validation (0 unless leakage was allowed).
     """
 
     train: list[Problem]
     validation: list[Problem]
     test: list[Problem]
+    test_sets: dict[str, list[Problem]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
-    leaked: int = 0
+    leaked: dict[str, int] = field(default_factory=dict)
 
     def named(self) -> dict[str, list[Problem]]:
         """The three lists by name."""
@@ -34,75 +36,114 @@ class ProblemSplits:
 
 def cut_splits(
     train: Sequence[Problem],
+    validation: Sequence[Problem],
     test: Sequence[Problem],
     *,
     train_size: int | None,
     validation_size: int,
     test_size: int | None,
     seed: int,
-    allow_leakage: bool = False,
+    elsewhere: Set[str] = frozenset(),
+    deduplicate: bool = False,
     dropped: dict[str, dict[str, int]] | None = None,
 ) -> ProblemSplits:
-    """Cut validation (and test, if the source has none) from train and check for leakage.
+    """Cut what the source does not have (validation, test) from train.
 
-    Train rows are shuffled by `seed`; validation comes first, so that it does not depend on
-    `train_size`. A size of None takes all there is. Later repetitions of a question within train
-    are dropped and counted, as are rows beyond the sizes asked for. A given test set keeps its
-    order. KavaError if there are too few rows, if nothing is left, or if test questions appear in
-    train or validation and `allow_leakage` is false.
+    Train rows are shuffled by `seed`; test comes first and validation next, so that neither depends
+    on `train_size`. A size of None takes all there is. Given validation and test sets keep their
+    order. Left out and counted are later repetitions of a question within train, training questions
+    of a given validation set, rows beyond the sizes asked for, and, with `deduplicate`, rows of
+    train and validation whose question is one of the test set or of `elsewhere` (normalised
+    questions). KavaError if there are too few rows, or if nothing is left.
     """
-    counts = {name: Counter(reasons) for name, reasons in (dropped or {}).items()}
+    counts: dict[str, Counter[str]] = {
+        name: Counter(reasons) for name, reasons in (dropped or {}).items()
+    }
+
+    def drop(split: str, reason: str, rows: int) -> None:
+        if rows:
+            counts.setdefault(split, Counter())[reason] += rows
+
     unique: dict[str, Problem] = {}
     for problem in train:
         unique.setdefault(normalise_question(problem.question), problem)
-    repeated = len(train) - len(unique)
-    if repeated:
-        counts.setdefault("train", Counter())["repeated question"] += repeated
+    drop("train", "repeated question", len(train) - len(unique))
+    chosen_test = _first("test", test, test_size, drop) if test else []
+    if deduplicate:
+        asked = elsewhere | {normalise_question(problem.question) for problem in chosen_test}
+        kept = [p for p in validation if normalise_question(p.question) not in asked]
+        drop("validation", "question of a test set", len(validation) - len(kept))
+        drop("train", "question of a test set", len(asked & unique.keys()))
+        unique = {question: p for question, p in unique.items() if question not in asked}
+        validation = kept
+    chosen_validation = (
+        _first("validation", validation, validation_size, drop) if validation else []
+    )
+    held_out = {normalise_question(problem.question) for problem in chosen_validation}
+    drop("train", "question of the validation set", len(held_out & unique.keys()))
 
-    pool = list(unique.values())
+    pool = [problem for question, problem in unique.items() if question not in held_out]
     random.Random(f"{seed}-splits").shuffle(pool)
     if not test and test_size is None:
         raise KavaError("The source has no test problems. Say how many to cut from train.")
     cut_test = 0 if test else test_size or 0
-    needed = validation_size + cut_test + (1 if train_size is None else train_size)
+    cut_validation = 0 if validation else validation_size
+    needed = cut_validation + cut_test + (1 if train_size is None else train_size)
     if needed > len(pool):
         raise KavaError(
-            f"Expected at least {needed} usable training rows ({validation_size} for validation, "
+            f"Expected at least {needed} usable training rows ({cut_validation} for validation, "
             f"{cut_test} for test, the rest for train), found {len(pool)}. Ask for fewer."
         )
-    chosen_test = list(test) if test else pool[:cut_test]
-    chosen_validation = pool[cut_test : cut_test + validation_size]
-    rest = pool[cut_test + validation_size :]
+    if not test:
+        chosen_test = pool[:cut_test]
+    if not validation:
+        chosen_validation = pool[cut_test : cut_test + cut_validation]
+    rest = pool[cut_test + cut_validation :]
     chosen_train = rest if train_size is None else rest[:train_size]
-    if len(rest) > len(chosen_train):
-        counts.setdefault("train", Counter())["beyond the number asked for"] += len(rest) - len(
-            chosen_train
-        )
-    if test and test_size is not None:
-        if test_size > len(test):
-            raise KavaError(
-                f"Expected {test_size} test problems, found {len(test)}. Ask for fewer."
-            )
-        chosen_test = chosen_test[:test_size]
-        if len(test) > test_size:
-            counts.setdefault("test", Counter())["beyond the number asked for"] += (
-                len(test) - test_size
-            )
-
-    learnt = {normalise_question(problem.question) for problem in chosen_train + chosen_validation}
-    leaked = [p for p in chosen_test if normalise_question(p.question) in learnt]
-    if leaked and not allow_leakage:
-        raise KavaError(
-            f"{len(leaked)} test questions also stand in train or validation, the first is "
-            f"{leaked[0].id}. Remove them, or set `allow_leakage`."
-        )
+    drop("train", _BEYOND, len(rest) - len(chosen_train))
     return ProblemSplits(
         train=_renamed(chosen_train, "train"),
         validation=_renamed(chosen_validation, "validation"),
         test=_renamed(chosen_test, "test"),
         dropped={name: dict(sorted(reasons.items())) for name, reasons in sorted(counts.items())},
-        leaked=len(leaked),
     )
+
+
+def count_leaks(
+    splits: ProblemSplits, test_sets: Mapping[str, Sequence[Problem]], allow: bool
+) -> dict[str, int]:
+    """How many questions of `test` and of each test set stand in train or validation.
+
+    KavaError, with the numbers and an example, if there are any and `allow` is false.
+    """
+    learnt = {normalise_question(p.question) for p in splits.train + splits.validation}
+    leaked = {
+        name: [p for p in problems if normalise_question(p.question) in learnt]
+        for name, problems in {"test": splits.test, **test_sets}.items()
+    }
+    found = [f"{len(problems)} of {name}" for name, problems in leaked.items() if problems]
+    if found and not allow:
+        first = next(problems[0] for problems in leaked.values() if problems)
+        raise KavaError(
+            f"Test questions also stand in train or validation: {', '.join(found)}; the first is "
+            f"{first.id}. Remove them, or set `deduplicate` (leaves them out of train and "
+            "validation) or `allow_leakage`."
+        )
+    return {name: len(problems) for name, problems in leaked.items()}
+
+
+_BEYOND = "beyond the number asked for"
+
+
+def _first(
+    name: str, problems: Sequence[Problem], size: int | None, drop: Callable[[str, str, int], None]
+) -> list[Problem]:
+    """The first `size` of a given split, all if it is None."""
+    if size is not None and size > len(problems):
+        raise KavaError(f"Expected {size} {name} problems, found {len(problems)}. Ask for fewer.")
+    chosen = list(problems[:size])
+    drop(name, _BEYOND, len(problems) - len(chosen))
+    return chosen
 
 
 def _renamed(problems: Sequence[Problem], split: str) -> list[Problem]:

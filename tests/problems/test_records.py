@@ -77,6 +77,16 @@ def test_a_broken_problem_is_refused_with_file_and_row(
         load_problems(path)
 
 
+def test_only_a_problem_that_is_taught_needs_steps(tmp_path: Path) -> None:
+    path, asked = tmp_path / "test.parquet", Problem("a", "Q?", (), "1", "", "")
+    save_problems(path, [asked], steps=False)
+    assert load_problems(path, steps=False) == [asked]
+    with pytest.raises(KavaError, match="at least one step"):
+        load_problems(path)
+    with pytest.raises(KavaError, match="expected no empty steps"):
+        save_problems(path, [Problem("a", "Q?", (" ",), "1", "", "")], steps=False)
+
+
 def test_a_null_is_refused_with_file_and_row(tmp_path: Path) -> None:
     path = tmp_path / "problems.parquet"
     save_problems(path, [ONE])
@@ -112,6 +122,8 @@ def test_the_description_counts_every_problem() -> None:
         "trace_words": {"1": 1, "2": 1},
         "by_topic": {"none": 1, "sums": 1},
         "by_source": {"hand": 2},
+        "question_characters": {"min": 9, "median": 9, "p95": 16, "p99": 16, "max": 16},
+        "trace_characters": {"min": 9, "median": 9, "p95": 18, "p99": 18, "max": 18},
     }
 
 

@@ -1,0 +1,90 @@
+"""What a source is: a name, and how one of its rows becomes a problem."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kava_core.problems.files import Row
+from kava_core.problems.records import TraceForm
+
+NOTE = re.compile(r"<<([^<>\n]*=[^<>\n]*)>>")
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MARK = "####"
+_INITIAL = r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
+_SENTENCE_END = re.compile(rf"(?<=[.!?]){_INITIAL}\s+(?=[\"“$\\(]?[A-Z0-9\\$])|\n")
+
+
+class UnusableRow(Exception):
+    """A well-formed row that cannot be used; its text is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row that was understood: question, steps (perhaps none), bare answer, topic."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+    topic: str
+
+
+class Source(ABC):
+    """One published format.
+
+    `name` is what settings call it; `forms` the kinds of traces it has, none for a source that has
+    only questions and answers; `hub_config` the configuration to ask the Hub for.
+    """
+
+    name: ClassVar[str]
+    forms: ClassVar[tuple[TraceForm, ...]]
+    hub_config: ClassVar[str | None] = None
+
+    @abstractmethod
+    def read(self, row: Row, traces: TraceForm) -> Draft:
+        """The row with its steps in the form `traces`, one of `forms`.
+
+        KavaError, with the row's place, if it is malformed; UnusableRow if it is well-formed but
+        has no answer that can be checked.
+        """
+
+
+def notes(text: str) -> tuple[str, ...]:
+    """The calculator notes of a text without spaces: ("<<48/2=24>>", …)."""
+    return tuple(f"<<{''.join(note.split())}>>" for note in NOTE.findall(text))
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """The lines of a text without its notes."""
+    found = (" ".join(line.split()) for line in NOTE.sub("", text).splitlines())
+    return tuple(line for line in found if line)
+
+
+def sentences(text: str) -> tuple[str, ...]:
+    """The sentences of a text without its notes; a line end also ends a sentence."""
+    found = (" ".join(part.split()) for part in _SENTENCE_END.split(NOTE.sub("", text)))
+    return tuple(part for part in found if part)
+
+
+def marked(text: str) -> tuple[str, str, str]:
+    """A text cut at its last `####`: what is before it, the mark or "", and what follows."""
+    body, mark, rest = text.rpartition(_MARK)
+    return body, mark, rest.strip()
+
+
+def number(text: str) -> str | None:
+    """A number without its commas, or None if the text is anything else."""
+    return text.replace(",", "") if NUMBER.fullmatch(text) else None
+
+
+def checked_number(text: str) -> str:
+    """A number, perhaps behind `####`; UnusableRow if there is none."""
+    answer = marked(text)[2]
+    if not answer:
+        raise UnusableRow("no answer")
+    found = number(answer)
+    if found is None:
+        raise UnusableRow("answer is no number")
+    return found

@@ -1,0 +1,28 @@
+"""GSM8K: `question`, and an `answer` of sentences with `<<a=b>>` notes and a last line `#### n`."""
+
+from __future__ import annotations
+
+from kava_core.errors import KavaError
+from kava_core.problems.files import Row
+from kava_core.problems.records import TraceForm
+from kava_core.problems.sources.base import Draft, Source, lines, marked, notes, number
+
+
+class GSM8K(Source):
+    """openai/gsm8k. Equations are the notes, sentences the lines without them."""
+
+    name = "gsm8k"
+    forms = ("equations", "sentences")
+    hub_config = "main"
+
+    def read(self, row: Row, traces: TraceForm) -> Draft:
+        text = row.text("answer")
+        body, mark, last = marked(text)
+        answer = number(last)
+        if not mark or answer is None:
+            raise KavaError(
+                f"{row.place}: expected `answer` to end in a line '#### number', found "
+                f"{text[-60:]!r}. Mend the row."
+            )
+        steps = notes(body) if traces == "equations" else lines(body)
+        return Draft(row.text("question"), steps, answer, "word problem")

@@ -1,0 +1,43 @@
+"""SVAMP: `Body`, `Question`, `Equation` ("( 8.0 - 2.0 )"), `Answer` and `Type`."""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+
+from kava_core.problems.files import Row
+from kava_core.problems.records import TraceForm
+from kava_core.problems.sources.base import Draft, Source, checked_number
+
+_WHOLE = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
+_EQUATION = re.compile(r"[-+*/().\d]+")
+
+
+class SVAMP(Source):
+    """The question is body and question with a space between; the equation is the only step."""
+
+    name = "svamp"
+    forms = ("equations",)
+
+    def read(self, row: Row, traces: TraceForm) -> Draft:
+        answer = checked_number(_whole(row.number_text("Answer")))
+        equation = _outer(_whole("".join(row.text("Equation").split())))
+        if not _EQUATION.fullmatch(equation):
+            raise row.wrong("an equation of numbers", "Equation")
+        question = f"{row.text('Body')} {row.text('Question')}"
+        return Draft(question, (f"<<{equation}={answer}>>",), answer, row.text("Type"))
+
+
+def _whole(text: str) -> str:
+    """Numbers without a useless ".0"."""
+    return _WHOLE.sub(r"\1", text)
+
+
+def _outer(equation: str) -> str:
+    """An expression without brackets around all of it."""
+    while equation.startswith("(") and equation.endswith(")"):
+        depths = list(accumulate({"(": 1, ")": -1}.get(sign, 0) for sign in equation))
+        if 0 in depths[:-1]:  # the first bracket is closed before the end
+            break
+        equation = equation[1:-1]
+    return equation

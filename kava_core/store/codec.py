@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,33 +132,33 @@ def unpack(packed: Tensor, length: int) -> Tensor:
 
 
 def fake_quantise(
-    x: Tensor,
-    bits: int,
-    granularity: str = "token",
-    low: Tensor | None = None,
-    high: Tensor | None = None,
+    x: Tensor, encoding: str, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
-    """x after a trip through `bits`-bit codes, with the gradient passed straight through.
+    """x [..., D] after a trip through the store, with the gradient passed straight through.
 
-    x: [..., D], any float dtype. granularity `token` takes the range of each vector of D numbers;
-    `channel` and `tensor` need `low` and `high`, broadcastable to x. 16 and 32 bits return x.
-    The straight-through gradient is that of Bengio et al., arXiv 1308.3432: one everywhere.
+    What comes back is what `encode` and `dequantise` make of x, bit for bit, in x's dtype. scale,
+    zero: those of a calibration file, broadcastable to x; None takes the range of each vector of D
+    numbers. The straight-through gradient is that of Bengio et al., arXiv 1308.3432: one
+    everywhere.
     """
-    if bits >= 16:
-        return x
     with torch.no_grad():
-        exact = x.detach().float()
-        if granularity == "token":
-            low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
-        elif low is None or high is None:
-            raise KavaError(
-                f"granularity {granularity} needs calibrated ranges, found none. "
-                "Pass low and high, or use granularity token."
-            )
-        low, high = (_with_dims(bound, x.ndim).to(exact) for bound in (low, high))
-        codes, scale, zero = quantise(exact, low, high, bits)
-        error = dequantise(codes, scale, zero) - exact
-    return x + error.to(x.dtype)
+        if scale is None or zero is None:
+            stored = encode(x, encoding).dequantise(dtype=torch.float32)
+        else:
+            stored = dequantise(encode_with(x, scale, zero, CODE_BITS[encoding]), scale, zero)
+    return _StraightThrough.apply(x, stored.to(x.dtype))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, instead: Tensor) -> Tensor:
+        return instead
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 @dataclass(frozen=True)
@@ -252,10 +253,6 @@ def spread(parameter: Tensor, ndim: int) -> Tensor:
         return parameter.view(1, -1, *[1] * (ndim - 2))
     rows, heads, dim = parameter.shape
     return parameter.view(1, rows, heads, *[1] * (ndim - 4), dim)
-
-
-def _with_dims(bound: Tensor, ndim: int) -> Tensor:
-    return bound.view(*[1] * (ndim - bound.ndim), *bound.shape)
 
 
 def _block(x: Tensor, scale: Tensor) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def dataset_card(path: Path) -> str:
     """The README of an exported store: YAML for the Hub, then text for people."""
     from huggingface_hub import DatasetCardData
 
-    store = open_store(path)
+    store = open_store(path, checksums=False)
     manifest = store.manifest
     data = DatasetCardData(
         pretty_name=f"{manifest.kind} store",

@@ -135,10 +135,9 @@ class Index:
     Nothing is copied out of the memory map but the rows that are asked for.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, checksums: bool = True) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path / INDEX_FILE
         self._manifest = manifest
-        self._checksums = checksums
         self._starts = [0, *accumulate(manifest.shards)]
         self._reader: pa.ipc.RecordBatchFileReader | None = None
         self._batches: dict[int, dict[str, Any]] = {}
@@ -206,7 +205,7 @@ class Index:
         if self._reader is None:
             info = self._manifest.files[INDEX_FILE]
             check_file(self.path.parent, INDEX_FILE, info.bytes)
-            if self._checksums and file_checksum(self.path) != info.blake3:
+            if file_checksum(self.path) != info.blake3:
                 raise KavaError(
                     f"{self.path} does not match its checksum: its content is damaged. {REMAKE}"
                 )

@@ -148,7 +148,7 @@ class _Store:
         self.path = path
         self.manifest = manifest
         self.checksums = checksums
-        self.index = Index(path, manifest, checksums)
+        self.index = Index(path, manifest)
         self._checked: set[str] = set()
         self._calibration: dict[str, Tensor] | None = None
 
@@ -159,7 +159,7 @@ class _Store:
         """Open the store in folder `path`; milliseconds, whatever its size.
 
         expect: what this run needs it to be. checksums: check each file's content the first time it
-        is read (once per process); False trusts the disk.
+        is read (once per process); False trusts the disk, but for the index.
 
         KavaError for another kind, a newer format, a store that is not what is expected, a damaged
         manifest, and a file that is missing, of another length, or outside the folder.
@@ -336,6 +336,17 @@ class TargetsStore(_Store):
                 for view, tensor in zip(views, self._shard(shard), strict=True):
                     view[:] = tensor[row]
         return self._assemble([int(i) for i in indices], out)
+
+    def slot_counts(self, shard: int) -> np.ndarray:
+        """How many slots are valid in a shard's records, int32 [N, L', H]."""
+        with self._lock:
+            counts = self._shard(shard)[self._place("slot_counts")]
+        heads = self.geometry.kv_heads
+        return counts.copy().view(np.int32).reshape(len(counts), -1, heads)
+
+    def _place(self, name: str) -> int:
+        layout = shard_layout(self.kind, self.geometry, self.codec, records=1, tokens=0)
+        return list(layout).index(name)
 
     def _assemble(self, indices: list[int], out: Buffer) -> TargetsBatch:
         tensors = {name: x[: len(indices)] for name, x in out.tensors.items()}

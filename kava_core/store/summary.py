@@ -34,7 +34,7 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
         ("values", codec.values),
         ("endpoint", codec.endpoint),
     ]
-    if geometry.slots:
+    if isinstance(store, TargetsStore):
         facts.append(("slots (M)", str(geometry.slots)))
         facts.append(("eviction engaged", f"on {engaged(store):.1%} of the traces"))
     if quantised:
@@ -62,9 +62,10 @@ def drift_facts(manifest: Manifest) -> list[tuple[str, str]]:
     return facts
 
 
-def engaged(store: TeacherStore | TargetsStore) -> float:
-    """The share of records whose trace has more tokens than the store has slots."""
-    return float((store.index.column("n_cot") > store.geometry.slots).mean())
+def engaged(store: TargetsStore) -> float:
+    """The share of records of which some row and head keeps less than the whole trace."""
+    kept = [store.slot_counts(k).min((1, 2)) for k in range(len(store.sizes))]
+    return float((np.concatenate(kept) < store.index.column("n_cot")).mean())
 
 
 def length_histogram(store: TeacherStore | TargetsStore) -> list[tuple[int, int, int]]:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from kava_core.errors import KavaError
-from kava_core.store.index import Index
 from kava_core.store.layout import CALIBRATION_FILE, INDEX_FILE, MANIFEST_FILE
 from kava_core.store.manifest import Manifest, read_manifest
 from kava_core.store.read import TargetsStore, TeacherStore
@@ -36,7 +35,6 @@ def verify_files(path: Path, *, full: bool = False) -> Iterator[tuple[str, str |
         return
     yield MANIFEST_FILE, None
     store = _reader(manifest)(path, manifest, checksums=full)
-    store.index = Index(path, manifest)  # small enough to be read whole in any case
     yield from _extra_files(path, manifest)
     damage = _problem(store.index.check)
     yield INDEX_FILE, damage

@@ -20,7 +20,16 @@ from kava_core.store import (
     calibrate,
     fake_quantise,
 )
-from kava_core.store.codec import calibration_tensors, dequantise, encode, pack, quantise, unpack
+from kava_core.store.codec import (
+    calibration_tensors,
+    dequantise,
+    encode,
+    pack,
+    quantise,
+    scale_and_zero,
+    spread,
+    unpack,
+)
 from kava_core.store.layout import shard_layout
 from kava_core.store.verify import verify
 from tests.store.make import (
@@ -211,21 +220,28 @@ def test_four_bits_drift_more_than_eight_and_sixteen_report_none(
     assert max(drifts[8].keys_relative_l2) < 0.01 < min(drifts[4].keys_relative_l2) < 0.2
 
 
-def test_fake_quantisation_matches_the_store_and_lets_gradients_through() -> None:
+@pytest.mark.parametrize("encoding", ["uint8", "uint4", "bfloat16", "float16", "float32"])
+def test_fake_quantisation_is_the_stores_and_lets_gradients_through(encoding: str) -> None:
     x = torch.randn(2, 3, 4, 6, requires_grad=True)
-    for bits in (8, 4):
-        fake = fake_quantise(x, bits)
-        name = {8: "uint8", 4: "uint4"}[bits]
-        assert torch.allclose(fake, encode(x.detach(), name).dequantise(), atol=1e-6)
-        (gradient,) = torch.autograd.grad((fake * 3).sum(), x)
-        assert torch.equal(gradient, torch.full_like(x, 3))
-    assert fake_quantise(x, 16) is x
-    low, high = torch.full((6,), -0.5), torch.full((6,), 0.5)
-    clipped = fake_quantise(x, 8, "channel", low, high)
-    assert clipped.abs().max() <= 0.51
-    assert fake_quantise(x.bfloat16(), 4).dtype == torch.bfloat16
-    with pytest.raises(KavaError, match="needs calibrated ranges"):
-        fake_quantise(x, 8, "tensor")
+    fake = fake_quantise(x, encoding)
+    assert torch.equal(fake, encode(x.detach(), encoding).dequantise(dtype=torch.float32))
+    assert torch.equal(fake, x) == (encoding == "float32")
+    (gradient,) = torch.autograd.grad((fake * 3).sum(), x)
+    assert torch.equal(gradient, torch.full_like(x, 3))
+    assert fake_quantise(x.bfloat16(), encoding).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 6), (3,)], ids=["channel", "tensor"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fake_quantisation_clips_to_calibrated_ranges(bits: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(5, 3, 2, 4, 6, requires_grad=True)  # [B, L', H, M, D]
+    pair = scale_and_zero(torch.full(shape, -0.5), torch.full(shape, 0.5), bits)
+    name = {8: "uint8", 4: "uint4"}[bits]
+    fake = fake_quantise(x, name, *(spread(part, x.ndim) for part in pair))
+    assert torch.equal(fake, encode(x.detach(), name, pair).dequantise())
+    assert fake.abs().max() <= 0.55
+    (gradient,) = torch.autograd.grad(fake.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))  # where it was clipped too
 
 
 @st.composite

@@ -141,7 +141,8 @@ class Prepare(FileSource):
     """Problems: where they come from, how many, and how their steps are written.
 
     Sizes of null take all there is. drop_last_step: leave out the step that states the answer.
-    max_*: what is longer is left out and counted; questions everywhere, traces in train and
+    latent_fraction: how much of a trace, in whole steps, latents stand for; students write the
+    rest. max_*: what is longer is left out and counted; questions everywhere, traces in train and
     validation. deduplicate: leave out of train and validation what stands in a test set; without
     it such a question is an error, unless allow_leakage.
     """
@@ -154,6 +155,7 @@ class Prepare(FileSource):
     seed: StrictInt = 0
     synthetic: Synthetic = Synthetic()
     drop_last_step: StrictBool = False
+    latent_fraction: Annotated[Real, Field(ge=0.2, le=1)] = 1.0
     max_steps: Positive | None = None
     max_question_characters: Positive | None = None
     max_trace_characters: Positive | None = None
@@ -471,13 +473,17 @@ class Student(Section):
 class Evaluate(Section):
     """Accuracy and cost of every system on the first `limit` problems of each test set.
 
-    limit: null asks all of them. batch_size: peak memory is that of one batch.
+    limit: null asks all of them. batch_size: peak memory is that of one batch. interpret_records:
+    test problems over which latents are looked into; intervention_problems: those that are asked
+    again with each latent changed. 0 turns either off; without records there is neither.
     """
 
     limit: Positive | None = None
     batch_size: Positive = 128
     max_new_tokens: Positive = 256
     similarity_records: Positive = 256
+    interpret_records: NotNegative = 64
+    intervention_problems: NotNegative = 200
     threads: Positive = 2
 
 

@@ -139,6 +139,11 @@ class _State:
         cache.layers = [copy.copy(layer) for layer in self.layers]
         return _State(cache, self.mask)
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but those marked in rows [B]."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
     @property
     def layers(self) -> list[Any]:
         """The cache's layers, each with keys and values [B, H, S, D]."""
@@ -293,13 +298,15 @@ class LatentReasoner(PreTrainedModel):
         answer_mask: Tensor,
         chain_ids: Tensor | None = None,
         chain_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
     ) -> Reasoning:
         """Teacher-forced answers after latent reasoning.
 
         question_ids, question_mask [B, Q], padded on either side; answer_ids, answer_mask [B, A],
         right-padded, the answer without its prompt. chain_ids, chain_mask [B, N], right-padded, are
         the written chain `C A-prompt A`; given, it is predicted from the question in the same
-        weights as well (w_cot).
+        weights as well (w_cot). prompt_lengths [B]: how many of a row's answer_ids end with its
+        answer prompt, for a student that writes the prompt itself; the endpoint is there.
         """
         question_ids, question_mask = _left_padded(question_ids, question_mask)
         state, pending, pending_mask = self._reason(question_ids, question_mask)
@@ -313,13 +320,17 @@ class LatentReasoner(PreTrainedModel):
             hidden_states=True,
         )
         at = pending.shape[1] + self._eot_length + self._prompt_length - 1
+        ends = output.hidden_states[0].new_full((len(tail_ids),), at, dtype=torch.long)
+        if prompt_lengths is not None:
+            ends = ends + prompt_lengths
+        rows = torch.arange(len(ends), device=ends.device)
         keys, values, positions = self._latent_slots(state, question_mask)
         return Reasoning(
             logits=output.logits,
             keys=keys,
             values=values,
             latent_positions=positions,
-            endpoint=torch.stack([h[:, at] for h in output.hidden_states], dim=1),
+            endpoint=torch.stack([h[rows, ends] for h in output.hidden_states], dim=1),
             cot_logits=self._chain(question_ids, question_mask, chain_ids, chain_mask),
         )
 
@@ -354,7 +365,9 @@ class LatentReasoner(PreTrainedModel):
         """Think, then write the answer.
 
         input_ids, attention_mask [B, Q], questions padded on either side. Greedy unless
-        `do_sample`. A row ends at the end of sequence or after `max_new_tokens`.
+        `do_sample`: then every row draws one random number per token, whatever the other rows do.
+        A row ends at the end of sequence or after `max_new_tokens`. Rows that have ended leave the
+        batch once they are half of it.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -364,28 +377,36 @@ class LatentReasoner(PreTrainedModel):
             warpers.append(TemperatureLogitsWarper(temperature))
             if top_p < 1:
                 warpers.append(TopPLogitsWarper(top_p))
-        rows = len(input_ids)
+        rows, eos = len(input_ids), self.config.eos_token_id
         state, embeds, mask = self._reason(input_ids, attention_mask)
         prompt = self._prompt(rows)
         embeds = torch.cat((embeds, self._eot(rows), self._embed(prompt)), 1)
         mask = torch.cat((mask, self._ones(rows, self._eot_length + prompt.shape[1])), 1)
-        tokens = input_ids.new_zeros(rows, 0)
+        tokens = input_ids.new_full((rows, max_new_tokens), eos)
         passes = torch.full((rows,), self.latent_passes, device=input_ids.device)
-        finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+        fed = torch.arange(rows, device=input_ids.device)  # which rows the batch holds
+        running = torch.ones_like(fed, dtype=torch.bool)
         for step in range(max_new_tokens):
             scores = self._feed(state, embeds, mask, logits=1).logits[:, -1].float()
             if do_sample:
-                scores = warpers(cast(torch.LongTensor, tokens), cast(torch.FloatTensor, scores))
-                chosen = torch.multinomial(scores.softmax(-1), 1)
+                at = torch.rand(rows, device=scores.device)[fed]
+                scores = warpers(
+                    cast(torch.LongTensor, tokens[fed, :step]), cast(torch.FloatTensor, scores)
+                )
+                chosen = _drawn(scores.softmax(-1), at)
             else:
-                chosen = scores.argmax(-1, keepdim=True)
-            chosen = chosen.masked_fill(finished[:, None], self.config.eos_token_id)
-            passes += ~finished if step else 0
-            tokens = torch.cat((tokens, chosen), 1)
-            finished |= chosen[:, 0] == self.config.eos_token_id
-            if bool(finished.all()):
-                break
-            embeds, mask = self._embed(chosen), self._ones(rows, 1)
+                chosen = scores.argmax(-1)
+            chosen = chosen.masked_fill(~running, eos)
+            passes[fed] += running if step else 0
+            tokens[fed, step] = chosen
+            running &= chosen != eos
+            left = int(running.sum())
+            if not left:
+                return Generation(tokens[:, : step + 1], passes)
+            if 2 * left <= len(fed):
+                state.keep(running)
+                fed, chosen, running = fed[running], chosen[running], running[running]
+            embeds, mask = self._embed(chosen[:, None]), self._ones(len(fed), 1)
         return Generation(tokens, passes)
 
     @property
@@ -530,6 +551,12 @@ def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = mask.long().argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
+
+
+def _drawn(probabilities: Tensor, at: Tensor) -> Tensor:
+    """Ids [B] drawn from probabilities [B, V] by the numbers `at` [B] in [0, 1)."""
+    below = probabilities.double().cumsum(-1)
+    return torch.searchsorted(below, at.double()[:, None] * below[:, -1:], right=True)[:, 0]
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from kava_core.reporting.files import Found, Percent, read_checked
 from kava_core.reporting.heatmaps import heatmap, limits_of, numbers
@@ -60,7 +60,16 @@ class Decoded(Found):
     question: str
     trace: list[str]
     answer: str
-    iterations: list[Iteration]
+    iterations: Annotated[list[Iteration], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Decoded:
+        if len({len(iteration.slots) for iteration in self.iterations}) > 1:
+            raise ValueError("expected as many slots in every iteration")
+        kept = [s.teacher_position for i in self.iterations for s in i.slots]
+        if any(place is not None and not 0 <= place < len(self.trace) for place in kept):
+            raise ValueError(f"expected teacher positions within the {len(self.trace)} tokens")
+        return self
 
 
 class Maps(Found):
@@ -88,7 +97,14 @@ class Attention(Found):
 
     sources: list[str]
     targets: list[str]
-    iterations: list[Grid]
+    iterations: Annotated[list[Grid], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Attention:
+        shapes = {numbers(grid).shape for grid in self.iterations}
+        if shapes != {(len(self.sources), len(self.targets))}:
+            raise ValueError("expected a row per source and a column per target in every iteration")
+        return self
 
 
 class Magnitudes(Found):

@@ -160,7 +160,7 @@ def truncation_maps(found: Truncation) -> Figured:
         left, right = figure.subplots(1, 2, sharey=True)
         heatmap(left, accuracy, rows, columns, (0.0, 100.0), digits=0, marks=marks)
         left.set_title("exact match (%)")
-        digits = 1 if scale >= 1 else 2
+        digits = 1 if scale > 1 else 2
         heatmap(right, latency, rows, columns, quick, digits=digits, marks=marks)
         right.set_title("wall-clock per problem (ms)")
         for ax in (left, right):
@@ -185,33 +185,29 @@ def accuracy_by_budget(found: Truncation) -> Figured:
         ax = figure.subplots()
         places = [math.log2(m) for m in found.budgets]
         reach = max(places[-1] - places[0], 1.0)
-        percent_axis(ax, metrics.full.exact_match)
         ax.set_xlim(places[0] - 0.04 * reach, places[-1] + 0.26 * reach)
-        for name, level in (("full cache", metrics.full), ("no cache", metrics.none)):
-            ax.axhline(level.exact_match, color=MUTED, linewidth=1.2, dashes=(4, 3))
-            ax.annotate(
-                name,
-                (places[0], level.exact_match),
-                (0, 3),
-                textcoords="offset points",
-                color=MUTED,
-            )
-        policies = list(metrics.policies)
         lines = {
-            p: [metrics.policies[p][m][bits].exact_match for m in found.budgets] for p in policies
+            "full cache": [metrics.full.exact_match] * len(places),
+            **{
+                policy: [found_at[m][bits].exact_match for m in found.budgets]
+                for policy, found_at in metrics.policies.items()
+            },
+            "no cache": [metrics.none.exact_match] * len(places),
         }
+        percent_axis(ax, max(map(max, lines.values())))
         height = ax.get_ylim()[1]
         gap = 0.062 * height
         labels = spread([line[-1] for line in lines.values()], gap, gap / 3, height - gap / 2)
-        for i, ((policy, line), label) in enumerate(zip(lines.items(), labels, strict=True)):
-            colour = SERIES[i % len(SERIES)]
-            ax.plot(places, line, color=colour, linewidth=1.8)
-            spot = metrics.recommended[policy][bits]
+        colours = dict(zip(metrics.policies, SERIES * len(lines), strict=False))
+        for (name, line), label in zip(lines.items(), labels, strict=True):
+            colour = colours.get(name, MUTED)
+            ax.plot(places, line, "-" if name in colours else "--", color=colour, linewidth=1.8)
+            spot = metrics.recommended[name][bits] if name in colours else None
             if spot is not None:
                 at = found.budgets.index(spot)
                 ax.plot(places[at], line[at], "o", color=colour, markersize=9)
             place = (places[-1] + 0.05 * reach, label)
-            name_beside(ax, policy, (places[-1], line[-1]), place, colour)
+            name_beside(ax, name, (places[-1], line[-1]), place, colour)
         ax.set_xticks(places, [str(m) for m in found.budgets])
         ax.set_xlabel("budget M (slots per layer and head, logarithmic)")
         ax.set_ylabel("exact match")

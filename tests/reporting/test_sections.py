@@ -12,6 +12,7 @@ import pytest
 from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
 from kava_core.reporting.inputs import Findings, read_findings
+from kava_core.reporting.insights import read_insights
 from kava_core.reporting.page import compare, summary
 from kava_core.reporting.systems import headline, systems_of
 from kava_core.reporting.truncation import accuracy_by_budget, read_truncation, truncation_maps
@@ -169,6 +170,28 @@ def test_what_is_turned_off_is_said_in_a_line(made: Pipeline, tmp_path: Path) ->
     assert "kava fidelity --pipeline made\nkava" not in page
     assert not list((tmp_path / "page").glob("attention-*.png"))
     assert summary(found, compare(found, TEACHER))["sweet_spot"] is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("decoded", 0, "iterations"), [], "kava → decoded → 0 → iterations: List should have"),
+        (("decoded", 0, "trace"), ["a"], "teacher positions within the 1 tokens"),
+        (("attention", "targets"), ["latents"], "a row per source and a column per target"),
+        (("interventions", "none"), 101.0, "kava → interventions → none"),
+    ],
+)
+def test_insights_that_do_not_fit_are_refused_by_name(
+    made: Pipeline, tmp_path: Path, place: tuple[str | int, ...], value: object, message: str
+) -> None:
+    insights = json.loads((made.folder / "evaluation/interpretability.json").read_text())
+    inner = insights["kava"]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    write_json(tmp_path / "interpretability.json", insights)
+    with pytest.raises(KavaError, match=f"{message}.*Run `kava evaluate` again"):
+        read_insights(tmp_path / "interpretability.json")
 
 
 def test_provenance_names_commands_hardware_and_settings(page: str) -> None:

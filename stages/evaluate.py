@@ -12,8 +12,6 @@ from stages.common import Run, stage, torch_threads
 if TYPE_CHECKING:
     from kava_core.evaluation.results import Examined
     from kava_core.models.latent import LatentReasoner
-    from kava_core.problems.folder import ProblemFolder
-    from kava_core.problems.records import Problem
 
 
 @stage
@@ -38,7 +36,7 @@ def evaluate(run: Run) -> None:
     encoder = TraceEncoder(load_tokenizer(str(run.path("teacher"))), folder.traces)
     test_sets = [
         ProblemSet.of(name, problems[: settings.limit], encoder)
-        for name, problems in _problems(folder).items()
+        for name, problems in folder.test_sets().items()
     ]
     _check_students(run)
     examined: dict[str, dict[str, Examined]] = {test_set.name: {} for test_set in test_sets}
@@ -76,13 +74,6 @@ def evaluate(run: Run) -> None:
         say(f"{title} ({next(iter(entries.values()))['n']} problems):")
         for name, entry in entries.items():
             say(f"{name:>18}: {entry['exact_match']:5.1f} %")
-
-
-def _problems(folder: ProblemFolder) -> dict[str, list[Problem]]:
-    problems = folder.load("test")
-    if not problems:
-        raise KavaError(f"{folder.path} has no test problems. Ask `prepare` for some.")
-    return {problems[0].source: problems}
 
 
 def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:

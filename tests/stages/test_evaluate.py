@@ -39,10 +39,23 @@ FIXED = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline up to two students, each trained for two steps."""
+    """A pipeline up to two students, each trained for two steps, and a test set without steps."""
     home = tmp_path_factory.mktemp("evaluate")
+    bare = [{"q": f"mo has {i} cups . how many ?", "a": str(i)} for i in range(3, 10)]
+    (home / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    table = {
+        "source": "table",
+        "path": str(home / "bare.jsonl"),
+        "columns": {"question": "q", "answer": "a"},
+    }
     pipeline = {
-        "prepare": {"source": "synthetic", "train": 32, "validation": 8, "test": 14},
+        "prepare": {
+            "source": "synthetic",
+            "train": 32,
+            "validation": 8,
+            "test": 14,
+            "test_sets": {"bare": table},
+        },
         "teacher": {
             "scratch": {
                 "vocabulary": 300,
@@ -99,18 +112,28 @@ def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
     folder = made / "data/tiny/evaluation"
     metrics = read_json(folder / "metrics.json")
     systems = ["kava", "no-cot", "teacher-cot", "teacher-no-cot"]
-    assert metrics.keys() == {"synthetic"}
-    assert sorted(metrics["synthetic"]) == systems
+    sizes = {"synthetic": 12, "bare": 7}  # at most `limit` of each
+    assert metrics.keys() == sizes.keys()
+    compared, summary = (read_json(folder / f"{n}.json") for n in ("comparisons", "summary"))
+    for test_set, n in sizes.items():
+        assert sorted(metrics[test_set]) == systems == sorted(summary[test_set])
+        assert {s: len(others) for s, others in compared[test_set].items()} == {
+            "kava": 3,
+            "no-cot": 3,
+        }
+        for entry in metrics[test_set].values():
+            assert entry["n"] == n == sum(part["n"] for part in entry["by_trace_length"].values())
+            assert entry["perplexity"] > 1 and entry["peak_memory_mb"] > 0
     for entry in metrics["synthetic"].values():
-        assert entry["n"] == 12
-        assert entry["perplexity"] > 1 and entry["peak_memory_mb"] > 0
-        assert sum(part["n"] for part in entry["by_trace_length"].values()) == 12
         assert set(entry["by_operation"]) <= {"+", "−", "×", "÷"}
-    compared = read_json(folder / "comparisons.json")["synthetic"]
-    assert {name: len(others) for name, others in compared.items()} == {"kava": 3, "no-cot": 3}
-    assert read_json(folder / "summary.json").keys() == {"synthetic"}
+    for entry in metrics["bare"].values():
+        assert (*entry["by_steps"], *entry["by_operation"], *entry["by_trace_length"]) == (
+            "0",
+            "none",
+            "none",
+        )
     rows = pq.read_table(folder / "predictions.parquet").to_pylist()
-    assert len(rows) == 4 * 12 and all(row["question"] for row in rows)
+    assert len(rows) == 4 * (12 + 7) and all(row["question"] for row in rows)
 
 
 def test_again_it_differs_in_measured_seconds_only(made: Path, home: Path) -> None:
@@ -138,12 +161,12 @@ def rewrite_test(home: Path, answer: str | None) -> None:
 
     folder = open_problems(home / "data/tiny/problems")
     problems = [] if answer is None else [replace(p, answer=answer) for p in folder.load("test")]
-    save_problems(folder.path / "test.parquet", problems)
+    save_problems(folder.path / "test.parquet", problems, steps=False)
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
-    [(None, "has no test problems"), ("a banana", "none in 12 problems")],
+    [(None, "test set test has no problems"), ("a banana", "none in 12 problems")],
 )
 def test_problems_that_say_nothing_are_refused_and_nothing_is_lost(
     home: Path, answer: str | None, said: str
@@ -244,9 +267,11 @@ def test_dvc_shows_few_metrics_readable_experiments_and_plots(home: Path) -> Non
     summary = read_json(home / "data/tiny/evaluation/summary.json")
     assert shown["data/tiny/evaluation/summary.json"]["data"] == summary
     (line,) = told("exp", "show", "--csv")
-    metrics = [column for column in line.split(",") if column.startswith("synthetic.")]
+    metrics = [column for column in line.split(",") if column.startswith(("bare.", "synthetic."))]
     assert sorted(metrics) == [
-        f"synthetic.{name}" for name in ("kava", "no-cot", "teacher-cot", "teacher-no-cot")
+        f"{test_set}.{name}"
+        for test_set in ("bare", "synthetic")
+        for name in ("kava", "no-cot", "teacher-cot", "teacher-no-cot")
     ]
     plots = json.loads(told("plots", "show", "--json")[0])["data"]
     drawn = {title: plot[0]["content"]["data"]["values"] for title, plot in plots.items() if plot}

@@ -153,11 +153,11 @@ class _StraightThrough(torch.autograd.Function):
     """The second argument, with the first one's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, instead: Tensor) -> Tensor:
+    def forward(_ctx: Any, _x: Tensor, instead: Tensor) -> Tensor:
         return instead
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 

@@ -20,7 +20,7 @@ from kava_core.models.latent import Reasoning
 def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """logits [B, N, V], ids and mask [B, N]; row j of the logits predicts ids[:, j] → scalar."""
     losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), ids.flatten(), reduction="none"
+        _wide(logits, logits).flatten(0, 1), ids.flatten(), reduction="none"
     ).view_as(ids)
     weight = mask.to(losses.dtype)
     return ((losses * weight).sum(1) / weight.sum(1)).mean()
@@ -76,7 +76,7 @@ def endpoint_loss(student: Tensor, teacher: Tensor, kind: str, std: Tensor | Non
 class Objective:
     """Weights, distances and the store's statistics; the std fields are None where not divided.
 
-    keys_std, values_std: [L']; endpoint_std: [L+1].
+    keys_std, values_std: [L']; endpoint_std: [L+1], L' and L being those of the tensors compared.
     """
 
     alpha_kv: float

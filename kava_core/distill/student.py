@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,29 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kava_core.distill.fit import Terms
+from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective
 from kava_core.distill.online import OnlineTargets
+from kava_core.distill.projectors import ProjectedReasoning
+from kava_core.distill.rounding import Rounding
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.store import TargetsStore
-
-
-@dataclass(frozen=True)
-class Match:
-    """Which student layers are compared with which rows of the targets, and in which phase.
-
-    layers, rows: equally long; layer layers[i] of the student is taught by row rows[i] of the
-    store. Where layers share a merged cache, one row teaches several.
-    """
-
-    layers: list[int]
-    rows: list[int]
-    phase: str
-
-    @classmethod
-    def of(cls, store: TargetsStore) -> Match:
-        layers = sorted(store.layer_map)
-        return cls(layers, [store.layer_map[i] for i in layers], store.manifest.rotary.phase)
 
 
 def objective_of(
@@ -48,29 +32,37 @@ def objective_of(
     kv_std: bool,
     codi_distance: str,
     codi_std: bool,
+    match: Match | None = None,
 ) -> Objective:
-    """The objective with the statistics of the whole store, never of a batch."""
+    """The objective with the statistics of the whole store, never of a batch.
+
+    match: of the student with the store; None for one that has the teacher's layers.
+    """
     if store is None:
         return Objective(0.0, 0.0, w_cot, kv_distance, codi_distance)
-    statistics, rows = store.manifest.statistics, Match.of(store).rows
+    statistics, match = store.manifest.statistics, match or Match.of(store)
     return Objective(
         alpha_kv,
         alpha_codi,
         w_cot,
         kv_distance,
         codi_distance,
-        keys_std=_std(statistics.keys_std, rows) if kv_std else None,
-        values_std=_std(statistics.values_std, rows) if kv_std else None,
-        endpoint_std=_std(statistics.endpoint_std) if codi_std else None,
+        keys_std=_std(statistics.keys_std, match.rows) if kv_std else None,
+        values_std=_std(statistics.values_std, match.rows) if kv_std else None,
+        endpoint_std=_std(statistics.endpoint_std, match.levels) if codi_std else None,
     )
 
 
 def student_terms(
-    objective: Objective, match: Match | None, online: OnlineTargets | None = None
+    objective: Objective,
+    match: Match | None,
+    online: OnlineTargets | None = None,
+    rounding: Rounding | None = None,
 ) -> Terms:
     """The weighted terms of a batch, ready for `fit`; match None means there are no targets.
 
     online: makes the targets from the batch's `records`; None takes its stored `targets`.
+    rounding: what the student's keys and values go through before they are compared.
     """
 
     def terms(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -84,17 +76,24 @@ def student_terms(
         )
         if match is None or not (objective.alpha_kv or objective.alpha_codi):
             return objective.weighted(reasoning, batch, None, None)
-        student = cast(LatentReasoner, getattr(model, "module", model))
         targets = online(batch["records"]) if online else batch["targets"].dequantise()
         wanted = {
             **batch,
             "keys": targets.keys[:, match.rows],
             "values": targets.values[:, match.rows],
             "slot_mask": targets.slot_mask[:, match.rows],
-            "endpoint": targets.endpoint,
+            "endpoint": targets.endpoint[:, match.levels],
         }
-        keys = student.slot_keys(reasoning, match.phase)[:, match.layers]
-        values = torch.stack(reasoning.values, dim=1)[:, match.layers]
+        if not objective.alpha_kv:
+            return objective.weighted(reasoning, wanted, None, None)
+        if isinstance(reasoning, ProjectedReasoning):
+            keys, values = reasoning.slot_keys, reasoning.slot_values
+        else:
+            student = cast(LatentReasoner, getattr(model, "module", model))
+            keys, values = match.slots(student, reasoning)
+        if rounding is not None:
+            keys = rounding("keys", keys, match.rows)
+            values = rounding("values", values, match.rows)
         return objective.weighted(reasoning, wanted, keys, values)
 
     return terms
@@ -132,7 +131,6 @@ def merge_lora(student: LatentReasoner, adapters: LoraModel) -> None:
     student.decoder = cast(PreTrainedModel, adapters.merge_and_unload())
 
 
-def _std(values: Sequence[float], rows: Sequence[int] | None = None) -> Tensor:
-    chosen = values if rows is None else [values[row] for row in rows]
+def _std(values: Sequence[float], rows: Sequence[int]) -> Tensor:
     # A row without any spread (a single record, a constant) is not scaled.
-    return torch.tensor([value or 1.0 for value in chosen])
+    return torch.tensor([values[row] or 1.0 for row in rows])

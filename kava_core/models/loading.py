@@ -46,6 +46,15 @@ def load_config(path: str) -> PreTrainedConfig:
     return config.get_text_config()
 
 
+def cache_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Key/value heads H and head dimension D of a text configuration."""
+    heads = config.num_attention_heads
+    return (
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal LM from a folder or a Hub id, in evaluation mode, on the CPU.
 

@@ -152,13 +152,14 @@ def generate(run: Run) -> None:
 
 def store_geometry(config: Any) -> Any:
     """The store's geometry for a model configuration."""
+    from kava_core.models.loading import cache_shape
     from kava_core.store import Geometry
 
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    kv_heads, head_dim = cache_shape(text)
     return Geometry.plain(
         layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         hidden_size=text.hidden_size,
     )

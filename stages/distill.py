@@ -97,6 +97,7 @@ class DistillJob:
     def _data(self, tokenizer: Any) -> tuple[TargetsStore | None, Any, list[int], str]:
         """The store, the dataset, how many records each of its shards has, and the traces' kind."""
         from kava_core.distill.batches import AnswerDataset, TargetsDataset
+        from kava_core.distill.student import writes_rest
         from kava_core.problems.folder import open_problems
         from kava_core.problems.traces import TraceEncoder
         from kava_core.store import TargetsStore
@@ -104,7 +105,9 @@ class DistillJob:
         settings, chains = self.settings, self.settings.w_cot > 0
         if settings.reasoning != "none":
             store = TargetsStore.open(self.run.path("kv_targets"))
-            dataset = TargetsDataset(store, chains, online=settings.targets == "online")
+            dataset = TargetsDataset(
+                store, chains, online=settings.targets == "online", writes=writes_rest(store)
+            )
             return store, dataset, list(store.sizes), str(store.manifest.settings["traces"])
         problems = open_problems(self.run.path("problems"))
         encoded = TraceEncoder(tokenizer, problems.traces).encode_all(problems.load("train"))
@@ -155,19 +158,20 @@ def distill(run: Run, student: str) -> None:
     if settings.processes == 1:
         job()
     else:
-        from kava_core.distill.fit import STOP_FILE
+        from kava_core.distill.fit import STOP_FILE, following
         from kava_core.distill.processes import run_processes
 
         resources = run.settings.resources
-        run_processes(
-            job,
-            settings.processes,
-            folder=work / "ray",
-            stop_file=job.checkpoints / STOP_FILE,
-            threads=settings.training.threads,
-            cpus=resources.cpus_per_worker,
-            gpus=resources.gpus_per_worker,
-        )
+        with following(job.output / "live", student, settings.training.steps):
+            run_processes(
+                job,
+                settings.processes,
+                folder=work / "ray",
+                stop_file=job.checkpoints / STOP_FILE,
+                threads=settings.training.threads,
+                cpus=resources.cpus_per_worker,
+                gpus=resources.gpus_per_worker,
+            )
     publish(job.output, output)
 
 
@@ -198,6 +202,9 @@ def _online(settings: Student, store: TargetsStore | None, teacher: str) -> Onli
 def _build(
     settings: Student, teacher: Any, tokenizer: Any, store: TargetsStore | None
 ) -> LatentReasoner:
+    import numpy as np
+
+    from kava_core.distill.student import writes_rest
     from kava_core.models.latent import LatentReasoner
     from kava_core.problems.traces import TraceEncoder
 
@@ -209,18 +216,16 @@ def _build(
         reasoning=settings.reasoning if store else "jacobi",
         projection=settings.projection,
         per_position=settings.per_position,
-        answer_prompt_ids=encoder.answer_prompt_ids,
+        answer_prompt_ids=[] if store and writes_rest(store) else encoder.answer_prompt_ids,
         eos_token_id=encoder.eos,
         seed=settings.training.seed,
     )
     context = getattr(model.decoder.config, "max_position_embeddings", None)
     if store is not None and context is not None:
-        longest = (
-            int((store.index.column("n_question") + store.index.column("n_answer")).max())
-            + 2
-            + store.geometry.slots
-            + len(encoder.answer_prompt_ids)
-        )
+        index, shards = store.index, range(len(store.sizes))
+        prompts = [np.diff(index.shard(k)["answer_prompt_ids"][0]) for k in shards]
+        written = index.column("n_question") + np.concatenate(prompts) + index.column("n_answer")
+        longest = int(written.max()) + 2 + store.geometry.slots
         if longest > context:
             raise KavaError(
                 f"a question with its latents and answer takes {longest} positions and the model's "

@@ -16,7 +16,8 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,7 @@ Terms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 LOWEST_SHARE = 0.01
 STOP_FILE = "stop"
+FOLLOW_SECONDS = 0.5
 LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "gradient_share")
 
 
@@ -240,7 +242,7 @@ class _Window(TrainerCallback, ExportableState):
         self.before = ({}, _random_state())
 
     def rewind(self) -> None:
-        """Back to where the step at work began (`before` is not None)."""
+        """Back to where the step at work began; this run has taken a step before it."""
         assert self.before is not None
         attributes, numbers = self.before
         vars(self).update(attributes)
@@ -312,7 +314,8 @@ class _Trainer(Trainer):
     def _give_up(self, model: nn.Module, value: float, own: Tensor, ids: list[str]) -> None:
         """Save what the steps before this one gave, and say where it went wrong."""
         step = self.state.global_step
-        if self.window.before is not None:  # else this run has not taken a step
+        saved = group.from_first(lambda: last_whole_checkpoint(Path(str(self.args.output_dir))))
+        if step > (_step_of(saved) if saved else 0):
             self.window.rewind()
             self._save_checkpoint(model, trial=None)
         bad = group.gather([] if torch.isfinite(own) else ids)
@@ -332,22 +335,22 @@ class _Trainer(Trainer):
         assert self.model is not None
         own = self.held_out[group.rank() :: group.size()]
         step = self.args.per_device_train_batch_size
-        sums: Tensor | None = None
-        names: list[str] = []
+        sums: dict[str, float] = {}
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for first in range(0, len(own), step):
                 indices = list(own[first : first + step])
                 batch = self.train_dataset.__getitems__(indices)  # type: ignore[union-attr]
                 terms = self.terms(self.model, send_to_device(batch, self.args.device))
-                names = list(terms)
-                values = torch.stack(list(terms.values())).double() * len(indices)
-                sums = values if sums is None else sums + values
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term) * len(indices)
         self.model.train()
-        assert sums is not None
-        means = (group.mean(sums) * group.size() / len(self.held_out)).tolist()
-        logs = {f"eval_loss_{name}": value for name, value in zip(names, means, strict=True)}
-        logs["eval_loss"] = sum(means)
+        parts = [part for part in group.gather(sums) if part]  # a process may have no records
+        logs = {
+            f"eval_loss_{name}": sum(part[name] for part in parts) / len(self.held_out)
+            for name in parts[0]
+        }
+        logs["eval_loss"] = sum(logs.values())
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
@@ -380,6 +383,42 @@ class _Trainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+@contextmanager
+def following(live_folder: Path, title: str, steps: int) -> Iterator[Progress]:
+    """The progress bar of a run in other processes, from the metrics they write."""
+    over = threading.Event()
+    with progress() as display:
+        task = display.add_task(title, total=steps, note="")
+
+        def follow() -> None:
+            last = False
+            while not last:
+                last = over.wait(FOLLOW_SECONDS)
+                try:
+                    text = (live_folder / "metrics.json").read_text(encoding="utf-8")
+                    metrics = json.loads(text)
+                except (OSError, json.JSONDecodeError):  # not there yet, or being written
+                    continue
+                display.update(task, completed=metrics["step"], note=_note(metrics))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield display
+        finally:
+            over.set()
+            thread.join()
+
+
+def _note(logs: dict[str, float]) -> str:
+    """`loss 0.512  kv 0.301 …` of what is logged."""
+    return "  ".join(
+        f"{name.removeprefix('loss_')} {value:.3f}"
+        for name, value in logs.items()
+        if name.startswith("loss")
+    )
+
+
 class _Display(TrainerCallback):
     def __init__(self, display: Progress, task: TaskID) -> None:
         self.display, self.task = display, task
@@ -397,11 +436,7 @@ class _Display(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        note = "  ".join(
-            f"{name.removeprefix('loss_')} {value:.3f}"
-            for name, value in (logs or {}).items()
-            if name.startswith("loss")
-        )
+        note = _note(logs or {})
         if note:
             self.display.update(self.task, note=note)
 

@@ -53,7 +53,15 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, records: Sequence[Record]) -> TargetTensors:
-        """The targets of B records, in float32, on the teacher's device."""
+        """The targets of B records, in float32, on the teacher's device.
+
+        The student's mixed precision is none of the teacher's.
+        """
+        device = next(self.teacher.model.parameters()).device.type
+        with torch.autocast(device, enabled=False):
+            return self._make(records)
+
+    def _make(self, records: Sequence[Record]) -> TargetTensors:
         cache = self.teacher(cast(Sequence[Trace], records))  # it needs their tokens only
         # Caches of floats are evicted in the dtype they are kept in, codes in float32.
         batch = CacheBatch.from_ragged(

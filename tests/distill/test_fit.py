@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from kava_core.console import console
 from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
-from kava_core.distill.fit import Stopped, fit, last_whole_checkpoint
+from kava_core.distill.fit import Stopped, fit, following, last_whole_checkpoint
 from kava_core.distill.student import Match, merge_lora, student_terms
 from kava_core.distill.teacher import chain_terms
 from kava_core.errors import KavaError
@@ -275,6 +275,15 @@ def test_the_loss_is_the_sum_of_its_terms_and_a_mean_since_the_last_log(
     assert curve(every, "loss") == pytest.approx(np.sum(terms, axis=0).tolist(), rel=1e-6)
     pairs = np.reshape(curve(every, "loss"), (5, 2)).mean(1)
     assert curve(second, "loss") == pytest.approx(pairs.tolist(), rel=1e-6)
+
+
+def test_a_run_elsewhere_is_followed_by_what_it_writes(store: Path, tmp_path: Path) -> None:
+    run = Toy(store, tmp_path, toy.replace(SETTINGS, steps=2, log_every=1))
+    with following(tmp_path / "live", "toy", 2) as display:
+        assert display.tasks[0].completed == 0
+        run.run()
+    assert display.tasks[0].completed == 2
+    assert f"kv {curve(run, 'loss_kv')[-1]:.3f}" in display.tasks[0].fields["note"]
 
 
 def test_a_cosine_follows_the_warm_up(store: Path, tmp_path: Path) -> None:

@@ -154,6 +154,16 @@ def test_rounding_is_seen(tmp_path: Path) -> None:
     assert float(other["answer"]) == pytest.approx(float(stored["answer"]), rel=1e-6)
 
 
+def test_mixed_precision_of_the_student_is_not_the_teachers(tmp_path: Path) -> None:
+    store, online, _ = made(tmp_path, "llama", *CASES["float32"])
+    records = [store.index.record(i) for i in ORDER]
+    alone = online(records)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = online(records)
+    for name, value in vars(alone).items():
+        assert torch.equal(getattr(within, name), value), name
+
+
 def test_nothing_of_the_teacher_learns(tmp_path: Path) -> None:
     store, online, _ = made(tmp_path, "llama", *CASES["float32"])
     before = {name: x.clone() for name, x in online.teacher.model.state_dict().items()}

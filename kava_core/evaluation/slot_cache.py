@@ -30,6 +30,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kava_core.errors import KavaError
+from kava_core.models.capture import show
 from kava_core.models.teacher_pass import attention_windows
 
 ABSENT = 1 << 40  # a position after all positions
@@ -173,6 +174,7 @@ def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     mask = _active.get().mask(int(module.layer_idx), query)  # type: ignore[arg-type]
+    show(module, query, key, value, mask, kwargs)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -180,6 +182,7 @@ def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     mask = _active.get().mask(int(module.layer_idx), query)  # type: ignore[arg-type]
+    show(module, query, key, value, mask, kwargs)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, mask, **kwargs)
 

@@ -105,6 +105,7 @@ class _Probe:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: Tensor | None,
         scaling: float,
         softcap: float | None,
     ) -> None:

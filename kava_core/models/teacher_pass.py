@@ -213,6 +213,7 @@ class _CoTRecorder:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: Tensor | None,
         scaling: float,
         softcap: float | None,
     ) -> None:

@@ -174,6 +174,7 @@ class Keep:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: Tensor | None,
         scaling: float,
         softcap: float | None,
     ) -> None:

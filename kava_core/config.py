@@ -347,6 +347,22 @@ class Evict(Section):
     threads: Positive = 1
 
 
+def _one_layer_map(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        raise ValueError(
+            "should be `uniform` or a list: one of the teacher's layers, numbered from 0, for each "
+            "of the student's"
+        ) from None
+
+
+LayerMap = Annotated[
+    Literal["uniform"] | Annotated[tuple[NotNegative, ...], Field(min_length=1)],
+    WrapValidator(_one_layer_map),
+]
+
+
 class FidelityPolicy(Section):
     """A policy with its settings, as in `evict`; its bare name stands for its defaults."""
 
@@ -433,9 +449,16 @@ class Student(Section):
     `online` makes them anew in every step with the frozen teacher, by the store's settings, and
     takes token ids and statistics from the store only. processes: how many share each batch, on
     this machine or the Ray cluster that RAY_ADDRESS names; it changes results by rounding.
+
+    model: the Hugging Face folder or id it starts from; null: the teacher itself. Another model
+    learns K/V projectors into the teacher's basis beside it. layer_map: which layer of the teacher
+    teaches each of the student's. fake_quantise: keys and values pass through the store's codes
+    before they are compared. docs/methods.md has a snippet for each method.
     """
 
     training: Training
+    model: str | None = None
+    layer_map: LayerMap = "uniform"
     targets: Literal["store", "online"] = "store"
     processes: Positive = 1
     reasoning: Literal["jacobi", "sequential", "none"] = "jacobi"
@@ -447,6 +470,7 @@ class Student(Section):
     w_cot: Weight = 0.0
     kv_distance: Distance = "smooth_l1"
     kv_std: StrictBool = True
+    fake_quantise: StrictBool = False
     codi_distance: Distance = "smooth_l1"
     codi_std: StrictBool = True
     shard_window: Positive = 16
@@ -457,6 +481,15 @@ class Student(Section):
         if self.reasoning == "none" and (self.alpha_kv or self.alpha_codi):
             raise ValueError(
                 "a student with `reasoning: none` reads no targets: alpha_kv, alpha_codi must be 0"
+            )
+        if self.fake_quantise and not self.alpha_kv:
+            raise ValueError(
+                "fake_quantise changes the KV term alone, and alpha_kv is 0: set one or the other"
+            )
+        if self.layer_map != "uniform" and not (self.alpha_kv or self.alpha_codi):
+            raise ValueError(
+                "layer_map says what is compared, and alpha_kv and alpha_codi are 0: set one or "
+                "leave layer_map out"
             )
         return self
 

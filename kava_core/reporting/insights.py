@@ -130,14 +130,14 @@ class Interventions(Found):
 
 
 class Insight(Found):
-    """One student's latents, over `records` records."""
+    """One student's latents, over `records` test problems; interventions: None where not made."""
 
     records: int
     decoded: list[Decoded]
     similarity_full: LayerMaps
     attention: Attention
     magnitudes: Magnitudes
-    interventions: Interventions
+    interventions: Interventions | None = None
 
 
 def read_insights(path: Path) -> dict[str, Insight]:
@@ -259,19 +259,21 @@ def magnitudes(student: str, insight: Insight) -> Figured:
     return finish(f"magnitudes-{student}", f"{student}: sizes of keys and values", caption, draw)
 
 
-def interventions(insights: Mapping[str, Insight]) -> Figured:
-    """Exact match with one latent changed, by slot; a panel per student."""
+def interventions(insights: Mapping[str, Insight]) -> Figured | None:
+    """Exact match with one latent changed, by slot; a panel per student; None without any."""
+    made = {name: i.interventions for name, i in insights.items() if i.interventions is not None}
+    if not made:
+        return None
     kinds = {"zero": SERIES[7], "mean": SERIES[2], "shuffle": SERIES[4]}
 
     def draw() -> Figure:
         from matplotlib.ticker import MaxNLocator
 
-        across = min(3, len(insights))
-        down = -(-len(insights) // across)
+        across = min(3, len(made))
+        down = -(-len(made) // across)
         figure = canvas(240 * down + 50)
         axes = figure.subplots(down, across, squeeze=False, sharey=True)
-        for ax, (student, insight) in zip(axes.flat, insights.items(), strict=False):
-            found = insight.interventions
+        for ax, (student, found) in zip(axes.flat, made.items(), strict=False):
             ax.axhline(found.none, color=INK, linewidth=1.4)
             slots = range(1, len(found.zero) + 1)
             for kind, colour in kinds.items():
@@ -279,17 +281,16 @@ def interventions(insights: Mapping[str, Insight]) -> Figured:
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.set_title(student)
             ax.set_xlabel("latent slot that is changed")
-        for ax in list(axes.flat)[len(insights) :]:
+        for ax in list(axes.flat)[len(made) :]:
             ax.set_axis_off()
-        found_all = [insight.interventions for insight in insights.values()]
-        highest = max(max([f.none, *f.zero, *f.mean, *f.shuffle]) for f in found_all)
+        highest = max(max([f.none, *f.zero, *f.mean, *f.shuffle]) for f in made.values())
         percent_axis(axes[0, 0], highest)
         for ax in axes[:, 0]:
             ax.set_ylabel("exact match")
         legend(figure, {"untouched": (INK, "-"), **{k: (c, "-") for k, c in kinds.items()}})
         return figure
 
-    asked = max(insight.interventions.n for insight in insights.values())
+    asked = max(found.n for found in made.values())
     caption = (
         f"{asked:,} test problems, asked with one latent set to zero, to its mean over problems, "
         "or to that of another problem. A latent that changes nothing holds nothing that the "

@@ -140,7 +140,7 @@ def _figures(findings: Findings) -> dict[str, list[Figured]]:
                 {name: insight.similarity_full for name, insight in insights.items()},
             ),
         ],
-        "insights": [interventions(insights)] if insights else [],
+        "insights": [interventions(insights)],
         "traces": [trace_lengths(findings.targets)],
     }
     return {name: [f for f in found if f is not None] for name, found in sections.items()}

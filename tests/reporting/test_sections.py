@@ -166,10 +166,22 @@ def test_what_is_turned_off_is_said_in_a_line(made: Pipeline, tmp_path: Path) ->
     (tmp_path / "page").mkdir()
     page = (build(found, tmp_path / "page") / "index.html").read_text()
     assert "The fidelity stage has not run in this pipeline" in page
-    assert "No latents were looked into" in page
+    assert "<code>evaluate.interpret_records</code> is 0" in page
     assert "kava fidelity --pipeline made\nkava" not in page
     assert not list((tmp_path / "page").glob("attention-*.png"))
     assert summary(found, compare(found, TEACHER))["sweet_spot"] is None
+
+
+def test_without_interventions_the_rest_of_the_latents_is_shown(
+    findings: Findings, tmp_path: Path
+) -> None:
+    insights = {"kava": findings.insights["kava"].model_copy(update={"interventions": None})}
+    students = {"kava": replace(findings.students["kava"], curves={})}
+    bare = replace(findings, insights=insights, students=students, truncation=None)
+    page = (build(bare, tmp_path) / "index.html").read_text()
+    assert "<code>evaluate.intervention_problems</code> is 0" in page
+    assert (tmp_path / "attention-kava.png").is_file()
+    assert not (tmp_path / "interventions.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -486,10 +486,10 @@ class LatentReasoner(PreTrainedModel):
         chain_ids: Tensor | None,
         chain_mask: Tensor | None,
     ) -> Tensor | None:
-        if chain_ids is None:
+        if chain_ids is None or chain_mask is None:
+            if chain_ids is not chain_mask:
+                raise KavaError("of chain_ids and chain_mask one is missing. Give both, or neither.")
             return None
-        if chain_mask is None:
-            raise KavaError("chain_ids came without chain_mask. Give both, or neither.")
         output = self._feed(
             _State(DynamicCache(), question_mask[:, :0]),
             self._embed(torch.cat((question_ids, chain_ids), 1)),

@@ -488,7 +488,7 @@ class LatentReasoner(PreTrainedModel):
     ) -> Tensor | None:
         if chain_ids is None or chain_mask is None:
             if chain_ids is not chain_mask:
-                raise KavaError("of chain_ids and chain_mask one is missing. Give both, or neither.")
+                raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
         output = self._feed(
             _State(DynamicCache(), question_mask[:, :0]),

@@ -39,7 +39,7 @@ def ask(student: Path, question: str, as_json: bool) -> None:
     text = str(encoder.tokenizer.decode(written.tokens[0], skip_special_tokens=True))
     found = {
         "question": question,
-        "answer": read_answer(text, prompted=True),
+        "answer": read_answer(text, prompted=bool(model.config.answer_prompt_ids)),
         "text": text,
         "latents": model.config.latents,
         "reasoning_passes": model.latent_passes,

@@ -97,7 +97,6 @@ class DistillJob:
     def _data(self, tokenizer: Any) -> tuple[TargetsStore | None, Any, list[int], str]:
         """The store, the dataset, how many records each of its shards has, and the traces' kind."""
         from kava_core.distill.batches import AnswerDataset, TargetsDataset
-        from kava_core.distill.student import writes_rest
         from kava_core.problems.folder import open_problems
         from kava_core.problems.traces import TraceEncoder
         from kava_core.store import TargetsStore
@@ -105,9 +104,7 @@ class DistillJob:
         settings, chains = self.settings, self.settings.w_cot > 0
         if settings.reasoning != "none":
             store = TargetsStore.open(self.run.path("kv_targets"))
-            dataset = TargetsDataset(
-                store, chains, online=settings.targets == "online", writes=writes_rest(store)
-            )
+            dataset = TargetsDataset(store, chains, online=settings.targets == "online")
             return store, dataset, list(store.sizes), str(store.manifest.settings["traces"])
         problems = open_problems(self.run.path("problems"))
         encoded = TraceEncoder(tokenizer, problems.traces).encode_all(problems.load("train"))
@@ -204,7 +201,7 @@ def _build(
 ) -> LatentReasoner:
     import numpy as np
 
-    from kava_core.distill.student import writes_rest
+    from kava_core.distill.batches import writes_rest
     from kava_core.models.latent import LatentReasoner
     from kava_core.problems.traces import TraceEncoder
 

@@ -40,7 +40,9 @@ class GenerateJob:
         settings = self.settings
         source = open_problems(self.problems)
         problems = source.load("train")
-        encoder = TraceEncoder(load_tokenizer(str(self.teacher)), source.traces)
+        encoder = TraceEncoder(
+            load_tokenizer(str(self.teacher)), source.traces, source.latent_fraction
+        )
         model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
         teacher = TeacherPass(model)
         geometry, codec = store_geometry(model.config), store_codec(settings)
@@ -98,7 +100,8 @@ def generate(run: Run) -> None:
     problems = source.load("train")
     if not problems:
         raise KavaError(f"{source.path} has no training problems. Ask `prepare` for some.")
-    traces = TraceEncoder(tokenizer, source.traces).encode_all(problems)
+    encoder = TraceEncoder(tokenizer, source.traces, source.latent_fraction)
+    traces = encoder.encode_all(problems)
     model = load_model(str(teacher))
     check_lengths(traces, model.config.get_text_config())
     rotary, geometry = rotary_of(model), store_geometry(model.config)
@@ -139,7 +142,11 @@ def generate(run: Run) -> None:
         codec=store_codec(settings),
         rotary_phase="pre_rope",
         rotary=rotary,
-        settings={"generate": settings.model_dump(mode="json"), "traces": source.traces},
+        settings={
+            "generate": settings.model_dump(mode="json"),
+            "traces": source.traces,
+            **({"latent_fraction": source.latent_fraction} if source.latent_fraction < 1 else {}),
+        },
         fingerprints=fingerprints,
     )
     publish(folder, output)

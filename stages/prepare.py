@@ -33,7 +33,13 @@ def prepare(run: Run) -> None:
         _check_answers(name, problems)
     folder = work_folder(output, settings.model_dump(mode="json")) / "output"
     folder.mkdir(exist_ok=True)
-    write_problems(folder, splits, settings.traces, settings.model_dump(mode="json"))
+    write_problems(
+        folder,
+        splits,
+        settings.traces,
+        settings.model_dump(mode="json"),
+        latent_fraction=settings.latent_fraction,
+    )
     publish(folder, output)
     counts = {name: len(found) for name, found in {**splits.named(), **splits.test_sets}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -71,10 +71,17 @@ class AnswerDataset(Dataset[dict[str, Any]]):
         )
 
 
+def writes_rest(store: TargetsStore) -> bool:
+    """Whether latents stand for a part of each trace only, and the student writes the rest."""
+    return "latent_fraction" in store.manifest.settings
+
+
 class TargetsDataset(Dataset[dict[str, Any]]):
     """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
 
     online: instead of them `records`, from whose tokens the teacher makes the targets anew.
+    Where the student writes the rest of the trace (`writes_rest`), the rest and the answer prompt
+    belong to its answer, and `prompt_lengths` says where in it the endpoint is.
 
     Nothing is kept between batches. Codes are worked out on the trainer's device, not here.
     """
@@ -83,6 +90,7 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         self.store = store
         self.chains = chains
         self.online = online
+        self.writes_rest = writes_rest(store)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -92,11 +100,16 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         batch = answer_batch(
             [r.id for r in records],
             [r.question_ids for r in records],
-            [r.answer_ids for r in records],
+            [
+                [*r.answer_prompt_ids, *r.answer_ids] if self.writes_rest else r.answer_ids
+                for r in records
+            ],
             [[*r.cot_ids, *r.answer_prompt_ids, *r.answer_ids] for r in records]
             if self.chains
             else None,
         )
+        if self.writes_rest:
+            batch["prompt_lengths"] = torch.tensor([len(r.answer_prompt_ids) for r in records])
         if self.online:
             batch["records"] = records
         else:

@@ -73,6 +73,7 @@ def student_terms(
             batch["answer_mask"],
             batch.get("chain_ids"),
             batch.get("chain_mask"),
+            batch.get("prompt_lengths"),
         )
         if match is None or not (objective.alpha_kv or objective.alpha_codi):
             return objective.weighted(reasoning, batch, None, None)

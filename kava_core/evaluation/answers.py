@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 _LONGEST_NUMBER = 200  # a model in a loop can write digits without end
 _LONGEST_EXPRESSION = 300
+# A gold number with more decimals is a float, printed: GSM-Hard's 13333.333333333334.
+_MOST_DECIMALS = 6
+_FLOAT_NOISE = Fraction(1, 10**6)
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
 _SIGNED = re.compile(
@@ -48,6 +51,7 @@ _EXPLODES = re.compile(r"\^[^\^]{0,40}\^|\^\s*\{?\s*\d{4,}|!")
 class _Number(NamedTuple):
     value: Fraction  # as written
     scale: Fraction  # 1/100 for percent, 10⁶ for "million", 1 for any other unit
+    decimals: int  # digits behind the point
 
 
 def extract_answer(generated: str) -> str | None:
@@ -91,8 +95,10 @@ def same_answer(predicted: str | None, gold: str) -> bool:
     """Whether a predicted answer means the same as the gold answer.
 
     Two numbers are compared exactly. Where only one of them has a percent sign or a word such as
-    "million", either reading of it counts ("50%" is both 50 and 0.5). Anything else is equal as
-    text without case and spacing, or by math-verify where it looks like mathematics.
+    "million", either reading of it counts ("50%" is both 50 and 0.5). A gold number with more than
+    six decimals is a printed float: the prediction may be rounded, to two decimals or more.
+    Anything else is equal as text without case and spacing, or by math-verify where it looks like
+    mathematics.
     """
     if predicted is None:
         return False
@@ -100,7 +106,7 @@ def same_answer(predicted: str | None, gold: str) -> bool:
     if left is not None and right is not None:
         scaled = left.value * left.scale == right.value * right.scale
         if left.scale == 1 or right.scale == 1:
-            return scaled or left.value == right.value
+            return scaled or left.value == right.value or _rounded(left, right)
         return scaled
     texts = [" ".join(_plain(text).casefold().strip(" .").split()) for text in (predicted, gold)]
     if texts[0] == texts[1]:
@@ -115,6 +121,16 @@ def has_value(text: str) -> bool:
     if parse_number(text) is not None:
         return True
     return _MATH.search(text) is not None and _same_expression(text, text)
+
+
+def _rounded(predicted: _Number, gold: _Number) -> bool:
+    """Whether gold is a printed float, and predicted the same number without its last digits."""
+    if gold.decimals <= _MOST_DECIMALS or predicted.scale != gold.scale:
+        return False
+    tolerance = _FLOAT_NOISE
+    if predicted.decimals >= 2:
+        tolerance = max(tolerance, Fraction(1, 2 * 10**predicted.decimals))
+    return abs(predicted.value - gold.value) <= tolerance
 
 
 def _parse(text: str) -> _Number | None:
@@ -142,6 +158,7 @@ def _parse(text: str) -> _Number | None:
     return _Number(
         -value if match["sign"] == "-" else value,
         _SCALES[scale[1].lower()] if scale else Fraction(1),
+        len((match["number"] or "").lower().partition("e")[0].partition(".")[2]),
     )
 
 

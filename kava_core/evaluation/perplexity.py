@@ -3,6 +3,7 @@
 The answer (its end of sequence included) is teacher-forced behind
 
 - question, the system's own latents and the answer prompt, for a student with latents;
+- the same and the steps that it wrote itself, for one whose latents stand for a part of the trace;
 - question and answer prompt, for a system that answers at once;
 - question and what the system itself wrote, up to its last answer prompt, for one that writes its
   chain of thought. Where it never wrote the prompt, the prompt is put behind all that it wrote.
@@ -41,11 +42,14 @@ def gold_nll(
     """
     questions = encoder.encode_questions([p.question for p in problems])
     answers = encoder.encode_answers([p.answer for p in problems])
+    leads: list[list[int]] = [[] for _ in problems]
     if not system.config.answer_prompt_ids:
-        questions = [
-            question + _own_chain(prediction.written, encoder)
-            for question, prediction in zip(questions, predictions, strict=True)
-        ]
+        chains = [_own_chain(prediction.written, encoder) for prediction in predictions]
+        if system.config.latents:  # which come before anything written
+            leads = chains
+            answers = [chain + answer for chain, answer in zip(chains, answers, strict=True)]
+        else:
+            questions = [q + chain for q, chain in zip(questions, chains, strict=True)]
     order = sorted(range(len(problems)), key=lambda i: (len(questions[i]), i))
     found: dict[int, list[float]] = {}
     for start in range(0, len(order), batch_size):
@@ -55,7 +59,7 @@ def gold_nll(
         logits = system(ids, mask, gold, kept).logits[:, :-1]  # [B, A, V]
         nll = -logits.double().log_softmax(-1).gather(-1, gold[..., None])[..., 0]  # [B, A]
         for i, row in zip(chosen, nll.tolist(), strict=True):
-            found[i] = row[: len(answers[i])]
+            found[i] = row[len(leads[i]) : len(answers[i])]
             if not all(map(math.isfinite, found[i])):
                 raise KavaError(
                     f"problem {problems[i].id}: expected a finite probability of the answer "

@@ -19,12 +19,14 @@ TEST_SETS = "test_sets"
 class ProblemFolder:
     """An opened problems folder.
 
-    `traces` says how its steps are written, `names` which further test sets it has.
+    `traces` says how its steps are written, `names` which further test sets it has, and
+    `latent_fraction` how much of a trace latents stand for (`TraceEncoder`).
     """
 
     path: Path
     traces: TraceForm
     names: tuple[str, ...] = ()
+    latent_fraction: float = 1.0
 
     def load(self, split: str) -> list[Problem]:
         """The problems of `train`, `validation` or `test`; those of `test` may have no steps."""
@@ -49,11 +51,18 @@ class ProblemFolder:
     def fingerprint(self, *splits: str) -> str:
         """Names the content of the given splits and how their steps are written."""
         files = [f"{split}.parquet" for split in splits]
-        return fingerprint({"traces": self.traces, "files": folder_fingerprint(self.path, files)})
+        content = {"traces": self.traces, "files": folder_fingerprint(self.path, files)}
+        if self.latent_fraction < 1:
+            content["latent_fraction"] = str(self.latent_fraction)
+        return fingerprint(content)
 
 
 def write_problems(
-    folder: Path, splits: ProblemSplits, traces: TraceForm, settings: dict[str, Any]
+    folder: Path,
+    splits: ProblemSplits,
+    traces: TraceForm,
+    settings: dict[str, Any],
+    latent_fraction: float = 1.0,
 ) -> None:
     """Write splits and test sets, `problems.json` and `metrics.json`.
 
@@ -70,7 +79,12 @@ def write_problems(
     metrics["dropped"] = splits.dropped
     metrics["leaked"] = splits.leaked
     write_json(folder / "metrics.json", metrics)
-    about = {"traces": traces, TEST_SETS: list(splits.test_sets), "settings": settings}
+    about = {
+        "traces": traces,
+        "latent_fraction": latent_fraction,
+        TEST_SETS: list(splits.test_sets),
+        "settings": settings,
+    }
     write_json(folder / "problems.json", about)
 
 
@@ -84,4 +98,10 @@ def open_problems(path: Path) -> ProblemFolder:
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
         raise KavaError(f"{path} lacks {', '.join(missing)}. Run `kava prepare` again.")
-    return ProblemFolder(path, about["traces"], tuple(names))
+    fraction = about.get("latent_fraction", 1.0)
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise KavaError(
+            f"{path / 'problems.json'}: expected a latent_fraction in (0, 1], found {fraction!r}. "
+            "Run `kava prepare` again."
+        )
+    return ProblemFolder(path, about["traces"], tuple(names), float(fraction))

@@ -4,10 +4,14 @@ Each piece (question, chain of thought, answer prompt, answer) is tokenised on i
 are concatenated, so that no token reaches across a border whatever the tokenizer merges. The
 teacher's sequence is `question_ids + cot_ids + answer_prompt_ids + answer_ids`; its CoT span
 starts at `len(question_ids)`, and the *endpoint* is the last token of the answer prompt.
+
+Where latents stand for a part of the trace only, the steps behind that part, which the student
+writes, are the beginning of `answer_prompt_ids`: sequence and endpoint stay what they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +27,8 @@ ANSWER_PROMPT = "The answer is:"
 class Trace:
     """A problem in token ids: Q, C (N_C ids), the answer prompt, and A (N_A ids, the last is eos).
 
-    `n_steps` is the number of steps of the problem and `answer` its text.
+    The answer prompt follows the steps that latents do not stand for, if there are any. `n_steps`
+    is the number of steps of the problem and `answer` its text.
     """
 
     id: str
@@ -41,12 +46,17 @@ class TraceEncoder:
     """Turns problems into traces with one tokenizer.
 
     Equations are joined without anything between them, sentences end in a line end each
-    (`traces`). `bos` stands first in the question if the tokenizer has one and would put it there
-    itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write the answer
-    prompt.
+    (`traces`). The first `latent_fraction` of a problem's steps, rounded up, are C. `bos` stands
+    first in the question if the tokenizer has one and would put it there itself. KavaError if the
+    tokenizer has no end-of-sequence token, or cannot write the answer prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, traces: TraceForm = "equations") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        traces: TraceForm = "equations",
+        latent_fraction: float = 1.0,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise KavaError(
                 "Expected a tokenizer with an end-of-sequence token, found none: answers could "
@@ -56,6 +66,7 @@ class TraceEncoder:
             raise KavaError(f"Expected `traces` to be equations or sentences, found {traces!r}.")
         self.tokenizer = tokenizer
         self.traces = traces
+        self.latent_fraction = latent_fraction
         self.eos: int = tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("1")["input_ids"][:1] == [bos]
@@ -96,11 +107,14 @@ class TraceEncoder:
             if not problem.answer.strip():
                 raise KavaError(f"Problem {problem.id} has an empty answer. Remove it or mend it.")
         questions = self._ids([self.question_text(problem.question) for problem in problems])
-        cots = self.encode_chains([problem.steps for problem in problems])
+        cuts = [self._latent_steps(problem) for problem in problems]
+        latent = [problem.steps[:cut] for problem, cut in zip(problems, cuts, strict=True)]
+        rest = [problem.steps[cut:] for problem, cut in zip(problems, cuts, strict=True)]
+        cots = self.encode_chains(latent)
+        prompts = [ids + self.answer_prompt_ids for ids in self.encode_chains(rest)]
         answers = self.encode_answers([problem.answer for problem in problems])
-        prompt = self.answer_prompt_ids
         written = [
-            q + c + prompt + a[:-1] for q, c, a in zip(questions, cots, answers, strict=True)
+            q + c + p + a[:-1] for q, c, p, a in zip(questions, cots, prompts, answers, strict=True)
         ]
         self._check(problems, written)
         return [
@@ -108,15 +122,15 @@ class TraceEncoder:
                 id=problem.id,
                 question_ids=self.first + question,
                 cot_ids=cot,
-                answer_prompt_ids=list(prompt),
+                answer_prompt_ids=prompt,
                 answer_ids=answer,
                 source=problem.source,
                 topic=problem.topic,
                 n_steps=len(problem.steps),
                 answer=problem.answer,
             )
-            for problem, question, cot, answer in zip(
-                problems, questions, cots, answers, strict=True
+            for problem, question, cot, prompt, answer in zip(
+                problems, questions, cots, prompts, answers, strict=True
             )
         ]
 
@@ -136,6 +150,10 @@ class TraceEncoder:
         return (
             [[*ids, self.eos] for ids in self._ids([" " + a for a in answers])] if answers else []
         )
+
+    def _latent_steps(self, problem: Problem) -> int:
+        # Rounded first, or 0.6 of 5 steps would be 4 on some fractions' last bit.
+        return math.ceil(round(self.latent_fraction * len(problem.steps), 9))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(

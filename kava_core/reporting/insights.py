@@ -210,7 +210,7 @@ def attention_flow(student: str, insight: Insight) -> Figured:
 
     caption = (
         f"Mean over layers, heads and {insight.records:,} problems; a row is what one token's "
-        "attention is spent on."
+        "attention is spent on. Grey: the answer is there in the last pass only."
     )
     return finish(
         f"attention-{student}", f"{student}: attention flow along the passes", caption, draw

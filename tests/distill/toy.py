@@ -143,10 +143,10 @@ def write_store(
     return TargetsStore.open(folder)
 
 
-def toy_objective(store: TargetsStore | None, **weights: float) -> Objective:
+def toy_objective(store: TargetsStore | None, **changes: Any) -> Objective:
     return objective_of(
         store,
-        **{"alpha_kv": 1.0, "alpha_codi": 1.0, "w_cot": 0.0, **weights},
+        **{"alpha_kv": 1.0, "alpha_codi": 1.0, "w_cot": 0.0, **changes},
         kv_distance="smooth_l1",
         kv_std=True,
         codi_distance="l1",

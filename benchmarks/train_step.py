@@ -19,7 +19,6 @@ process of its own, above what imports take: weights, gradients, optimizer and a
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -242,13 +241,21 @@ def peak_memory(variant: str, folder: Path) -> float:
 
 def own_peak(variant: str, folder: Path) -> float:
     """The same, measured in that process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     work = Steps(variant, folder)
     for _ in range(3):
         work.step()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """Megabytes of memory of this process: `VmRSS` now, `VmHWM` at its peak (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise KeyError(field)
 
 
 @click.command()

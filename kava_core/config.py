@@ -482,6 +482,8 @@ class Student(Section):
             raise ValueError(
                 "a student with `reasoning: none` reads no targets: alpha_kv, alpha_codi must be 0"
             )
+        if self.reasoning == "none" and self.targets == "online":
+            raise ValueError("a student with `reasoning: none` reads no targets: remove `targets`")
         if self.fake_quantise and not self.alpha_kv:
             raise ValueError(
                 "fake_quantise changes the KV term alone, and alpha_kv is 0: set one or the other"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from pydantic import ValidationError
@@ -15,7 +15,10 @@ from stages.common import Run, stage, store_codec, torch_threads
 from stages.fitting import fit_settings, hold_out
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kava_core.config import Student
+    from kava_core.distill.match import Match
     from kava_core.distill.online import OnlineTargets
     from kava_core.models.latent import LatentReasoner
     from kava_core.store import TargetsStore
@@ -25,11 +28,13 @@ if TYPE_CHECKING:
 class DistillJob:
     """The training of one student, into `work`; what each of its processes runs.
 
-    fingerprints: of the teacher and of what it is taught from, already checked.
+    start: folder or Hub id of the model it starts from. fingerprints: of the teacher and of what
+    it is taught from, already checked.
     """
 
     run: Run
     student: str
+    start: str
     work: Path
     fingerprints: dict[str, str]
 
@@ -48,7 +53,10 @@ class DistillJob:
     def __call__(self) -> None:
         from kava_core.distill import group
         from kava_core.distill.fit import fit
-        from kava_core.distill.student import Match, add_lora, merge_lora, student_terms
+        from kava_core.distill.match import Match
+        from kava_core.distill.projectors import add_projectors, drop_projectors
+        from kava_core.distill.rounding import Rounding
+        from kava_core.distill.student import add_lora, merge_lora, student_terms
         from kava_core.models.loading import load_model, load_tokenizer, save_model
         from kava_core.store.sampler import ShardShuffleSampler
 
@@ -58,16 +66,26 @@ class DistillJob:
         store, dataset, sizes, traces = self._data(tokenizer)
         taught, held_out = hold_out(sizes, training, f"students.{self.student}.training")
         with torch_threads(training.threads):
-            model = _build(settings, load_model(teacher), tokenizer, store)
-            adapters = None
+            model = _build(settings, load_model(self.start), tokenizer, store)
+            _check_context(model, store, dataset, chains=settings.w_cot > 0)
+            match = rounding = adapters = None
+            if store is not None:
+                kv, codi = settings.alpha_kv > 0, settings.alpha_codi > 0
+                match = Match.between(model, store, settings.layer_map, kv=kv, codi=codi)
+            if store is not None and settings.fake_quantise:
+                rounding = Rounding.of(store)
             if training.lora is not None:
                 adapters = add_lora(model, **training.lora.model_dump(), seed=training.seed)
+            projected = match is not None and settings.model is not None and settings.alpha_kv > 0
+            if match is not None and projected:
+                add_projectors(model, match)
             fit(
                 model,
                 student_terms(
-                    _objective(settings, store),
-                    Match.of(store) if store else None,
+                    _objective(settings, store, match),
+                    match,
                     _online(settings, store, teacher),
+                    rounding,
                 ),
                 dataset,
                 ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window),
@@ -81,6 +99,8 @@ class DistillJob:
             )
             if group.rank() > 0:
                 return
+            if projected:
+                drop_projectors(model)
             if adapters is not None:
                 merge_lora(model, adapters)
             save_model(self.output, model, tokenizer)
@@ -140,9 +160,21 @@ def distill(run: Run, student: str) -> None:
         "teacher": model_fingerprint(teacher),
         "tokenizer": tokenizer_fingerprint(load_tokenizer(teacher)),
     }
+    start = settings.model or teacher
+    if settings.model is not None:
+        if Path(start).is_dir():  # its processes may start in another folder
+            start = str(Path(start).absolute())
+        inputs["model"] = model_fingerprint(start)
+        found = tokenizer_fingerprint(load_tokenizer(start))
+        if found != inputs["tokenizer"]:
+            raise KavaError(
+                f"the tokenizer of {start} is {found}, and the teacher's is {inputs['tokenizer']}: "
+                f"they must be the same. Choose another students.{student}.model."
+            )
     if settings.reasoning != "none":
         expected = Expectation(teacher=inputs["teacher"], tokenizer=inputs["tokenizer"])
         store = TargetsStore.open(run.path("kv_targets"), expected)
+        _check_budget(run, store)
         inputs["kv_targets"] = store.manifest.digest
     else:
         inputs["problems"] = open_problems(run.path("problems")).fingerprint("train")
@@ -150,7 +182,7 @@ def distill(run: Run, student: str) -> None:
     output = run.path("students", student)
     work = work_folder(output, {"settings": plain, "inputs": inputs})
     # Its processes may start in another folder.
-    job = DistillJob(replace(run, data=run.data.absolute()), student, work, inputs)
+    job = DistillJob(replace(run, data=run.data.absolute()), student, start, work, inputs)
     job.output.mkdir(exist_ok=True)
     if settings.processes == 1:
         job()
@@ -196,18 +228,35 @@ def _online(settings: Student, store: TargetsStore | None, teacher: str) -> Onli
     return OnlineTargets.like(store, TeacherPass(model), store_codec(generate), plan.cut)
 
 
-def _build(
-    settings: Student, teacher: Any, tokenizer: Any, store: TargetsStore | None
-) -> LatentReasoner:
-    import numpy as np
+def _check_budget(run: Run, store: TargetsStore) -> None:
+    """KavaError if the targets have another number of slots than `evict` makes now."""
+    from stages.evict import Plan
 
+    slots = Plan.of(run.settings.evict, store.geometry).geometry.slots
+    if slots != store.geometry.slots:
+        raise KavaError(
+            f"{store.path} has {store.geometry.slots} slots per layer and head, and evict.budget "
+            f"{run.settings.evict.budget} makes {slots}. Run `kava evict`, or set evict.budget to "
+            "what the targets have."
+        )
+
+
+def _build(
+    settings: Student, start: PreTrainedModel, tokenizer: Any, store: TargetsStore | None
+) -> LatentReasoner:
     from kava_core.distill.batches import writes_rest
     from kava_core.models.latent import LatentReasoner
     from kava_core.problems.traces import TraceEncoder
 
     encoder = TraceEncoder(tokenizer)
-    model = LatentReasoner.from_teacher(
-        teacher,
+    known = cast(Any, start.get_input_embeddings()).num_embeddings
+    if known < len(tokenizer):
+        raise KavaError(
+            f"the tokenizer has {len(tokenizer)} tokens, and {settings.model} has embeddings for "
+            f"{known}. Choose a model that knows all of them."
+        )
+    return LatentReasoner.from_teacher(
+        start,
         latents=store.geometry.slots if store else 0,
         iterations=settings.iterations,
         reasoning=settings.reasoning if store else "jacobi",
@@ -217,21 +266,45 @@ def _build(
         eos_token_id=encoder.eos,
         seed=settings.training.seed,
     )
-    context = getattr(model.decoder.config, "max_position_embeddings", None)
-    if store is not None and context is not None:
+
+
+def _check_context(
+    model: LatentReasoner, store: TargetsStore | None, dataset: Any, chains: bool
+) -> None:
+    """KavaError naming the longest record if the student cannot hold it.
+
+    chains: whether it reads the written chain of thought as well.
+    """
+    import numpy as np
+
+    context = getattr(model.decoder.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return
+    if store is not None:
         index, shards = store.index, range(len(store.sizes))
+        question, cot = index.column("n_question"), index.column("n_cot")
         prompts = [np.diff(index.shard(k)["answer_prompt_ids"][0]) for k in shards]
-        written = index.column("n_question") + np.concatenate(prompts) + index.column("n_answer")
-        longest = int(written.max()) + 2 + store.geometry.slots
-        if longest > context:
-            raise KavaError(
-                f"a question with its latents and answer takes {longest} positions and the model's "
-                f"context is {context}. Drop long problems in `prepare` or lower evict.budget."
-            )
-    return model
+        answer = np.concatenate(prompts) + index.column("n_answer")
+        latents = store.geometry.slots + 2  # and <bot>, <eot>
+    else:
+        lengths = [
+            (len(t.question_ids), len(t.cot_ids), len(t.answer_prompt_ids) + len(t.answer_ids))
+            for t in dataset.traces
+        ]
+        question, cot, answer = np.array(lengths).T
+        latents = 0
+    needed = question + (np.maximum(cot, latents) if chains else latents) + answer
+    longest = int(needed.argmax())
+    if needed[longest] > context:
+        name = store.index.record(longest).id if store is not None else dataset.traces[longest].id
+        raise KavaError(
+            f"record {name} takes {needed[longest]} positions with all that the student reads and "
+            f"writes ({question[longest]} of them the question), and its model's context is "
+            f"{context}. Leave long problems out in `prepare`, or use a model with a longer one."
+        )
 
 
-def _objective(settings: Student, store: TargetsStore | None) -> Any:
+def _objective(settings: Student, store: TargetsStore | None, match: Match | None) -> Any:
     from kava_core.distill.student import objective_of
 
     return objective_of(
@@ -243,4 +316,5 @@ def _objective(settings: Student, store: TargetsStore | None) -> Any:
         kv_std=settings.kv_std,
         codi_distance=settings.codi_distance,
         codi_std=settings.codi_std,
+        match=match,
     )

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kava_core.distill.match import Match, cut_heads
 from kava_core.models.latent import LatentReasoner, Reasoning
@@ -32,6 +33,8 @@ class Projectors(nn.Module):
     W is zero at first, so that the map is the identity to the last bit, and weight decay pulls it
     back there. keys, values: the W, [len(layers), H·D, H·D].
     """
+
+    handle: RemovableHandle  # of the hook that calls it
 
     def __init__(self, match: Match, like: Tensor) -> None:
         super().__init__()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from kava_core.artefacts import publish, read_json, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
 from stages.common import Run, stage, torch_threads
 
 if TYPE_CHECKING:
+    from kava_core.evaluation.interpret_teacher import TeacherView
     from kava_core.evaluation.results import Examined
     from kava_core.models.latent import LatentReasoner
+    from kava_core.problems.records import Problem
+    from kava_core.problems.traces import TraceEncoder
 
 
 @stage
@@ -21,9 +26,11 @@ def evaluate(run: Run) -> None:
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
     answer at once (teacher-no-cot) and every student of the pipeline. Writes evaluation/: metrics
     and comparisons per test set and system, predictions.parquet with all that was generated, what
-    `dvc metrics` and `dvc plots` show, and similarity.json, the cosine similarity of each student's
-    latents to its targets.
+    `dvc metrics` and `dvc plots` show, similarity.json, the cosine similarity of each student's
+    latents to its targets, and interpretability.json, what the latents hold
+    (`kava_core.evaluation.interpret`).
     """
+    from kava_core.evaluation.interpret import interpret, write_insights
     from kava_core.evaluation.results import ProblemSet, examine, write_results
     from kava_core.evaluation.similarity import slot_similarity
     from kava_core.models.loading import load_tokenizer, to_device
@@ -41,6 +48,9 @@ def evaluate(run: Run) -> None:
     _check_students(run)
     examined: dict[str, dict[str, Examined]] = {test_set.name: {} for test_set in test_sets}
     similarity: dict[str, Any] = {}
+    insights: dict[str, Any] = {}
+    own = test_sets[0].problems
+    teacher: TeacherView | None = None
     systems = ["teacher-cot", "teacher-no-cot", *run.settings.students]
     with torch_threads(settings.threads), progress() as display:
         for name in systems:
@@ -57,18 +67,33 @@ def evaluate(run: Run) -> None:
                     max_new_tokens=settings.max_new_tokens,
                     advance=lambda n, task=task: display.advance(task, n),  # type: ignore[misc]
                 )
-            if system.config.latents:
-                similarity[name] = slot_similarity(
+            if not system.config.latents or run.settings.students[name].model is not None:
+                continue  # the slots of a student that began as another model have their own basis
+            similarity[name] = slot_similarity(
+                system,
+                TargetsStore.open(run.path("kv_targets")),
+                records=settings.similarity_records,
+                batch_size=settings.batch_size,
+            )
+            if settings.interpret_records:
+                display.update(task, note="latents")
+                teacher = teacher or _read_teacher(run, encoder, own)
+                insights[name] = interpret(
                     system,
-                    TargetsStore.open(run.path("kv_targets")),
-                    records=settings.similarity_records,
+                    teacher,
+                    encoder,
+                    {problem.id: problem for problem in own},
+                    own[: settings.intervention_problems],
                     batch_size=settings.batch_size,
+                    max_new_tokens=settings.max_new_tokens,
                 )
     output = run.path("evaluation")
     built = work_folder(output, {"settings": settings.model_dump(mode="json")}) / "output"
     built.mkdir(exist_ok=True)
     metrics = write_results(built, test_sets, examined, list(run.settings.students))
     write_json(built / "similarity.json", similarity)
+    if insights:
+        write_insights(built / "interpretability.json", insights)
     publish(built, output)
     for title, entries in metrics.items():
         say(f"{title} ({next(iter(entries.values()))['n']} problems):")
@@ -86,6 +111,50 @@ def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:
     prompt = [] if name == "teacher-cot" else encoder.answer_prompt_ids
     return LatentReasoner.plain(
         load_model(str(run.path("teacher"))), answer_prompt_ids=prompt, eos_token_id=encoder.eos
+    )
+
+
+def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> TeacherView:
+    """The teacher over the first test problems, its caches cut as the store's, and otherwise."""
+    from kava_core.config import Evict
+    from kava_core.evaluation.fidelity import Layers
+    from kava_core.evaluation.interpret import EXAMPLES, TOP, read_teacher
+    from kava_core.evaluation.interpret_teacher import Truncation, readable
+    from kava_core.models.loading import load_model, to_device
+    from kava_core.store import TargetsStore
+    from stages.evict import Plan
+
+    settings = run.settings.evaluate
+    store = TargetsStore.open(run.path("kv_targets"))
+    try:
+        evict = Evict.model_validate(store.manifest.settings.get("evict"))
+    except ValidationError as error:
+        raise KavaError(
+            f"{store.path} does not say how it was cut in words of this version ({error}). Make it "
+            "again, or set evaluate.interpret_records to 0."
+        ) from None
+    own = evict.budget
+    plans = {
+        m: Plan.of(evict.model_copy(update={"budget": m}), store.geometry)
+        for m in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own})
+    }
+    plan = plans[own]
+    model = to_device(load_model(str(run.path("teacher"))))
+    traces = encoder.encode_all([problem for problem in problems if problem.steps])
+    return read_teacher(
+        model,
+        readable(traces, model, settings.interpret_records),
+        encoder.tokenizer,
+        Truncation(
+            policy=plan.policy,
+            layers=Layers(plan.layers, plan.groups, plan.share),
+            budgets={m: plan.budgets for m, plan in plans.items()},
+            budget=own,
+            phase=store.manifest.rotary.phase,
+        ),
+        examples=EXAMPLES,
+        top=TOP,
+        batch_size=settings.batch_size,
     )
 
 

@@ -1,0 +1,112 @@
+"""What the answer needs of each latent: problems asked again with one latent changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kava_core.distill.batches import pad
+from kava_core.errors import KavaError
+from kava_core.evaluation.accuracy import read_answer
+from kava_core.evaluation.answers import same_answer
+from kava_core.evaluation.interpret_student import latents_fed
+from kava_core.models.latent import LatentReasoner
+from kava_core.problems.records import Problem
+from kava_core.problems.traces import TraceEncoder
+
+
+def interventions(
+    student: LatentReasoner,
+    encoder: TraceEncoder,
+    problems: Sequence[Problem],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Exact match, in per cent, with one latent changed.
+
+    The change is to the input embedding of that latent when it is fed for the last time: to zero,
+    to its mean over the problems, or to that of the next problem in their order (the last problem
+    takes that of the first). Its keys and values follow, and what later latents and the answer
+    read. Returns {"n": N, "none": exact match without a change, "zero": [M], "mean": [M],
+    "shuffle": [M]}.
+    """
+    asked = _Asked(student, encoder, problems, batch_size, max_new_tokens)
+    latents = student.bot.new_zeros(len(problems), student.config.latents, len(student.bot))
+
+    def keep(chosen: Tensor, first: int, z: Tensor) -> Tensor:
+        latents[chosen, first : first + z.shape[1]] = z
+        return z
+
+    def instead(slot: int, others: Tensor) -> float:
+        """Exact match with others [N, E] in this slot."""
+
+        def put(chosen: Tensor, first: int, z: Tensor) -> Tensor:
+            if first <= slot < first + z.shape[1]:
+                z[:, slot - first] = others[chosen]
+            return z
+
+        return asked.exact_match(put)
+
+    found: dict[str, Any] = {"n": len(problems), "none": asked.exact_match(keep)}
+    changed = {
+        "zero": torch.zeros_like(latents),
+        "mean": latents.mean(0, keepdim=True).expand_as(latents),
+        "shuffle": latents.roll(-1, 0),
+    }
+    for kind, others in changed.items():
+        found[kind] = [instead(slot, others[:, slot]) for slot in range(latents.shape[1])]
+    return found
+
+
+class _Asked:
+    """Problems, encoded and batched once, that are asked again and again."""
+
+    def __init__(
+        self,
+        student: LatentReasoner,
+        encoder: TraceEncoder,
+        problems: Sequence[Problem],
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        if not problems:
+            raise KavaError("there are no problems to ask with changed latents.")
+        self.student, self.encoder, self.problems = student, encoder, problems
+        self.max_new_tokens = max_new_tokens
+        questions = encoder.encode_questions([p.question for p in problems])
+        order = sorted(range(len(problems)), key=lambda i: (len(questions[i]), i))
+        self.batches = [
+            (chosen, *pad([questions[i] for i in chosen], "left"))
+            for chosen in (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+        ]
+        self.right: dict[tuple[int, str], bool] = {}
+
+    def exact_match(self, change: Callable[[Tensor, int, Tensor], Tensor]) -> float:
+        """In per cent; change(problems [B], i, z) is `latents_fed`'s for a batch of problems."""
+        correct = 0
+        for chosen, ids, mask in self.batches:
+            device = self.student.device
+            who = torch.tensor(chosen, device=device)
+            with latents_fed(self.student, ids.shape[1], partial(change, who)):
+                result = self.student.generate(
+                    ids.to(device), mask.to(device), max_new_tokens=self.max_new_tokens
+                )
+            correct += sum(
+                self._correct(i, row) for i, row in zip(chosen, result.tokens.tolist(), strict=True)
+            )
+        return 100 * correct / len(self.problems)
+
+    def _correct(self, i: int, row: list[int]) -> bool:
+        eos = self.encoder.eos
+        end = row.index(eos) if eos in row else len(row)
+        text = str(self.encoder.tokenizer.decode(row[:end], skip_special_tokens=True))
+        if (i, text) not in self.right:
+            prompted = bool(self.student.config.answer_prompt_ids)
+            answer = read_answer(text, prompted=prompted)
+            self.right[i, text] = bool(answer) and same_answer(answer, self.problems[i].answer)
+        return self.right[i, text]

@@ -387,19 +387,19 @@ class TargetsStore(_Store):
 
     def _check_slots(self, shard: int, counts: np.ndarray, positions: np.ndarray) -> None:
         """The slots of a shard fit the trace lengths in the index."""
-        geometry = self.geometry
-        shape = (len(counts), len(geometry.rows), geometry.kv_heads, -1)
-        right = right_slots(
-            torch.from_numpy(counts.copy().view(np.int32)).view(shape[:-1]),
-            torch.from_numpy(positions.copy().view(np.int32)).view(shape),
-            torch.from_numpy(self.index.shard(shard)["n_cot"].copy()),
-        )
-        if not right.all():
-            row = int((~right).nonzero()[0])
-            raise KavaError(
-                f"{self.path / shard_name(shard)} and the index disagree: the slots of record "
-                f"{row} of the shard are not places in its trace. {REMAKE}"
+        shape = (1, len(self.geometry.rows), self.geometry.kv_heads, -1)
+        lengths = torch.from_numpy(self.index.shard(shard)["n_cot"].copy())
+        for row, length in enumerate(lengths):  # one by one: large tensors leave holes in the heap
+            right = right_slots(
+                torch.from_numpy(counts[row].copy().view(np.int32)).view(shape[:-1]),
+                torch.from_numpy(positions[row].copy().view(np.int32)).view(shape),
+                length[None],
             )
+            if not right.all():
+                raise KavaError(
+                    f"{self.path / shard_name(shard)} and the index disagree: the slots of record "
+                    f"{row} of the shard are not places in its trace. {REMAKE}"
+                )
 
 
 def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:

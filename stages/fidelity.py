@@ -184,14 +184,15 @@ def _part(
     reference: Outcome,
 ) -> dict[str, Any]:
     """The answers to one batch from one kind of cache, and what they cost."""
-    from kava_core.evaluation.answers import extract_answer, same_answer
+    from kava_core.evaluation.accuracy import read_answer
+    from kava_core.evaluation.answers import same_answer
 
     make, tokens, size = _cache(plan, cell, examiner, batch)
     outcome = examiner.examine(batch, make, reference.log_probs)
     answers = []
     for i, trace in enumerate(batch.traces):
         text = str(tokenizer.decode(outcome.written[i], skip_special_tokens=True))
-        answer = extract_answer(text) or ""
+        answer = read_answer(text, prompted=True)
         answers.append(
             {
                 "id": trace.id,

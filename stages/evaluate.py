@@ -159,15 +159,27 @@ def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> T
 
 
 def _check_students(run: Run) -> None:
-    """Every student is there and was made from this teacher, before anything is asked."""
+    """Every student is there, was made from this teacher and has as many latents as there are
+    slots, before anything is asked."""
     from kava_core.models.loading import model_fingerprint
+    from kava_core.store import TargetsStore
 
     teacher = model_fingerprint(str(run.path("teacher")))
     for name in run.settings.students:
-        about = read_json(run.path("students", name) / "student.json")
+        folder = run.path("students", name)
+        about = read_json(folder / "student.json")
         made_from = about["fingerprints"]["teacher"]
         if made_from != teacher:
             raise KavaError(
                 f"student {name} was made from the teacher {made_from[:12]}…, and the one in "
                 f"{run.path('teacher')} is {teacher[:12]}…. Run `kava distill {name}` again."
             )
+        latents = read_json(folder / "config.json").get("latents", 0)
+        if latents:
+            targets = run.path("kv_targets")
+            slots = TargetsStore.open(targets).geometry.slots
+            if latents != slots:
+                raise KavaError(
+                    f"student {name} reasons in {latents} latents, and {targets} has {slots} slots "
+                    f"per layer and head. Run `kava distill {name}` again."
+                )

@@ -23,6 +23,7 @@ from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.store import TargetsStore
 from kava_core.store.manifest import manifest_digest
 from stages.distill import distill
+from stages.evaluate import evaluate
 from stages.evict import evict
 from stages.generate import generate
 from stages.prepare import prepare
@@ -49,7 +50,7 @@ PIPELINE: dict[str, Any] = {
     "generate": {"shard_size": 16},
     "evict": {"budget": 4},
     "students": {},
-    "evaluate": {},
+    "evaluate": {"max_new_tokens": 4},
     "report": {"title": "Tiny"},
     "resources": {"workers": 0},
 }
@@ -175,6 +176,26 @@ def test_another_number_of_slots_than_evict_makes_is_refused(home: Path) -> None
     refused(said, lambda: student(home, {"budget": 6}, alpha_kv=1.0))
     assert not (home / "data/tiny/students").exists()
     student(home, {"budget": 6}, reasoning="none")  # which reads no targets
+
+
+def test_a_student_with_other_latents_than_there_are_slots_is_not_evaluated(home: Path) -> None:
+    student(home, alpha_kv=1.0)
+    pipeline = yaml.safe_load((home / "pipelines.yaml").read_text())["pipelines"]["tiny"]
+    write(home, {**pipeline, "evict": {"budget": 2}})
+    call(evict, home)
+    said = (
+        r"student it reasons in 4 latents, and \S+kv_targets has 2 slots .* `kava distill it` aga"
+    )
+    refused(said, lambda: call(evaluate, home))
+
+
+def test_a_student_from_another_model_is_evaluated_without_similarity(home: Path) -> None:
+    student(home, alpha_kv=1.0, model="models/small")
+    call(evaluate, home)
+    folder = home / "data/tiny/evaluation"
+    assert read_json(folder / "similarity.json") == {}
+    metrics = read_json(folder / "metrics.json")["synthetic"]
+    assert metrics.keys() >= {"it", "teacher-cot"}
 
 
 def test_a_pyramid_has_the_slots_of_its_largest_layer(home: Path) -> None:

@@ -176,16 +176,18 @@ class Prepare(FileSource):
             return self
         if self.train is None or self.test is None:
             raise ValueError("source synthetic needs the numbers `train` and `test`")
-        foreign = self.model_fields_set & {
+        foreign = (
             *FileSource.model_fields,
             "deduplicate",
             "drop_last_step",
             "max_steps",
             "max_question_characters",
             "max_trace_characters",
-        }
-        if foreign:
-            raise ValueError(f"source synthetic has no {', '.join(sorted(foreign))}")
+        )
+        plain = Prepare.model_fields
+        wrong = [name for name in foreign if getattr(self, name) != plain[name].default]
+        if wrong:
+            raise ValueError(f"source synthetic has no {', '.join(wrong)}")
         return self
 
 

@@ -39,9 +39,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from kava_core.config import Evict
 from kava_core.distill.batches import TargetsDataset
+from kava_core.distill.match import Match
 from kava_core.distill.objective import cross_entropy
 from kava_core.distill.online import OnlineTargets
-from kava_core.distill.student import Match, objective_of, student_terms
+from kava_core.distill.student import objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import to_device
 from kava_core.models.teacher_pass import TeacherPass

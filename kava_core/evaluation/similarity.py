@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from kava_core.distill.batches import TargetsDataset
-from kava_core.distill.student import Match
+from kava_core.distill.match import Match
 from kava_core.models.latent import LatentReasoner
 from kava_core.store import TargetsStore
 

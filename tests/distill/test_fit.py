@@ -18,7 +18,8 @@ from transformers import LlamaConfig
 from kava_core.console import console
 from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
 from kava_core.distill.fit import Stopped, fit, following, last_whole_checkpoint
-from kava_core.distill.student import Match, merge_lora, student_terms
+from kava_core.distill.match import Match
+from kava_core.distill.student import merge_lora, student_terms
 from kava_core.distill.teacher import chain_terms
 from kava_core.errors import KavaError
 from kava_core.store import ShardShuffleSampler, TargetsStore

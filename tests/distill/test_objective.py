@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kava_core.distill.batches import TargetsDataset
+from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective, cross_entropy, endpoint_loss, kv_loss
-from kava_core.distill.student import Match, objective_of, student_terms
+from kava_core.distill.student import objective_of, student_terms
+from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner, Reasoning
 from kava_core.store import Geometry, TargetsStore
 from tests.distill.toy import PLAIN, toy_student, toy_traces, write_store
@@ -313,6 +316,21 @@ def test_a_weight_of_zero_turns_a_term_off(weight: str, term: str) -> None:
     assert all(torch.equal(every[name], x) for name, x in fewer.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradients_of_every_term_match_finite_differences(kind: str) -> None:
+    std, mask = torch.tensor([0.5, 2.0, 30.0]), slot_mask()
+    student = random(B, L, H, M, D, seed=1).requires_grad_(True)
+    teacher = random(B, L, H, M, D, seed=2)
+    assert torch.autograd.gradcheck(lambda x: kv_loss(x, teacher, mask, kind, std), student)
+    ends = random(B, L + 1, E, seed=3).requires_grad_(True)
+    wanted, levels = random(B, L + 1, E, seed=4), torch.tensor([9.0, 0.5, 2.0, 30.0])
+    assert torch.autograd.gradcheck(lambda x: endpoint_loss(x, wanted, kind, levels), ends)
+    logits, ids, tokens = answers()
+    assert torch.autograd.gradcheck(
+        lambda x: cross_entropy(x, ids, tokens), logits.requires_grad_()
+    )
+
+
 # --- with a student and a store -------------------------------------------------------------------
 
 
@@ -479,6 +497,40 @@ def test_without_targets_only_the_answer_and_the_chain_are_learnt(tmp_path: Path
     batch = TargetsDataset(store, chains=True).__getitems__([0, 1])
     del batch["targets"]
     assert student_terms(nothing, None)(toy_student(latents=0), batch).keys() == {"answer", "cot"}
+
+
+def test_a_batch_out_of_the_ordinary_is_divided_by_the_stores_statistics(tmp_path: Path) -> None:
+    """Were it by its own, a batch a hundred times as large would lose as much as any other."""
+    store = write_store(tmp_path / "store", toy_traces(6))
+    student, objective = toy_student().eval(), all_objective(store)
+    batch = TargetsDataset(store, chains=False).__getitems__([0, 1])
+    reasoning = student(
+        *(batch[k] for k in ("question_ids", "question_mask", "answer_ids", "answer_mask"))
+    )
+    targets = batch["targets"].dequantise()
+    keys, values = Match.of(store).slots(student, reasoning)
+
+    def losses(factor: float) -> dict[str, float]:
+        wanted = {
+            **batch, "keys": factor * targets.keys, "values": factor * targets.values,
+            "slot_mask": targets.slot_mask, "endpoint": factor * targets.endpoint,
+        }  # fmt: skip
+        scaled = dataclasses.replace(reasoning, endpoint=factor * reasoning.endpoint)
+        terms = objective.weighted(scaled, wanted, factor * keys, factor * values)
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    once, often = losses(1.0), losses(100.0)
+    for name in ("kv", "codi"):
+        assert often[name] == pytest.approx(1e4 * once[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("missing", ["chain_ids", "chain_mask"])
+def test_half_a_chain_is_refused(tmp_path: Path, missing: str) -> None:
+    store = write_store(tmp_path / "store", toy_traces(2))
+    batch = TargetsDataset(store, chains=True).__getitems__([0, 1])
+    del batch[missing]
+    with pytest.raises(KavaError, match="chain_ids and chain_mask belong together"):
+        student_terms(all_objective(store), Match.of(store))(toy_student(), batch)
 
 
 # --- what the KV term reaches ---------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kava_core.config import Evict, Generate
 from kava_core.distill.batches import TargetsDataset
+from kava_core.distill.match import Match
 from kava_core.distill.online import OnlineTargets
-from kava_core.distill.student import Match, student_terms
+from kava_core.distill.student import student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.teacher_pass import TeacherPass, over
 from kava_core.problems.traces import Trace

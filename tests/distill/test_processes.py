@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from kava_core.distill import group
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.fit import STOP_FILE, Stopped, fit
+from kava_core.distill.match import Match
 from kava_core.distill.processes import run_processes
-from kava_core.distill.student import Match, student_terms
+from kava_core.distill.student import student_terms
 from kava_core.errors import KavaError
 from kava_core.store import ShardShuffleSampler, TargetsStore
 from tests.distill import toy

@@ -17,8 +17,9 @@ from transformers import LlamaConfig
 
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.fit import FitSettings, fit
+from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective
-from kava_core.distill.student import Match, add_lora, objective_of, student_terms
+from kava_core.distill.student import add_lora, objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
 from kava_core.problems.traces import Trace

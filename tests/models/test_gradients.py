@@ -15,9 +15,14 @@ QUESTION = pad([[11, 12, 13, 14, 15], [16, 17]], "left")
 ANSWER = pad([[18, 2], [19, 20, 2]])
 
 
-def kv_loss(student: LatentReasoner, kind: str = "l1", phase: str = "pre_rope") -> Tensor:
+def kv_loss(
+    student: LatentReasoner,
+    kind: str = "l1",
+    phase: str = "pre_rope",
+    question: tuple[Tensor, Tensor] = QUESTION,
+) -> Tensor:
     """Distance of the latents' keys and values to fixed targets."""
-    reasoning = student(*QUESTION, *ANSWER)
+    reasoning = student(*question, *ANSWER)
     keys, values = student.slot_keys(reasoning, phase), torch.stack(reasoning.values, 1)
     generator = torch.Generator().manual_seed(1)
     distance = nn.functional.l1_loss if kind == "l1" else nn.functional.mse_loss
@@ -101,8 +106,10 @@ def exact_norms(student: LatentReasoner) -> LatentReasoner:
     for module in list(student.decoder.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
-                norm.weight = child.weight
+                gemma = hasattr(child, "eps")  # whose weights count from 1
+                eps = child.eps if gemma else child.variance_epsilon
+                norm = nn.RMSNorm(child.weight.shape, eps=eps)
+                norm.weight = nn.Parameter(child.weight + 1) if gemma else child.weight
                 setattr(module, name, norm)
     return student
 
@@ -110,12 +117,14 @@ def exact_norms(student: LatentReasoner) -> LatentReasoner:
 @pytest.mark.parametrize(
     "settings", [{}, {"reasoning": "sequential"}], ids=["jacobi", "sequential"]
 )
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "llama-tied-scaled"])
 def test_gradients_match_finite_differences(name: str, settings: dict) -> None:
-    student = exact_norms(tiny_student(name, **settings))
-    kv_loss(student, "mse").backward()
+    student = exact_norms(tiny_student(name, **settings).double())
+    # Gemma-2's eager attention takes its softmax in float32, and padding as NaN in float64.
+    step, tolerance = (1e-3, 1e-2) if name == "gemma2" else (1e-6, 1e-5)
+    question = pad([[11, 12, 13], [14, 15, 16]], "left") if name == "gemma2" else QUESTION
+    kv_loss(student, "mse", question=question).backward()
     layer = "transformer.h.1.attn.c_attn" if name == "gpt2" else "model.layers.1.self_attn.v_proj"
-    step = 1e-6
     for path in ("bot", "projection.up.weight", f"decoder.{layer}.weight", "initial_latents"):
         parameter = student.get_parameter(path)
         if parameter.grad is None:
@@ -127,10 +136,11 @@ def test_gradients_match_finite_differences(name: str, settings: dict) -> None:
         with torch.no_grad():
             for sign in (1, -1):
                 parameter += sign * step * direction
-                losses.append(float(kv_loss(student, "mse")))
+                losses.append(float(kv_loss(student, "mse", question=question)))
                 parameter -= sign * step * direction
         numeric = (losses[0] - losses[1]) / (2 * step)
-        assert float((parameter.grad * direction).sum()) == pytest.approx(numeric, rel=1e-5), path
+        exact = float((parameter.grad * direction).sum())
+        assert exact == pytest.approx(numeric, rel=tolerance), path
 
 
 def test_a_frozen_teacher_gives_a_student_that_trains() -> None:
@@ -161,8 +171,8 @@ def test_gradient_checkpointing_is_refused_wherever_it_is_switched_on() -> None:
     student(*QUESTION, *ANSWER)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "gpt2"])
-def test_lora_starts_as_the_teacher_and_its_b_is_trained(name: str) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lora_starts_as_the_teacher_and_is_trained(name: str) -> None:
     student = tiny_student(name)
     before = student(*QUESTION, *ANSWER)
     targets = ["c_attn"] if name == "gpt2" else ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -181,6 +191,14 @@ def test_lora_starts_as_the_teacher_and_its_b_is_trained(name: str) -> None:
         else:
             assert parameter.grad is None, path
     assert bool(student.bot.grad.any())
+    adapters = {p: x for p, x in student.decoder.named_parameters() if "lora_" in p}
+    with torch.no_grad():
+        for path, parameter in adapters.items():
+            if "lora_B" in path:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(path)))
+    student.zero_grad()
+    kv_loss(student).backward()
+    assert [path for path, parameter in adapters.items() if not parameter.grad.any()] == []
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

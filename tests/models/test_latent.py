@@ -261,13 +261,65 @@ def test_passes_before_the_answer(setting: dict, passes: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("setting", [{}, *SETTINGS[:3], *SETTINGS[-2:]], ids=setting_id)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_generated_tokens_are_those_the_training_forward_predicts(name: str) -> None:
-    student = tiny_student(name, eos_token_id=-1)
+def test_generation_has_the_logits_of_the_training_forward(name: str, setting: dict) -> None:
+    student = tiny_student(name, eos_token_id=-1, **setting)
     question = pad(QUESTIONS, "left")
+    seen: list[Tensor] = []
+    hook = student.decoder.register_forward_hook(lambda *call: seen.append(call[2].logits[:, -1]))
     tokens = student.generate(*question, max_new_tokens=6).tokens
+    hook.remove()
     forward = student(*question, tokens, torch.ones_like(tokens))
+    assert_near(torch.stack(seen, 1), forward.logits[:, :-1], 1e-5)
     assert torch.equal(forward.logits[:, :-1].argmax(-1), tokens)
+
+
+MANY = [tiny_trace("q", 2 + n % 5, 1, 1, seed=n).question_ids for n in range(12)]
+
+
+def ending(free: list[list[int]]) -> int:
+    """The token at which most rows, had they not been stopped, end, though not all at once."""
+    ends = {
+        token: [row.index(token) for row in free if token in row]
+        for token in sorted({token for row in free for token in row})
+    }
+    return max(ends, key=lambda token: len(ends[token]) * (len(set(ends[token])) > 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "sampled"), [("llama", False), ("llama", True), ("gpt2", True), ("gemma3", True)]
+)
+def test_rows_that_ended_leave_the_batch_and_change_no_other(name: str, sampled: bool) -> None:
+    student = tiny_student(name, eos_token_id=-1)
+    sizes: list[int] = []
+    student.decoder.register_forward_hook(lambda *call: sizes.append(len(call[2].logits)))
+
+    def generate(eos: int) -> tuple[list[list[int]], list[int]]:
+        student.config.eos_token_id = eos
+        sizes.clear()
+        torch.manual_seed(0)
+        found = student.generate(
+            *pad(MANY, "left"), max_new_tokens=40, do_sample=sampled, temperature=1.5, top_p=0.95
+        )
+        return found.tokens.tolist(), found.passes.tolist()
+
+    free, _ = generate(-1)
+    assert sizes == [12] * 40
+    eos = ending(free)
+    ends = [row.index(eos) if eos in row else 40 for row in free]
+    tokens, passes = generate(eos)
+    longest = min(max(ends) + 1, 40)
+    for end, row, stopped, number in zip(ends, free, tokens, passes, strict=True):
+        assert stopped == (row[: end + 1] + [eos] * 40)[:longest]
+        assert number == student.latent_passes + min(end, 39)
+    size, expected = 12, []
+    for step in range(longest):
+        left = sum(end >= step for end in ends)
+        size = left if 2 * left <= size else size
+        expected.append(size)
+    assert sizes == expected and len(set(sizes)) > 1
 
 
 @torch.no_grad()

@@ -371,6 +371,7 @@ class LatentReasoner(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        self._check_length(attention_mask)
         input_ids, attention_mask = _left_padded(input_ids, attention_mask)
         warpers = LogitsProcessorList()
         if do_sample:
@@ -408,6 +409,19 @@ class LatentReasoner(PreTrainedModel):
                 fed, chosen, running = fed[running], chosen[running], running[running]
             embeds, mask = self._embed(chosen[:, None]), self._ones(len(fed), 1)
         return Generation(tokens, passes)
+
+    def _check_length(self, question_mask: Tensor) -> None:
+        """KavaError if a question leaves no place for an answer in the decoder's context."""
+        context = getattr(self.decoder.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return
+        longest = int(question_mask.sum(1).max())
+        thought = self.config.latents + 2 * self._eot_length + self._prompt_length
+        if longest + thought > context:
+            raise KavaError(
+                f"a question of {longest} tokens takes {longest + thought} positions with latents "
+                f"and answer prompt, and the model's context is {context}. Ask a shorter one."
+            )
 
     @property
     def latent_passes(self) -> int:

@@ -22,6 +22,7 @@ from kava_core.models.loading import build_llama, load_tokenizer, save_model
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.store import TargetsStore
 from kava_core.store.manifest import manifest_digest
+from stages.ask import ask
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.evict import evict
@@ -217,6 +218,17 @@ def test_a_question_longer_than_the_context_is_named(
 ) -> None:
     small_model(home, "models/short", context_length=24)
     refused(said, lambda: student(home, model="models/short", **settings))
+
+
+def test_a_question_asked_that_is_longer_than_the_context_is_refused(home: Path) -> None:
+    student(home, alpha_kv=1.0)
+    folder = home / "data/tiny/students/it"
+    question = "how many cups ? " * 100
+    tokens = len(load_tokenizer(str(folder))(question)["input_ids"])
+    refused(
+        rf"a question of {tokens + 1} tokens takes \d+ positions .* context is 256\. Ask a shorter",
+        lambda: ask.main([str(folder), question], standalone_mode=False),
+    )
 
 
 def test_the_written_chain_counts_where_it_is_read(home: Path) -> None:

@@ -99,9 +99,10 @@ def fidelity(run: Run) -> None:
     source, teacher = open_problems(run.path("problems")), str(run.path("teacher"))
     tokenizer, config = load_tokenizer(teacher), load_config(teacher)
     plan = Plan.of(settings, config.num_hidden_layers)
-    problems = source.load(settings.split)[: settings.limit]
+    # Without steps there is no cache to compress.
+    problems = [p for p in source.load(settings.split) if p.steps][: settings.limit]
     if not problems:
-        raise KavaError(f"{source.path} has no {settings.split} problems. Ask `prepare` for some.")
+        raise KavaError(f"{source.path} has no {settings.split} problems with steps. Ask `prepare` for some.")
     encoder = TraceEncoder(tokenizer, source.traces)
     traces = encoder.encode_all(problems)
     check_lengths(traces, config)

@@ -44,7 +44,7 @@ def prepare(run: Run) -> None:
     counts = {name: len(found) for name, found in {**splits.named(), **splits.test_sets}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for name, reasons in splits.dropped.items():
-        left_out = ", ".join(f"{rows} with {reason}" for reason, rows in reasons.items())
+        left_out = ", ".join(f"{rows} ({reason})" for reason, rows in reasons.items())
         say(f"left out of {name}: {left_out}")
     leaked = {name: count for name, count in splits.leaked.items() if count}
     for name, count in leaked.items():

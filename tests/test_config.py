@@ -96,7 +96,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("teacher.scratch.heads", 3, "teacher.scratch: hidden_size 128 must be an even multiple"),
         ("teacher.scratch.hidden_size", 4, "teacher.scratch: hidden_size 4 must be an even multi"),
         ("teacher.scratch.kv_heads", 3, "teacher.scratch: hidden_size 128 must be an even multip"),
-        ("prepare.source", "gsm8k", "prepare: source gsm8k needs a `gsm8k` mapping"),
+        ("prepare.source", "gsm8k", "prepare: source gsm8k needs a `path`"),
         ("prepare.train", None, "prepare: source synthetic needs the numbers `train` and `test`"),
         ("resources", {"workers": -1}, "resources.workers: Input should be greater than or equal"),
     ],

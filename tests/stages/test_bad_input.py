@@ -83,7 +83,7 @@ def test_targets_of_another_teacher_are_refused_with_both_names(copy: Project) -
 
 def test_gsm8k_that_is_not_there_or_malformed(copy: Project) -> None:
     folder = copy.path / "gsm8k"
-    copy.change("pipelines.smoke.prepare.gsm8k", {"path": str(folder)})
+    copy.change("pipelines.smoke.prepare.path", str(folder))
     copy.change("pipelines.smoke.prepare.source", "gsm8k")
     assert str(folder) in refused(copy.kava("prepare", expect=1))
     folder.mkdir()

@@ -102,7 +102,9 @@ def fidelity(run: Run) -> None:
     # Without steps there is no cache to compress.
     problems = [p for p in source.load(settings.split) if p.steps][: settings.limit]
     if not problems:
-        raise KavaError(f"{source.path} has no {settings.split} problems with steps. Ask `prepare` for some.")
+        raise KavaError(
+            f"{source.path} has no {settings.split} problems with steps. Ask `prepare` for some."
+        )
     encoder = TraceEncoder(tokenizer, source.traces)
     traces = encoder.encode_all(problems)
     check_lengths(traces, config)

@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 import yaml
+from blake3 import blake3
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

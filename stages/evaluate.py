@@ -50,9 +50,9 @@ def evaluate(run: Run) -> None:
     similarity: dict[str, Any] = {}
     insights: dict[str, Any] = {}
     own = test_sets[0].problems
-    teacher: TeacherView | None = None
     systems = ["teacher-cot", "teacher-no-cot", *run.settings.students]
     with torch_threads(settings.threads), progress() as display:
+        teacher = _read_teacher(run, encoder, own)
         for name in systems:
             total = sum(len(test_set.problems) for test_set in test_sets)
             task = display.add_task(name, total=total, note="")
@@ -75,9 +75,8 @@ def evaluate(run: Run) -> None:
                 records=settings.similarity_records,
                 batch_size=settings.batch_size,
             )
-            if settings.interpret_records:
+            if teacher is not None:
                 display.update(task, note="latents")
-                teacher = teacher or _read_teacher(run, encoder, own)
                 insights[name] = interpret(
                     system,
                     teacher,
@@ -114,8 +113,11 @@ def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:
     )
 
 
-def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> TeacherView:
-    """The teacher over the first test problems, its caches cut as the store's, and otherwise."""
+def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> TeacherView | None:
+    """The teacher over the first test problems, its caches cut as the store's, and otherwise.
+
+    None where latents are not looked into, or no student has any.
+    """
     from kava_core.config import Evict
     from kava_core.evaluation.fidelity import Layers
     from kava_core.evaluation.interpret import EXAMPLES, TOP, read_teacher
@@ -125,6 +127,9 @@ def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> T
     from stages.evict import Plan
 
     settings = run.settings.evaluate
+    thinking = [s for s in run.settings.students.values() if s.reasoning != "none"]
+    if not (settings.interpret_records and thinking):
+        return None
     store = TargetsStore.open(run.path("kv_targets"))
     try:
         evict = Evict.model_validate(store.manifest.settings.get("evict"))

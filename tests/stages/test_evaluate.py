@@ -32,6 +32,7 @@ FIXED = [
     "accuracy.json",
     "accuracy_by_steps.json",
     "comparisons.json",
+    "interpretability.json",
     "similarity.json",
     "summary.json",
 ]
@@ -153,6 +154,26 @@ def test_again_it_differs_in_measured_seconds_only(made: Path, home: Path) -> No
         for r in (made, home)
     ]
     assert rows[0].equals(rows[1])
+
+
+def test_latents_are_looked_into_as_far_as_wanted(home: Path) -> None:
+    file = home / "data/tiny/evaluation/interpretability.json"
+    found = read_json(file)
+    assert found.keys() == {"kava"}  # the other student has no latents
+    assert found["kava"]["records"] == found["kava"]["interventions"]["n"] == 12
+    assert list(found["kava"]["magnitudes"]["teacher_truncated"]) == ["1", "2", "4", "8"]
+    asked = pq.read_table(file.parent / "predictions.parquet").to_pylist()
+    ids = {row["id"] for row in asked}
+    assert {shown["id"] for shown in found["kava"]["decoded"]} <= ids
+    marks = [row["correct"] for row in asked if row["system"] == "kava"]
+    assert found["kava"]["interventions"]["none"] == pytest.approx(100 * sum(marks) / 12, abs=1e-3)
+    change(home, interpret_records=3, intervention_problems=0, limit=4, max_new_tokens=2)
+    call(evaluate, home)
+    found = read_json(file)["kava"]
+    assert (found["records"], found["interventions"]) == (3, None)
+    change(home, interpret_records=0)
+    call(evaluate, home)
+    assert not file.exists()
 
 
 def rewrite_test(home: Path, answer: str | None) -> None:

@@ -55,7 +55,7 @@ class DistillJob:
         from kava_core.distill.fit import fit
         from kava_core.distill.match import Match
         from kava_core.distill.projectors import add_projectors, drop_projectors
-        from kava_core.distill.rounding import Rounding
+        from kava_core.distill.rounding import fake_quantisation
         from kava_core.distill.student import add_lora, merge_lora, student_terms
         from kava_core.models.loading import load_model, load_tokenizer, save_model
         from kava_core.store.sampler import ShardShuffleSampler
@@ -73,7 +73,7 @@ class DistillJob:
                 kv, codi = settings.alpha_kv > 0, settings.alpha_codi > 0
                 match = Match.between(model, store, settings.layer_map, kv=kv, codi=codi)
             if store is not None and settings.fake_quantise:
-                rounding = Rounding.of(store)
+                rounding = fake_quantisation(store)
             if training.lora is not None:
                 adapters = add_lora(model, **training.lora.model_dump(), seed=training.seed)
             projected = match is not None and settings.model is not None and settings.alpha_kv > 0
@@ -137,9 +137,10 @@ def distill(run: Run, student: str) -> None:
     """Train the student called STUDENT in the pipeline's `students`.
 
     Reads kv_targets/ and the teacher's weights and tokenizer, nothing else (a student without
-    latents reads problems/ instead). Writes students/STUDENT/: a model for
-    `LatentReasoner.from_pretrained`, its tokenizer, student.json and loss curves. Killed and run
-    again, it goes on from its last checkpoint and ends with the same weights.
+    latents reads problems/ instead; one with a `model` starts from its weights). Writes
+    students/STUDENT/: a model for `LatentReasoner.from_pretrained`, its tokenizer, student.json and
+    loss curves. Killed and run again, it goes on from its last checkpoint and ends with the same
+    weights.
     """
     from kava_core.models.loading import (
         load_tokenizer,

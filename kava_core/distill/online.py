@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
 
+from kava_core.distill.rounding import Rounding
 from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.traces import Trace
 from kava_core.store import Codec, Record, TargetsStore, TargetTensors
-from kava_core.store.codec import CODE_BITS, Encoded, dequantise, encode, encode_with
+from kava_core.store.codec import encode
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,13 @@ class OnlineTargets:
     """What a targets store would hold for the traces of a batch.
 
     teacher: frozen, on its device. cache_codec: how the teacher's store keeps its caches, before
-    eviction. cut: the eviction. codec: how the targets are kept. calibrated: any batch of the
-    store, for the ranges that all its records share; None if every token has its own.
+    eviction. cut: the eviction. rounding: how the targets are kept.
     """
 
     teacher: TeacherPass
     cache_codec: Codec
     cut: Callable[[CacheBatch], Targets]
-    codec: Codec
-    calibrated: dict[str, Encoded]
+    rounding: Rounding
 
     @classmethod
     def like(
@@ -45,11 +43,7 @@ class OnlineTargets:
         cut: Callable[[CacheBatch], Targets],
     ) -> OnlineTargets:
         """Those of `store`: the teacher and the settings must be the ones it was made with."""
-        calibrated = {}
-        if store.codec.calibrated:
-            sample = store.batch([0])
-            calibrated = {name: getattr(sample, name) for name in store.codec.calibrated}
-        return cls(teacher, cache_codec, cut, store.codec, calibrated)
+        return cls(teacher, cache_codec, cut, Rounding.of(store))
 
     @torch.no_grad()
     def __call__(self, records: Sequence[Record]) -> TargetTensors:
@@ -76,18 +70,10 @@ class OnlineTargets:
         targets = self.cut(batch)
         endpoint = encode(cache.endpoint, self.cache_codec.endpoint).dequantise()
         return TargetTensors(
-            keys=self._kept("keys", targets.keys),
-            values=self._kept("values", targets.values),
-            endpoint=encode(endpoint, self.codec.endpoint).dequantise(dtype=torch.float32),
+            keys=self.rounding("keys", targets.keys),
+            values=self.rounding("values", targets.values),
+            endpoint=encode(endpoint, self.rounding.codec.endpoint).dequantise(dtype=torch.float32),
             slot_counts=targets.slot_counts,
             slot_positions=targets.slot_positions,
             slot_mask=targets.slot_positions >= 0,
         )
-
-    def _kept(self, name: str, x: Tensor) -> Tensor:
-        """x [B, L', H, M, D] after a trip through the targets' codec."""
-        encoding, shared = getattr(self.codec, name), self.calibrated.get(name)
-        if shared is None or shared.scale is None or shared.zero is None:
-            return encode(x, encoding).dequantise(dtype=torch.float32)
-        scale, zero = shared.scale.to(x.device), shared.zero.to(x.device)
-        return dequantise(encode_with(x, scale, zero, CODE_BITS[encoding]), scale, zero)

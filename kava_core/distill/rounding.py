@@ -1,7 +1,7 @@
-"""What keeping numbers in a targets store does to them, for numbers that are still being trained.
+"""What keeping numbers in a targets store does to them.
 
-Quantisation-aware training: the student's keys and values make the trip through the codec that the
-targets have made before they are compared, so that it is not asked for what codes cannot say.
+Targets made online are rounded as stored ones are. In quantisation-aware training the student's
+keys and values are too before they are compared, so that it is not asked for what codes cannot say.
 """
 
 from __future__ import annotations
@@ -31,14 +31,8 @@ class Rounding:
 
     @classmethod
     def of(cls, store: TargetsStore) -> Self:
-        """That of `store`; KavaError if it keeps neither keys nor values in codes."""
+        """That of `store`."""
         codec = store.codec
-        if not {codec.keys, codec.values} & CODE_BITS.keys():
-            raise KavaError(
-                f"fake_quantise passes keys and values through the store's codes, but {store.path} "
-                f"keeps keys in {codec.keys} and values in {codec.values}. Set evict.keys_bits or "
-                "evict.values_bits to 8 or 4, or leave fake_quantise out."
-            )
         shared = store.batch([0]) if codec.calibrated else None
         calibrated = {}
         for name in codec.calibrated:
@@ -46,14 +40,28 @@ class Rounding:
             calibrated[name] = (encoded.scale.clone(), encoded.zero.clone())
         return cls(codec, calibrated)
 
-    def __call__(self, name: str, x: Tensor, rows: Sequence[int]) -> Tensor:
+    def __call__(self, name: str, x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """x [B, len(rows), H, M, D], the `keys` or `values` of these rows, as the store gives them.
 
-        The gradient passes straight through.
+        rows: None for all of them, in order. The gradient passes straight through.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         encoding = getattr(self.codec, name)
         if name not in self.calibrated:
             return fake_quantise(x, encoding)
-        scale, zero = (part[:, rows].to(x.device) for part in self.calibrated[name])
+        scale, zero = (
+            (part if rows is None else part[:, rows]).to(x.device) for part in self.calibrated[name]
+        )
         return fake_quantise(x, encoding, scale, zero)
+
+
+def fake_quantisation(store: TargetsStore) -> Rounding:
+    """The rounding of `store`; KavaError if it keeps neither keys nor values in codes."""
+    codec = store.codec
+    if not {codec.keys, codec.values} & CODE_BITS.keys():
+        raise KavaError(
+            f"fake_quantise passes keys and values through the store's codes, but {store.path} "
+            f"keeps keys in {codec.keys} and values in {codec.values}. Set evict.keys_bits or "
+            "evict.values_bits to 8 or 4, or leave fake_quantise out."
+        )
+    return Rounding.of(store)

@@ -147,7 +147,7 @@ def test_rounding_is_seen(tmp_path: Path) -> None:
     """Without it, the targets of a coarse store are others: the equality above says something."""
     store, online, _ = made(tmp_path, "llama", *CASES["codes of 8 bits, merged"])
     exact = OnlineTargets(
-        online.teacher, store_codec(Generate(**EXACT)), online.cut, store.codec, {}
+        online.teacher, store_codec(Generate(**EXACT)), online.cut, online.rounding
     )
     with torch.no_grad():
         stored, other = losses("llama", store, None), losses("llama", store, exact)

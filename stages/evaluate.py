@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from kava_core.evaluation.interpret_teacher import TeacherView
     from kava_core.evaluation.results import Examined
     from kava_core.models.latent import LatentReasoner
+    from kava_core.problems.folder import ProblemFolder
     from kava_core.problems.records import Problem
-    from kava_core.problems.traces import TraceEncoder
 
 
 @stage
@@ -52,7 +52,7 @@ def evaluate(run: Run) -> None:
     own = test_sets[0].problems
     systems = ["teacher-cot", "teacher-no-cot", *run.settings.students]
     with torch_threads(settings.threads), progress() as display:
-        teacher = _read_teacher(run, encoder, own)
+        teacher = _read_teacher(run, folder, own)
         for name in systems:
             total = sum(len(test_set.problems) for test_set in test_sets)
             task = display.add_task(name, total=total, note="")
@@ -113,7 +113,7 @@ def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:
     )
 
 
-def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> TeacherView | None:
+def _read_teacher(run: Run, folder: ProblemFolder, problems: list[Problem]) -> TeacherView | None:
     """The teacher over the first test problems, its caches cut as the store's, and otherwise.
 
     None where latents are not looked into, or no student has any.
@@ -122,7 +122,8 @@ def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> T
     from kava_core.evaluation.fidelity import Layers
     from kava_core.evaluation.interpret import EXAMPLES, TOP, read_teacher
     from kava_core.evaluation.interpret_teacher import Truncation, readable
-    from kava_core.models.loading import load_model, to_device
+    from kava_core.models.loading import load_model, load_tokenizer, to_device
+    from kava_core.problems.traces import TraceEncoder
     from kava_core.store import TargetsStore
     from stages.evict import Plan
 
@@ -145,11 +146,13 @@ def _read_teacher(run: Run, encoder: TraceEncoder, problems: list[Problem]) -> T
     }
     plan = plans[own]
     model = to_device(load_model(str(run.path("teacher"))))
+    tokenizer = load_tokenizer(str(run.path("teacher")))
+    encoder = TraceEncoder(tokenizer, folder.traces, folder.latent_fraction)
     traces = encoder.encode_all([problem for problem in problems if problem.steps])
     return read_teacher(
         model,
         readable(traces, model, settings.interpret_records),
-        encoder.tokenizer,
+        tokenizer,
         Truncation(
             policy=plan.policy,
             layers=Layers(plan.layers, plan.groups, plan.share),

@@ -24,7 +24,8 @@ significant digits; null stands where no record has one.
     similarity_truncated    budget → as similarity_full, to the most similar of the tokens kept
     attention               sources [M+1]: the latents, and the answer, which is the mean over the
                             places that predict its tokens; targets [P]: question_parts, <bot>,
-                            latents, answer prompt (with <eot>), answer
+                            latents, answer prompt (with <eot>, and the steps before it that latents
+                            do not stand for), answer
         iterations          [I][M+1][P]: shares of attention, mean over layers, query heads and
                             records; a row adds up to 1; the answer is read in the last one only
         teacher_full        [P]: the teacher's answer reading its whole cache; what it sees of the

@@ -403,6 +403,20 @@ def test_the_file_is_what_the_report_reads_and_no_batch_shows(
     assert Insight.model_validate(none).interventions is None
 
 
+def test_a_student_that_writes_the_last_steps_is_held_against_the_first_ones(
+    teacher: PreTrainedModel, encoder: TraceEncoder
+) -> None:
+    writer = make_talker(encoder)
+    writer.config.answer_prompt_ids = []
+    half = TraceEncoder(encoder.tokenizer, "equations", 0.5)
+    found = looked_into(writer, view(teacher, half, truncation()), half)
+    kept, steps = found["decoded"][1]["trace"], problems()[1].steps
+    assert len(steps) == 2 and "".join(kept) == steps[0]
+    last = found["attention"]["iterations"][-1]
+    assert [math.fsum(row) for row in last] == pytest.approx([1] * (M + 1), abs=1e-3)
+    assert math.fsum(found["attention"]["teacher_full"]) == pytest.approx(1, abs=1e-3)
+
+
 def test_traces_that_the_teacher_cannot_hold_are_passed_over() -> None:
     model = tiny_model("mistral")  # a window of 64
     traces = [tiny_trace("long", 5, 70, 2), tiny_trace("a", 5, 6, 2), tiny_trace("b", 5, 6, 2)]

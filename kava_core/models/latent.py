@@ -367,8 +367,13 @@ class LatentReasoner(PreTrainedModel):
         input_ids, attention_mask [B, Q], questions padded on either side. Greedy unless
         `do_sample`: then every row draws one random number per token, whatever the other rows do.
         A row ends at the end of sequence or after `max_new_tokens`. Rows that have ended leave the
-        batch once they are half of it.
+        batch once they are half of it. KavaError for a temperature or top_p that means nothing.
         """
+        if do_sample and not (temperature > 0 and 0 < top_p <= 1):
+            raise KavaError(
+                "expected a temperature above 0 and a top_p above 0, at most 1, found "
+                f"{temperature} and {top_p}. For the likeliest tokens turn do_sample off."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self._check_length(attention_mask)

@@ -381,6 +381,12 @@ def test_a_plain_model_with_prompt_equals_no_cot() -> None:
     )
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_options_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(KavaError, match=r"a temperature above 0 and a top_p above 0, at most 1"):
+        tiny_student("llama").generate(torch.tensor(QUESTIONS[:1]), do_sample=True, **options)
+
+
 def test_unknown_reasoning_is_refused() -> None:
     with pytest.raises(KavaError, match=r"jacobi or sequential, not 'parallel'"):
         tiny_student("llama", reasoning="parallel")

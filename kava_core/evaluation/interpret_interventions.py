@@ -32,8 +32,9 @@ def interventions(
     The change is to the input embedding of that latent when it is fed for the last time: to zero,
     to its mean over the problems, or to that of the next problem in their order (the last problem
     takes that of the first). Its keys and values follow, and what later latents and the answer
-    read. Returns {"n": N, "none": exact match without a change, "zero": [M], "mean": [M],
-    "shuffle": [M]}.
+    read. A changed student may write as many tokens as the longest answer that the unchanged one
+    ended within max_new_tokens: what runs on after that costs time and is no answer. Returns
+    {"n": N, "none": exact match without a change, "zero": [M], "mean": [M], "shuffle": [M]}.
     """
     asked = _Asked(student, encoder, problems, batch_size, max_new_tokens)
     latents = student.bot.new_zeros(len(problems), student.config.latents, len(student.bot))
@@ -53,6 +54,7 @@ def interventions(
         return asked.exact_match(put)
 
     found: dict[str, Any] = {"n": len(problems), "none": asked.exact_match(keep)}
+    asked.max_new_tokens = asked.longest or max_new_tokens
     changed = {
         "zero": torch.zeros_like(latents),
         "mean": latents.mean(0, keepdim=True).expand_as(latents),
@@ -85,6 +87,7 @@ class _Asked:
             for chosen in (order[i : i + batch_size] for i in range(0, len(order), batch_size))
         ]
         self.right: dict[tuple[int, str], bool] = {}
+        self.longest = 0  # tokens of the longest answer that ended, its end included
 
     def exact_match(self, change: Callable[[Tensor, int, Tensor], Tensor]) -> float:
         """In per cent; change(problems [B], i, z) is `latents_fed`'s for a batch of problems."""
@@ -103,7 +106,10 @@ class _Asked:
 
     def _correct(self, i: int, row: list[int]) -> bool:
         eos = self.encoder.eos
-        end = row.index(eos) if eos in row else len(row)
+        end = len(row)
+        if eos in row:
+            end = row.index(eos)
+            self.longest = max(self.longest, end + 1)
         text = str(self.encoder.tokenizer.decode(row[:end], skip_special_tokens=True))
         if (i, text) not in self.right:
             prompted = bool(self.student.config.answer_prompt_ids)

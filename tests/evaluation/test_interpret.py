@@ -343,6 +343,9 @@ def test_a_latent_is_put_to_zero_mean_or_anothers(encoder: TraceEncoder, reasoni
     told = ask(talker, encoder.tokenizer, encoder, asked, **ASKED)
     assert found["none"] == pytest.approx(100 * sum(p.correct for p in told) / 12)
     assert found["none"] >= 50
+    unchanged = [naive_answer(talker, question, 4, lambda _, z: z) for question in questions]
+    ended = [len(written) for written in unchanged if written[-1] == encoder.eos]
+    limit = max(ended, default=4)
     others = {
         "zero": torch.zeros_like(fed),
         "mean": fed.mean(0, keepdim=True).expand_as(fed),
@@ -355,7 +358,7 @@ def test_a_latent_is_put_to_zero_mean_or_anothers(encoder: TraceEncoder, reasoni
                 written = naive_answer(
                     talker,
                     question,
-                    4,
+                    limit,
                     lambda s, z, i=i: instead[i, s] if s == slot else z,  # noqa: B023
                 )
                 text = encoder.tokenizer.decode(written, skip_special_tokens=True).strip()

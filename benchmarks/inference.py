@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import click
 import torch
@@ -74,9 +75,11 @@ def systems(batch: int, calls: list[None]) -> dict[str, Callable[[], Tensor]]:
     ids = torch.randint(8, 8000, (batch, QUESTION), generator=torch.Generator().manual_seed(1))
     ids, mask = ids.to(model.device), torch.ones_like(ids).to(model.device)
 
+    generate: Any = model.generate  # typed as a tensor by its mixin
+
     def written() -> Tensor:
         with torch.inference_mode():
-            found = model.generate(
+            found = generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=TRACE + ANSWER,

@@ -76,7 +76,7 @@ def shard_records(shard: int) -> list[Record]:
     ]
 
 
-def write_ours(folder: Path, shard: int, tensors: dict[str, Tensor]) -> None:
+def write_ours(folder: Path, shard: int, tensors: dict[str, Any]) -> None:
     write_targets_shard(
         folder, shard, shard_records(shard), **tensors, geometry=GEOMETRY, codec=Codec()
     )

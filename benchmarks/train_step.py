@@ -42,6 +42,7 @@ from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
 from kava_core.distill.objective import cross_entropy
 from kava_core.distill.online import OnlineTargets
+from kava_core.distill.rounding import Rounding
 from kava_core.distill.student import objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import to_device
@@ -108,11 +109,11 @@ def write_store(folder: Path) -> None:
     """Targets of SHARDS · SHARD records in `folder`, in bfloat16, evicted by R-KV."""
     teacher = TeacherPass(to_device(model()))
     plan = Plan.of(Evict(budget=SLOTS), store_geometry(teacher.model.config))
-    online = OnlineTargets(teacher, HALF, plan.cut, EXACT, {})
+    online = OnlineTargets(teacher, HALF, plan.cut, Rounding(EXACT, {}))
     for shard in range(SHARDS):
         records = traces(shard * SHARD, SHARD)
         parts = [online(records[i : i + BATCH]) for i in range(0, SHARD, BATCH)]  # type: ignore[arg-type]
-        tensors = {
+        tensors: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("keys", "values", "slot_counts", "slot_positions", "endpoint")
         }
@@ -171,7 +172,7 @@ class Steps:
             online = OnlineTargets.like(store, TeacherPass(to_device(model())), HALF, plan.cut)
         if variant == "joint":
             self.joint = JointPass(self.student.decoder)
-            online = OnlineTargets(self.joint, EXACT, plan.cut, EXACT, {})
+            online = OnlineTargets(self.joint, EXACT, plan.cut, Rounding(EXACT, {}))
         objective = objective_of(
             store,
             alpha_kv=1.0,
@@ -229,7 +230,7 @@ def rounds_of(folder: Path, rounds: int, steps: int) -> dict[str, list[tuple[flo
             taken = [work[variant].step() for _ in range(steps)]
             if turn:  # the first round warms up
                 measured[variant].append(
-                    tuple(statistics.median(x) for x in zip(*taken, strict=True))  # type: ignore[arg-type]
+                    tuple(statistics.median(x) for x in zip(*taken, strict=True))
                 )
     return measured
 

@@ -35,6 +35,15 @@ class Run:
         return (self.data / self.name).joinpath(*parts).absolute()
 
 
+data_option = click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data"),
+    show_default=True,
+    help="Folder of the artefacts.",
+)
+
+
 def stage(function: Callable[..., None]) -> click.Command:
     """Make a click command of `function(run, …)`: options, settings, run log."""
 
@@ -46,13 +55,7 @@ def stage(function: Callable[..., None]) -> click.Command:
         show_default=True,
         help="File with the settings of all pipelines.",
     )
-    @click.option(
-        "--data",
-        type=click.Path(file_okay=False, path_type=Path),
-        default=Path("data"),
-        show_default=True,
-        help="Folder of the artefacts.",
-    )
+    @data_option
     @functools.wraps(function)
     def command(pipeline: str | None, pipelines: Path, data: Path, **options: Any) -> None:
         name, settings = load_pipeline(pipelines, pipeline)

@@ -10,17 +10,12 @@ import click
 
 from kava_core.artefacts import atomic_path
 from kava_core.console import say
+from stages.common import data_option
 
 
 @click.command()
 @click.argument("names", metavar="A B …", nargs=-1, required=True)
-@click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("data"),
-    show_default=True,
-    help="Folder of the artefacts.",
-)
+@data_option
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,23 +92,6 @@ def test_no_shards_no_work(tmp_path: Path) -> None:
 
 
 # --- Ray ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two_cores() -> Iterator[None]:
-    """A Ray of two cores, shared by the tests since starting it takes seconds."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("two_cores")

@@ -10,6 +10,7 @@ is used again: the process's own memory does not grow with the store.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -139,7 +140,7 @@ class TargetsBatch:
         )
 
 
-class _Store:
+class _Store(ABC):
     """What both kinds have: folder, manifest, index."""
 
     kind: str
@@ -186,9 +187,9 @@ class _Store:
         """Teacher layer → row of keys, values and slots that stands for it."""
         return self.geometry.layer_map
 
+    @abstractmethod
     def check_shard(self, shard: int) -> None:
         """KavaError if a shard is damaged or disagrees with the manifest or the index."""
-        raise NotImplementedError
 
     def check_calibration(self) -> None:
         """KavaError if the calibration file is damaged."""

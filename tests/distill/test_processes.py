@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +26,6 @@ from tests.distill import toy
 from tests.distill.toy import SETTINGS, files, same, toy_student, toy_traces, write_store
 
 STEPS = toy.replace(SETTINGS, steps=8, log_every=1, evaluate_every=4)
-
-
-@pytest.fixture(scope="module")
-def two_cores() -> Iterator[None]:
-    """A Ray of two cores, shared by the tests since starting it takes seconds."""
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,9 @@ from kava_core.evaluation.accuracy import Prediction, ask, read_answer, summaris
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
-from tests.evaluation.talker import make_encoder, make_talker, problems, system
+from tests.evaluation.talker import problems, system
 
 LONGEST = 7
-
-
-@pytest.fixture(scope="module")
-def encoder() -> TraceEncoder:
-    return make_encoder()
-
-
-@pytest.fixture(scope="module")
-def talker(encoder: TraceEncoder) -> LatentReasoner:
-    return make_talker(encoder)
 
 
 def alone(asked: LatentReasoner, question: list[int], eos: int) -> list[int]:

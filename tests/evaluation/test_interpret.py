@@ -31,7 +31,7 @@ from kava_core.problems.records import Problem
 from kava_core.problems.traces import Trace, TraceEncoder
 from kava_core.reporting.insights import Insight
 from kava_core.rotary import unrotate
-from tests.evaluation.talker import make_encoder, make_talker, problems
+from tests.evaluation.talker import make_talker, problems
 from tests.evaluation.test_interpret_student import naive_answer, naive_passes
 from tests.tiny import ARCHITECTURES, assert_near, tiny_model, tiny_trace
 
@@ -47,16 +47,6 @@ def truncation(phase: str = "pre_rope", layers: tuple[int, ...] = (0, 1, 2)) -> 
         budget=M,
         phase=phase,
     )
-
-
-@pytest.fixture(scope="module")
-def encoder() -> TraceEncoder:
-    return make_encoder()
-
-
-@pytest.fixture(scope="module")
-def talker(encoder: TraceEncoder) -> LatentReasoner:
-    return make_talker(encoder)
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,9 @@ from kava_core.evaluation.perplexity import gold_nll, perplexity
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
-from tests.evaluation.talker import make_encoder, make_talker, problems, system
+from tests.evaluation.talker import make_talker, problems, system
 
 GOLDS = ["5", "123", "70", "8 9", "1/2"]
-
-
-@pytest.fixture(scope="module")
-def encoder() -> TraceEncoder:
-    return make_encoder()
-
-
-@pytest.fixture(scope="module")
-def talker(encoder: TraceEncoder) -> LatentReasoner:
-    return make_talker(encoder)
 
 
 def todo() -> list[Problem]:

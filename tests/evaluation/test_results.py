@@ -17,7 +17,7 @@ from kava_core.evaluation.results import Examined, ProblemSet, examine, score, w
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
-from tests.evaluation.talker import make_encoder, make_talker, problems, system
+from tests.evaluation.talker import problems, system
 from tests.tiny import COMMON, tiny_model
 
 FILES = [
@@ -28,16 +28,6 @@ FILES = [
     "predictions.parquet",
     "summary.json",
 ]
-
-
-@pytest.fixture(scope="module")
-def encoder() -> TraceEncoder:
-    return make_encoder()
-
-
-@pytest.fixture(scope="module")
-def talker(encoder: TraceEncoder) -> LatentReasoner:
-    return make_talker(encoder)
 
 
 def some(encoder: TraceEncoder) -> ProblemSet:

@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kava_core.config import Generate
 from kava_core.models.loading import build_llama, load_model, load_tokenizer, save_model
 from kava_core.problems.folder import open_problems, write_problems
 from kava_core.problems.synthetic import Generator
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
+from kava_core.settings import Generate
 from stages.cli import quiet
 from stages.generate import GenerateJob
 

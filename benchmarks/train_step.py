@@ -37,17 +37,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from kava_core.config import Evict
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
 from kava_core.distill.objective import cross_entropy
-from kava_core.distill.online import OnlineTargets
-from kava_core.distill.rounding import Rounding
 from kava_core.distill.student import objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import to_device
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.traces import Trace
+from kava_core.settings import Evict
 from kava_core.store import (
     Codec,
     ShardShuffleSampler,
@@ -55,6 +53,8 @@ from kava_core.store import (
     finalise,
     write_targets_shard,
 )
+from kava_core.targets.online import OnlineTargets
+from kava_core.targets.rounding import Rounding
 from stages.cli import quiet
 from stages.evict import Plan
 from stages.generate import store_geometry

@@ -24,7 +24,7 @@ def ask(student: Path, question: str, as_json: bool) -> None:
     """
     if not question.strip():
         raise KavaError("expected a question, found nothing. Put it in quotes behind the student.")
-    from kava_core.evaluation.students import open_student
+    from kava_core.models.students import open_student
 
     model = open_student(student)
     import torch

@@ -20,17 +20,17 @@ from kava_core.errors import KavaError
 # Stage → (module, attribute, the line shown in the list). Modules are imported when asked for, so
 # that `kava --help` does not wait for torch.
 COMMANDS = {
-    "prepare": ("stages.prepare", "prepare", "Problems: generate or read them, and split them."),
-    "teacher": ("stages.teacher", "teacher", "Teacher: fine-tune it to write chains of thought."),
-    "generate": ("stages.generate", "generate", "Teacher KV: store its caches over the traces."),
-    "evict": ("stages.evict", "evict", "KV targets: cut the caches down to M slots."),
-    "fidelity": ("stages.fidelity", "fidelity", "Fidelity: answers from compressed caches."),
-    "distill": ("stages.distill", "distill", "Student: train one from the targets."),
-    "evaluate": ("stages.evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
-    "report": ("stages.report", "report", "Report: one HTML page and a table."),
-    "ask": ("stages.ask", "ask", "Put a question to a trained student."),
-    "compare": ("stages.compare", "compare", "Compare pipelines: one table and one page."),
-    "store": ("stages.store", "store_group", "Inspect, verify and export stores."),
+    "prepare": (".prepare", "prepare", "Problems: generate or read them, and split them."),
+    "teacher": (".teacher", "teacher", "Teacher: fine-tune it to write chains of thought."),
+    "generate": (".generate", "generate", "Teacher KV: store its caches over the traces."),
+    "evict": (".evict", "evict", "KV targets: cut the caches down to M slots."),
+    "fidelity": (".fidelity", "fidelity", "Fidelity: answers from compressed caches."),
+    "distill": (".distill", "distill", "Student: train one from the targets."),
+    "evaluate": (".evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
+    "report": (".report", "report", "Report: one HTML page and a table."),
+    "ask": (".ask", "ask", "Put a question to a trained student."),
+    "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
+    "store": (".store", "store_group", "Inspect, verify and export stores."),
 }
 
 
@@ -44,7 +44,7 @@ class Kava(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command: click.Command = getattr(importlib.import_module(module, __package__), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

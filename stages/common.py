@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kava_core.config import Evict, Generate, Pipeline, load_pipeline
 from kava_core.console import say
+from kava_core.settings import Evict, Generate, Pipeline, load_pipeline
 
 if TYPE_CHECKING:
     from kava_core.store import Codec

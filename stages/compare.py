@@ -10,7 +10,8 @@ import click
 
 from kava_core.artefacts import atomic_path
 from kava_core.console import say
-from stages.common import data_option
+
+from .common import data_option
 
 
 @click.command()

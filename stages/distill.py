@@ -11,17 +11,18 @@ from pydantic import ValidationError
 
 from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.errors import KavaError
-from stages.common import Run, stage, store_codec, torch_threads
-from stages.fitting import fit_settings, hold_out
+
+from .common import Run, stage, store_codec, torch_threads
+from .fitting import fit_settings, hold_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kava_core.config import Student
     from kava_core.distill.match import Match
-    from kava_core.distill.online import OnlineTargets
     from kava_core.models.latent import LatentReasoner
+    from kava_core.settings import Student
     from kava_core.store import TargetsStore
+    from kava_core.targets.online import OnlineTargets
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class DistillJob:
         return self.work / "checkpoints"
 
     def __call__(self) -> None:
-        from kava_core.distill import group
         from kava_core.distill.fit import fit
         from kava_core.distill.match import Match
         from kava_core.distill.projectors import add_projectors, drop_projectors
-        from kava_core.distill.rounding import fake_quantisation
         from kava_core.distill.student import add_lora, merge_lora, student_terms
         from kava_core.models.loading import load_model, load_tokenizer, save_model
+        from kava_core.parallel import group
         from kava_core.store.sampler import ShardShuffleSampler
+        from kava_core.targets.rounding import fake_quantisation
 
         settings, training = self.settings, self.settings.training
         teacher = str(self.run.path("teacher"))
@@ -189,7 +190,7 @@ def distill(run: Run, student: str) -> None:
         job()
     else:
         from kava_core.distill.fit import STOP_FILE, following
-        from kava_core.distill.processes import run_processes
+        from kava_core.parallel.processes import run_processes
 
         resources = run.settings.resources
         with following(job.output / "live", student, settings.training.steps):
@@ -209,11 +210,12 @@ def _online(settings: Student, store: TargetsStore | None, teacher: str) -> Onli
     """The frozen teacher and the store's own settings, where targets are made in the step."""
     if store is None or settings.targets == "store":
         return None
-    from kava_core.config import Evict, Generate
-    from kava_core.distill.online import OnlineTargets
     from kava_core.models.loading import DTYPES, load_model, to_device
     from kava_core.models.teacher_pass import TeacherPass
-    from stages.evict import Plan
+    from kava_core.settings import Evict, Generate
+    from kava_core.targets.online import OnlineTargets
+
+    from .evict import Plan
 
     made = store.manifest.settings
     try:
@@ -231,7 +233,7 @@ def _online(settings: Student, store: TargetsStore | None, teacher: str) -> Onli
 
 def _check_budget(run: Run, store: TargetsStore) -> None:
     """KavaError if the targets have another number of slots than `evict` makes now."""
-    from stages.evict import Plan
+    from .evict import Plan
 
     slots = Plan.of(run.settings.evict, store.geometry).geometry.slots
     if slots != store.geometry.slots:

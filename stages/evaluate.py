@@ -9,11 +9,12 @@ from pydantic import ValidationError
 from kava_core.artefacts import publish, read_json, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
-from stages.common import Run, stage, torch_threads
+
+from .common import Run, stage, torch_threads
 
 if TYPE_CHECKING:
-    from kava_core.evaluation.interpret_teacher import TeacherView
     from kava_core.evaluation.results import Examined
+    from kava_core.latents.teacher import TeacherView
     from kava_core.models.latent import LatentReasoner
     from kava_core.problems.folder import ProblemFolder
     from kava_core.problems.records import Problem
@@ -28,11 +29,11 @@ def evaluate(run: Run) -> None:
     and comparisons per test set and system, predictions.parquet with all that was generated, what
     `dvc metrics` and `dvc plots` show, similarity.json, the cosine similarity of each student's
     latents to its targets, and interpretability.json, what the latents hold
-    (`kava_core.evaluation.interpret`).
+    (`kava_core.latents.interpret`).
     """
-    from kava_core.evaluation.interpret import interpret, write_insights
     from kava_core.evaluation.results import ProblemSet, examine, write_results
-    from kava_core.evaluation.similarity import slot_similarity
+    from kava_core.latents.interpret import interpret, write_insights
+    from kava_core.latents.similarity import slot_similarity
     from kava_core.models.loading import load_tokenizer, to_device
     from kava_core.problems.folder import open_problems
     from kava_core.problems.traces import TraceEncoder
@@ -101,9 +102,9 @@ def evaluate(run: Run) -> None:
 
 
 def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:
-    from kava_core.evaluation.students import open_student
     from kava_core.models.latent import LatentReasoner
     from kava_core.models.loading import load_model
+    from kava_core.models.students import open_student
 
     if name in run.settings.students:
         return open_student(run.path("students", name))
@@ -118,14 +119,15 @@ def _read_teacher(run: Run, folder: ProblemFolder, problems: list[Problem]) -> T
 
     None where latents are not looked into, or no student has any.
     """
-    from kava_core.config import Evict
-    from kava_core.evaluation.fidelity import Layers
-    from kava_core.evaluation.interpret import EXAMPLES, TOP, read_teacher
-    from kava_core.evaluation.interpret_teacher import Truncation, readable
+    from kava_core.fidelity.examiner import Layers
+    from kava_core.latents.interpret import EXAMPLES, TOP, read_teacher
+    from kava_core.latents.teacher import Truncation, readable
     from kava_core.models.loading import load_model, load_tokenizer, to_device
     from kava_core.problems.traces import TraceEncoder
+    from kava_core.settings import Evict
     from kava_core.store import TargetsStore
-    from stages.evict import Plan
+
+    from .evict import Plan
 
     settings = run.settings.evaluate
     thinking = [s for s in run.settings.students.values() if s.reasoning != "none"]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kava_core.artefacts import publish, work_folder, write_json
-from kava_core.config import EveryLayer, Evict, LastLayers
 from kava_core.console import progress, say
-from stages.common import Run, stage, store_codec
+from kava_core.settings import EveryLayer, Evict, LastLayers
+
+from .common import Run, stage, store_codec
 
 if TYPE_CHECKING:
     from kava_core.eviction import CacheBatch, Policy, Targets
@@ -127,9 +128,9 @@ def evict(run: Run) -> None:
     the share of (record, layer, head) from which a token was really dropped. A new budget, policy,
     layer set or bit width reruns this stage and what follows, nothing before.
     """
+    from kava_core.parallel.shards import run_shards
     from kava_core.rotary import Rotary
     from kava_core.store import TargetsStore, TeacherStore, finalise, finished_shards
-    from kava_core.workers import run_shards
 
     settings = run.settings.evict
     source = run.path("teacher_kv")

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kava_core.artefacts import publish, read_json, work_folder, write_json
-from kava_core.config import Fidelity
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
-from stages.common import Run, stage, torch_threads
+from kava_core.settings import Fidelity
+
+from .common import Run, stage, torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kava_core.evaluation.fidelity import Batch, Examiner, Layers, Outcome
-    from kava_core.evaluation.fidelity_results import Cell, Result
-    from kava_core.evaluation.slot_cache import SlotCache
     from kava_core.eviction import Policy
+    from kava_core.fidelity.examiner import Batch, Examiner, Layers, Outcome
+    from kava_core.fidelity.results import Cell, Result
+    from kava_core.models.slot_cache import SlotCache
     from kava_core.problems.traces import Trace
 
 
@@ -37,9 +38,9 @@ class Plan:
     @classmethod
     def of(cls, settings: Fidelity, model_layers: int) -> Plan:
         """KavaError names the setting that cannot be met."""
-        from kava_core.evaluation.fidelity import Layers
-        from kava_core.evaluation.fidelity_results import Cell
         from kava_core.eviction import group_layers, make_budgets, make_policy, parse_layers
+        from kava_core.fidelity.examiner import Layers
+        from kava_core.fidelity.results import Cell
 
         policies = {}
         for policy in settings.policies:
@@ -80,8 +81,8 @@ def fidelity(run: Run) -> None:
     """
     from rich.console import Console
 
-    from kava_core.evaluation.fidelity import Examiner, alike
-    from kava_core.evaluation.fidelity_results import recommendation_table, write_results
+    from kava_core.fidelity.examiner import Examiner, alike
+    from kava_core.fidelity.results import recommendation_table, write_results
     from kava_core.models.loading import (
         DTYPES,
         load_config,
@@ -147,7 +148,7 @@ def _examine(
 
     A batch's answers from one kind are a file in `work`, which is not made twice.
     """
-    from kava_core.evaluation.fidelity_results import Result
+    from kava_core.fidelity.results import Result
 
     results = [Result(cell) for cell in plan.cells]
     parts = [
@@ -187,8 +188,8 @@ def _part(
     reference: Outcome,
 ) -> dict[str, Any]:
     """The answers to one batch from one kind of cache, and what they cost."""
+    from kava_core.answers import same_answer
     from kava_core.evaluation.accuracy import read_answer
-    from kava_core.evaluation.answers import same_answer
 
     make, tokens, size = _cache(plan, cell, examiner, batch)
     outcome = examiner.examine(batch, make, reference.log_probs)

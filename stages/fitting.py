@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kava_core.config import Training
 from kava_core.distill.fit import FitSettings
 from kava_core.errors import KavaError
+from kava_core.settings import Training
 
 
 def fit_settings(training: Training) -> FitSettings:

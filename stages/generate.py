@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.artefacts import publish, work_folder
-from kava_core.config import Generate
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
 from kava_core.problems.folder import open_problems
-from stages.common import Run, stage, store_codec
+from kava_core.settings import Generate
+
+from .common import Run, stage, store_codec
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def generate(run: Run) -> None:
     )
     from kava_core.models.phase import rotary_of
     from kava_core.models.teacher_pass import check_lengths
+    from kava_core.parallel.shards import run_shards
     from kava_core.problems.traces import TraceEncoder
     from kava_core.store import finalise, finished_shards
-    from kava_core.workers import run_shards
 
     settings = run.settings.generate
     source, teacher = open_problems(run.path("problems")), run.path("teacher")

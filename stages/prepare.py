@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kava_core.answers import has_value
 from kava_core.artefacts import publish, work_folder
-from kava_core.config import FileSource, Prepare
 from kava_core.console import say
 from kava_core.errors import KavaError
-from kava_core.evaluation.answers import has_value
 from kava_core.problems.folder import write_problems
 from kava_core.problems.load import Limits, Reading, load_splits, load_test_set
 from kava_core.problems.records import Problem
 from kava_core.problems.sources import SOURCES, Source, Table
 from kava_core.problems.splits import ProblemSplits, count_leaks
 from kava_core.problems.synthetic import Generator
-from stages.common import Run, stage
+from kava_core.settings import FileSource, Prepare
+
+from .common import Run, stage
 
 
 @stage

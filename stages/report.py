@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from kava_core.artefacts import publish, read_json, work_folder
 from kava_core.console import say
-from stages.common import Run, stage
+
+from .common import Run, stage
 
 if TYPE_CHECKING:
     from kava_core.reporting.page import Comparison

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.problems.folder import open_problems
-from stages.common import Run, stage, torch_threads
+
+from .common import Run, stage, torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ def teacher(run: Run) -> None:
     from kava_core.models.loading import save_model, to_device
     from kava_core.problems.traces import TraceEncoder
     from kava_core.store.sampler import ShardShuffleSampler
-    from stages.fitting import fit_settings, hold_out
+
+    from .fitting import fit_settings, hold_out
 
     settings = run.settings.teacher
     problems = open_problems(run.path("problems"))

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.config import Evict, Pipeline, Policy, Student, Training, load_pipeline
 from kava_core.errors import KavaError
+from kava_core.settings import Evict, Pipeline, Policy, Student, Training, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 PIPELINES = ROOT / "pipelines.yaml"

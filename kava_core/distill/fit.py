@@ -4,8 +4,8 @@ Checkpoints, schedules, mixed precision, clipping and distribution are the Train
 is the loss, the order of the data, and that a killed run goes on where its last whole checkpoint
 stands and ends with the weights of a run that was never killed.
 
-In a process group (`kava_core.distill.processes`) every process calls `fit`: each works on its part
-of every batch, and what is logged, saved and decided is that of all of them together.
+In a process group (`kava_core.parallel.processes`) every process calls `fit`: each works on its
+part of every batch, and what is logged, saved and decided is that of all of them together.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from kava_core.console import progress, say
-from kava_core.distill import group
 from kava_core.errors import KavaError
+from kava_core.parallel import group
 
 Batch = dict[str, Any]
 # Maps a model and a batch to named weighted terms, each a scalar; their sum is minimised.

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from kava_core.distill.fit import Terms
 from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective
-from kava_core.distill.online import OnlineTargets
 from kava_core.distill.projectors import ProjectedReasoning
-from kava_core.distill.rounding import Rounding
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.store import TargetsStore
+from kava_core.targets.online import OnlineTargets
+from kava_core.targets.rounding import Rounding
 
 
 def objective_of(

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kava_core.answers import extract_answer, same_answer
 from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
-from kava_core.evaluation.answers import extract_answer, same_answer
 from kava_core.evaluation.breakdown import accuracy_by
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem

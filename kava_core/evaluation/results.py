@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kava_core.answers import has_value
 from kava_core.artefacts import write_json
 from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import Prediction, ask, summarise
-from kava_core.evaluation.answers import has_value
 from kava_core.evaluation.breakdown import accuracy_by, length_bin, operations
 from kava_core.evaluation.comparisons import compare
 from kava_core.evaluation.memory import peak_tensor_bytes

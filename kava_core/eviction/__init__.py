@@ -6,20 +6,20 @@ from dataclasses import fields
 from typing import Any
 
 from kava_core.errors import KavaError
-from kava_core.eviction.attention import Attention
 from kava_core.eviction.base import Policy
 from kava_core.eviction.batch import CacheBatch
 from kava_core.eviction.budgets import make_budgets
-from kava_core.eviction.crop import Crop
-from kava_core.eviction.key_norm import KeyNorm
 from kava_core.eviction.layers import group_layers, parse_layers
-from kava_core.eviction.random import Random
-from kava_core.eviction.redundancy import Redundancy
-from kava_core.eviction.rkv import RKV
-from kava_core.eviction.streaming import Streaming
+from kava_core.eviction.policies.attention import Attention
+from kava_core.eviction.policies.crop import Crop
+from kava_core.eviction.policies.key_norm import KeyNorm
+from kava_core.eviction.policies.random import Random
+from kava_core.eviction.policies.redundancy import Redundancy
+from kava_core.eviction.policies.rkv import RKV
+from kava_core.eviction.policies.streaming import Streaming
+from kava_core.eviction.policies.uniform import Uniform
+from kava_core.eviction.policies.value_norm import ValueNorm
 from kava_core.eviction.targets import Targets, evict, merge
-from kava_core.eviction.uniform import Uniform
-from kava_core.eviction.value_norm import ValueNorm
 
 POLICIES: dict[str, type[Policy]] = {
     "rkv": RKV,

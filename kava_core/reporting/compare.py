@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kava_core.artefacts import read_json
-from kava_core.config import load_pipeline
 from kava_core.errors import KavaError
 from kava_core.reporting.inputs import Score, Scores, read_scores
 from kava_core.reporting.style import MUTED, SERIES, Figured, canvas, finish, looks_of
+from kava_core.settings import load_pipeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """What a student's latents hold: `evaluation/interpretability.json`, and its figures.
 
-The file is described in `kava_core.evaluation.interpret`, which writes it.
+The file is described in `kava_core.latents.interpret`, which writes it.
 """
 
 from __future__ import annotations

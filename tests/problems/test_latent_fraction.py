@@ -17,7 +17,7 @@ from kava_core.distill.match import Match
 from kava_core.distill.student import student_terms
 from kava_core.evaluation.accuracy import ask
 from kava_core.evaluation.perplexity import gold_nll
-from kava_core.evaluation.students import open_student
+from kava_core.models.students import open_student
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.folder import open_problems
 from kava_core.problems.records import Problem

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kava_core.config import FileSourceName
 from kava_core.errors import KavaError
 from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
 from kava_core.problems.sources import SOURCES, Source, Table
 from kava_core.problems.sources.base import NOTE, Draft, UnusableRow, sentences
 from kava_core.problems.sources.boxed import last_box
+from kava_core.settings import FileSourceName
 
 TABLE = Table(question="q", answer="a", steps="s", topic="t", separator=" ; ")
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from kava_core.artefacts import write_json
-from kava_core.evaluation.fidelity_results import Cell, Result, write_results
+from kava_core.fidelity.results import Cell, Result, write_results
 from kava_core.store import Codec, Geometry, Record, write_targets_shard
 from tests.store.make import finish
 

@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from kava_core.artefacts import read_json, write_json
-from kava_core.config import Student
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import build_llama, load_tokenizer, save_model
 from kava_core.problems.tokenizer import train_tokenizer
+from kava_core.settings import Student
 from kava_core.store import TargetsStore
 from kava_core.store.manifest import manifest_digest
 from stages.ask import ask

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kava_core.answers import same_answer
 from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import read_answer
-from kava_core.evaluation.answers import same_answer
-from kava_core.evaluation.interpret_student import latents_fed
+from kava_core.latents.student import latents_fed
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder

@@ -1,5 +1,5 @@
 """One training over several processes: Ray Train starts them, here or on the cluster of
-RAY_ADDRESS, and joins them in a torch process group; `kava_core.distill.group` speaks for it.
+RAY_ADDRESS, and joins them in a torch process group; `kava_core.parallel.group` speaks for it.
 
 Every process runs the same job and works on its part of each batch. Checkpoints, data and results
 lie on a disk that all of them see. Ray is imported only when there are several.
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kava_core.console import console, say
-from kava_core.distill import group
 from kava_core.errors import KavaError
-from kava_core.workers import ray_running, room
+from kava_core.parallel import group
+from kava_core.parallel.shards import ray_running, room
 
 FOLLOW_SECONDS = 0.5
 

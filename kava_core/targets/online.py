@@ -13,12 +13,12 @@ from typing import cast
 
 import torch
 
-from kava_core.distill.rounding import Rounding
 from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.traces import Trace
 from kava_core.store import Codec, Record, TargetsStore, TargetTensors
 from kava_core.store.codec import encode
+from kava_core.targets.rounding import Rounding
 
 
 @dataclass(frozen=True)

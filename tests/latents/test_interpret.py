@@ -18,21 +18,21 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import ask
-from kava_core.evaluation.fidelity import Layers
-from kava_core.evaluation.interpret import BINS, head, interpret, read_teacher, write_insights
-from kava_core.evaluation.interpret_interventions import interventions
-from kava_core.evaluation.interpret_student import ANSWER, LATENTS, PARTS, PROMPT
-from kava_core.evaluation.interpret_teacher import TeacherView, Truncation, readable
-from kava_core.evaluation.slot_cache import ABSENT
 from kava_core.eviction import group_layers, make_policy
+from kava_core.fidelity.examiner import Layers
+from kava_core.latents.interpret import BINS, head, interpret, read_teacher, write_insights
+from kava_core.latents.interventions import interventions
+from kava_core.latents.student import ANSWER, LATENTS, PARTS, PROMPT
+from kava_core.latents.teacher import TeacherView, Truncation, readable
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
+from kava_core.models.slot_cache import ABSENT
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import Trace, TraceEncoder
 from kava_core.reporting.insights import Insight
 from kava_core.rotary import unrotate
 from tests.evaluation.talker import make_talker, problems
-from tests.evaluation.test_interpret_student import naive_answer, naive_passes
+from tests.latents.test_student import naive_answer, naive_passes
 from tests.tiny import ARCHITECTURES, assert_near, tiny_model, tiny_trace
 
 M = 3  # latents of the talker

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.evaluation.answers import extract_answer, has_value, parse_number, same_answer
+from kava_core.answers import extract_answer, has_value, parse_number, same_answer
 
 SAME = [
     ("42", "42"),

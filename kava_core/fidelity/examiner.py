@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.evaluation.memory import PeakMemory
-from kava_core.evaluation.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.eviction import CacheBatch, Policy, evict
 from kava_core.eviction.layers import Share
+from kava_core.models.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.traces import Trace
 from kava_core.rotary import rotate

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.fidelity import (
+from kava_core.eviction import POLICIES, Policy, group_layers, make_budgets, make_policy
+from kava_core.fidelity.examiner import (
     Compressed,
     Examiner,
     Layers,
     alike,
 )
-from kava_core.evaluation.slot_cache import ABSENT, SlotCache
-from kava_core.eviction import POLICIES, Policy, group_layers, make_budgets, make_policy
+from kava_core.models.slot_cache import ABSENT, SlotCache
 from kava_core.problems.traces import Trace
 from kava_core.rotary import unrotate
 from kava_core.store import Codec

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kava_core.evaluation.interpret_student import (
+from kava_core.latents.student import (
     ANSWER,
     BOT,
     LATENTS,

@@ -9,7 +9,7 @@ from torch import Tensor
 from kava_core.errors import KavaError
 from kava_core.eviction.base import Policy
 from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
-from kava_core.eviction.redundancy import redundancy
+from kava_core.eviction.policies.redundancy import redundancy
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kava_core.config import Evict, Generate
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
-from kava_core.distill.online import OnlineTargets
 from kava_core.distill.student import student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.teacher_pass import TeacherPass, over
 from kava_core.problems.traces import Trace
+from kava_core.settings import Evict, Generate
 from kava_core.store import (
     TargetsStore,
     TeacherStore,
@@ -24,6 +23,7 @@ from kava_core.store import (
     write_targets_shard,
     write_teacher_shard,
 )
+from kava_core.targets.online import OnlineTargets
 from stages.common import store_codec
 from stages.evict import Plan, _batch, _ranges
 from stages.generate import store_geometry

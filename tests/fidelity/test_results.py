@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from kava_core.evaluation.fidelity_results import (
+from kava_core.fidelity.results import (
     Cell,
     Result,
     recommend,

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kava_core.distill import group
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.fit import STOP_FILE, Stopped, fit
 from kava_core.distill.match import Match
-from kava_core.distill.processes import run_processes
 from kava_core.distill.student import student_terms
 from kava_core.errors import KavaError
+from kava_core.parallel import group
+from kava_core.parallel.processes import run_processes
 from kava_core.store import ShardShuffleSampler, TargetsStore
 from tests.distill import toy
 from tests.distill.toy import SETTINGS, files, same, toy_student, toy_traces, write_store

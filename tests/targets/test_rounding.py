@@ -12,7 +12,6 @@ from torch import Tensor
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
 from kava_core.distill.objective import kv_loss
-from kava_core.distill.rounding import Rounding, fake_quantisation
 from kava_core.distill.student import student_terms
 from kava_core.errors import KavaError
 from kava_core.models.phase import rotary_of
@@ -25,6 +24,7 @@ from kava_core.store import (
     finalise,
     write_targets_shard,
 )
+from kava_core.targets.rounding import Rounding, fake_quantisation
 from tests.distill.toy import PLAIN, toy_objective, toy_student, toy_traces, write_store
 from tests.tiny import tiny_model
 

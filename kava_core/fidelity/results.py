@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kava_core.artefacts import write_json
 from kava_core.evaluation.accuracy import wilson
-from kava_core.evaluation.fidelity_figures import heatmaps
+from kava_core.fidelity.figures import heatmaps
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

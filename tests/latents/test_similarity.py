@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kava_core.evaluation.similarity import slot_similarity
+from kava_core.latents.similarity import slot_similarity
 from kava_core.models.latent import LatentReasoner
 from kava_core.store import Codec, Geometry, TargetsStore
 from tests.distill.toy import FLOAT32, PLAIN, toy_student, toy_traces, write_store

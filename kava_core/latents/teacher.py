@@ -15,8 +15,9 @@ from torch.nn.functional import one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.fidelity import Batch, Compressed, Examiner, Layers
-from kava_core.evaluation.interpret_student import (
+from kava_core.eviction import Policy
+from kava_core.fidelity.examiner import Batch, Compressed, Examiner, Layers
+from kava_core.latents.student import (
     ANSWER,
     LATENTS,
     NOTHING,
@@ -24,9 +25,8 @@ from kava_core.evaluation.interpret_student import (
     PROMPT,
     question_parts,
 )
-from kava_core.evaluation.slot_cache import ABSENT, SlotCache
-from kava_core.eviction import Policy
 from kava_core.models.capture import attention_weights, shown_to
+from kava_core.models.slot_cache import ABSENT, SlotCache
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.problems.traces import Trace
 from kava_core.rotary import Rotary, rotate

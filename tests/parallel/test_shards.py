@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.workers import run_shards
+from kava_core.parallel.shards import run_shards
 
 
 @dataclass(frozen=True)

@@ -57,16 +57,16 @@ from transformers import PreTrainedModel
 
 from kava_core.artefacts import atomic_path, canonical_json
 from kava_core.errors import KavaError
-from kava_core.evaluation.interpret_interventions import interventions
-from kava_core.evaluation.interpret_student import PARTS, QUESTION_PARTS, Observed, observe
-from kava_core.evaluation.interpret_teacher import (
+from kava_core.latents.interventions import interventions
+from kava_core.latents.student import PARTS, QUESTION_PARTS, Observed, observe
+from kava_core.latents.teacher import (
     TeacherBatch,
     TeacherView,
     likeliest,
     read_teacher,
 )
-from kava_core.evaluation.slot_cache import ABSENT
 from kava_core.models.latent import LatentReasoner
+from kava_core.models.slot_cache import ABSENT
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
 

@@ -1,0 +1,59 @@
+"""What all settings are made of: a section, and kinds of numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StringConstraints
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+# Numbers in text are taken, since YAML 1.1 reads 1e-3 as one; a truth value is no number.
+Real = Annotated[float, BeforeValidator(_number)]
+
+
+Positive = Annotated[StrictInt, Field(gt=0)]
+
+
+NotNegative = Annotated[StrictInt, Field(ge=0)]
+
+
+PositiveReal = Annotated[Real, Field(gt=0)]
+
+
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+
+
+Weight = Annotated[Real, Field(ge=0)]
+
+
+# A folder below data/, and a step in DVC's paths.
+NAME = r"[A-Za-z0-9_-]+"
+
+
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+Half = Literal["bfloat16", "float16"]
+
+
+Bits = Literal[32, 16, 8, 4]
+
+
+EndpointBits = Literal[32, 16, 8]
+
+
+class Section(BaseModel):
+    """A mapping of settings: unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )

@@ -1,0 +1,28 @@
+"""Accuracy and cost, and the page at the end."""
+
+from __future__ import annotations
+
+from kava_core.settings.base import NotNegative, Positive, Section
+
+
+class Evaluate(Section):
+    """Accuracy and cost of every system on the first `limit` problems of each test set.
+
+    limit: null asks all of them. batch_size: peak memory is that of one batch. interpret_records:
+    test problems over which latents are looked into; intervention_problems: those that are asked
+    again with each latent changed. 0 turns either off; without records there is neither.
+    """
+
+    limit: Positive | None = None
+    batch_size: Positive = 128
+    max_new_tokens: Positive = 256
+    similarity_records: Positive = 256
+    interpret_records: NotNegative = 64
+    intervention_problems: NotNegative = 200
+    threads: Positive = 2
+
+
+class Report(Section):
+    """The page at the end."""
+
+    title: str

@@ -1,0 +1,98 @@
+"""Answers from compressed caches."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, StrictInt, model_validator
+
+from kava_core.settings.base import (
+    Bits,
+    Dtype,
+    Fraction,
+    Half,
+    NotNegative,
+    Positive,
+    Section,
+    Weight,
+)
+from kava_core.settings.evict import Layers, Phase, Policy
+
+
+class FidelityPolicy(Section):
+    """A policy with its settings, as in `evict`; its bare name stands for its defaults."""
+
+    policy: Policy
+    lambda_: Fraction | None = Field(default=None, alias="lambda")
+    redundancy_phase: Phase | None = None
+    first: NotNegative | None = None
+    seed: StrictInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else {"policy": value}
+
+    @property
+    def label(self) -> str:
+        """What tables and files call it: `rkv`, or `rkv lambda=0.5`."""
+        given = self.model_dump(by_alias=True, exclude={"policy"}, exclude_none=True)
+        return " ".join([self.policy, *(f"{name}={value}" for name, value in given.items())])
+
+
+class FidelityBits(Section):
+    """Bits of keys and of values; one number stands for both."""
+
+    keys: Bits
+    values: Bits
+
+    @model_validator(mode="before")
+    @classmethod
+    def _both(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else {"keys": value, "values": value}
+
+    @property
+    def label(self) -> str:
+        """`8`, or `8/4` where keys and values differ."""
+        return str(self.keys) if self.keys == self.values else f"{self.keys}/{self.values}"
+
+
+class Fidelity(Section):
+    """The teacher answers held-out problems from its compressed cache, for a grid of settings.
+
+    Every policy is tried with every budget and every bit width; layers, sharing and budgets per
+    layer are set as in `evict`, and the same for the whole grid. `limit` problems of `split` are
+    asked (null: all). within: how many points of exact match below the full cache the recommended
+    budget may lie.
+    """
+
+    split: Literal["validation", "test"] = "validation"
+    limit: Positive | None = 200
+    policies: tuple[FidelityPolicy, ...] = (
+        FidelityPolicy(policy="rkv"),
+        FidelityPolicy(policy="attention"),
+        FidelityPolicy(policy="random"),
+    )
+    budget: tuple[Positive, ...] = (2, 4, 8, 16, 24, 32, 64, 128, 256)
+    budgets: Literal["uniform", "pyramid"] = "uniform"
+    bits: tuple[FidelityBits, ...] = (FidelityBits(keys=16, values=16),)
+    half: Half = "bfloat16"
+    layers: Layers = "all"
+    share: Literal["none", "selection", "merged"] = "none"
+    share_size: Positive = 2
+    within: Weight = 2.0
+    batch_size: Positive = 64
+    max_new_tokens: Positive = 32
+    model_dtype: Dtype = "float32"
+    threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Fidelity:
+        for name, found in (
+            ("policies", [policy.label for policy in self.policies]),
+            ("budget", list(self.budget)),
+            ("bits", [bits.label for bits in self.bits]),
+        ):
+            if not found or len(found) != len(set(found)):
+                raise ValueError(f"{name} must name at least one, and none twice")
+        return self

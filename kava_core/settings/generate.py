@@ -1,0 +1,22 @@
+"""The teacher's caches."""
+
+from __future__ import annotations
+
+from kava_core.settings.base import Bits, Dtype, EndpointBits, Half, Positive, Section
+
+
+class Generate(Section):
+    """The teacher's caches over the training problems.
+
+    keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half` dtype,
+    8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
+    """
+
+    keys_bits: Bits = 16
+    values_bits: Bits = 16
+    endpoint_bits: EndpointBits = 16
+    half: Half = "bfloat16"
+    model_dtype: Dtype = "float32"
+    shard_size: Positive = 512
+    batch_size: Positive = 64
+    threads: Positive = 1

@@ -1,0 +1,52 @@
+"""The teacher."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StrictInt, model_validator
+
+from kava_core.settings.base import Positive, PositiveReal, Section
+from kava_core.settings.training import Training
+
+
+class Scratch(Section):
+    """A byte-level BPE tokenizer and a small Llama, both made from the training problems."""
+
+    vocabulary: Annotated[StrictInt, Field(ge=270)] = 512
+    hidden_size: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    intermediate_size: Positive = 384
+    context_length: Positive = 512
+    rope_theta: PositiveReal = 10000.0
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Scratch:
+        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}, "
+                f"and that a multiple of kv_heads {self.kv_heads}"
+            )
+        return self
+
+
+class Teacher(Section):
+    """`model: scratch` builds one; anything else is a Hugging Face folder or id to start from.
+
+    `training: null` takes the model as it is (it can already write the chain of thought).
+    """
+
+    model: str = "scratch"
+    scratch: Scratch = Scratch()
+    training: Training | None
+    validate_on: Positive = 200
+    batch_size: Positive = 128
+    max_new_tokens: Positive = 256
+
+    @model_validator(mode="after")
+    def _trained(self) -> Teacher:
+        if self.model == "scratch" and self.training is None:
+            raise ValueError("a teacher from scratch needs `training`")
+        return self

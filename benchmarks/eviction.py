@@ -35,7 +35,7 @@ from torch import Tensor
 
 from kava_core.eviction import CacheBatch, Policy, Targets, evict, make_policy
 from kava_core.eviction.base import score_all
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.store import Codec, Geometry, finalise, write_teacher_shard
 from stages.evict import evict as stage
@@ -214,7 +214,7 @@ def write_teacher_store(folder: Path, shards: int) -> None:
             folder,
             shard,
             [
-                Trace(f"{shard}-{i}", [1] * 60, [1] * n, [1] * 4, [1] * 4, "random", "", 0, "")
+                Record(f"{shard}-{i}", [1] * 60, [1] * n, [1] * 4, [1] * 4, "random", "", 0, "")
                 for i, n in enumerate(lengths)
             ],
             keys=torch.randn(shape, generator=generator),

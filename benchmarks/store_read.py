@@ -35,10 +35,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kava_core.artefacts import sync
+from kava_core.record import Record
 from kava_core.store import (
     Codec,
     Geometry,
-    Record,
     TargetsStore,
     finalise,
     write_targets_shard,

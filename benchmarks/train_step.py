@@ -44,7 +44,7 @@ from kava_core.distill.student import objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import to_device
 from kava_core.models.teacher_pass import TeacherPass
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.settings import Evict
 from kava_core.store import (
     Codec,
@@ -83,14 +83,14 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def traces(first: int, n: int) -> list[Trace]:
+def traces(first: int, n: int) -> list[Record]:
     generator = torch.Generator().manual_seed(first)
 
     def some(length: int) -> list[int]:
         return torch.randint(8, VOCABULARY, (length,), generator=generator).tolist()
 
     return [
-        Trace(
+        Record(
             id=str(first + i),
             question_ids=some(QUESTION),
             cot_ids=some(CHAIN),
@@ -112,7 +112,7 @@ def write_store(folder: Path) -> None:
     online = OnlineTargets(teacher, HALF, plan.cut, Rounding(EXACT, {}))
     for shard in range(SHARDS):
         records = traces(shard * SHARD, SHARD)
-        parts = [online(records[i : i + BATCH]) for i in range(0, SHARD, BATCH)]  # type: ignore[arg-type]
+        parts = [online(records[i : i + BATCH]) for i in range(0, SHARD, BATCH)]
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("keys", "values", "slot_counts", "slot_positions", "endpoint")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kava_core.fidelity.examiner import Batch, Examiner, Layers, Outcome
     from kava_core.fidelity.results import Cell, Result
     from kava_core.models.slot_cache import SlotCache
-    from kava_core.problems.traces import Trace
+    from kava_core.record import Record
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _examine(
     plan: Plan,
     examiner: Examiner,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Sequence[Sequence[Trace]],
+    batches: Sequence[Sequence[Record]],
     work: Path,
 ) -> list[Result]:
     """The teacher reads each batch once and answers it from every kind of cache.

@@ -22,7 +22,7 @@ from transformers import (
 
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import attention_implementation
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 
 VOCABULARY = 64
 COMMON = {
@@ -123,14 +123,14 @@ def tiny_student(name: str, **settings: Any) -> LatentReasoner:
     ).eval()
 
 
-def tiny_trace(name: str, question: int, cot: int, answer: int, seed: int = 0) -> Trace:
+def tiny_trace(name: str, question: int, cot: int, answer: int, seed: int = 0) -> Record:
     """A trace of random tokens with the given lengths; the answer's includes its last token."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> list[int]:
         return torch.randint(8, VOCABULARY, (n,), generator=generator).tolist()
 
-    return Trace(
+    return Record(
         id=name,
         question_ids=ids(question),
         cot_ids=ids(cot),

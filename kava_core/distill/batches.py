@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.store import TargetsStore
 
 
@@ -52,7 +52,7 @@ def answer_batch(
 class AnswerDataset(Dataset[dict[str, Any]]):
     """Questions and answers (and chains, if asked for) of traces; what No-CoT learns from."""
 
-    def __init__(self, traces: Sequence[Trace], chains: bool) -> None:
+    def __init__(self, traces: Sequence[Record], chains: bool) -> None:
         self.traces = traces
         self.chains = chains
 
@@ -120,7 +120,7 @@ class TargetsDataset(Dataset[dict[str, Any]]):
 class ChainDataset(Dataset[dict[str, Any]]):
     """Whole sequences `Q C A-prompt A`, supervised from the first token of C on: the teacher's."""
 
-    def __init__(self, traces: Sequence[Trace]) -> None:
+    def __init__(self, traces: Sequence[Record]) -> None:
         self.traces = traces
 
     def __len__(self) -> int:

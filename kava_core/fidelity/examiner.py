@@ -28,7 +28,7 @@ from kava_core.eviction import CacheBatch, Policy, evict
 from kava_core.eviction.layers import Share
 from kava_core.models.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.models.teacher_pass import TeacherPass
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.rotary import rotate
 from kava_core.store.codec import Encoded, encode
 from kava_core.store.layout import Codec
@@ -63,7 +63,7 @@ class Batch:
     the answer prompt.
     """
 
-    traces: Sequence[Trace]
+    traces: Sequence[Record]
     cache: SlotCache
     question: int
     slots: CacheBatch
@@ -124,7 +124,7 @@ class Examiner:
     def device(self) -> torch.device:
         return self.teacher.model.device
 
-    def read(self, traces: Sequence[Trace]) -> Batch:
+    def read(self, traces: Sequence[Record]) -> Batch:
         """The teacher's caches over questions and chains of thought."""
         cot = self.teacher(traces)
         question, question_at = _place([t.question_ids for t in traces], "left")
@@ -265,14 +265,14 @@ class Examiner:
         return rotate(keys.to(wide), cos, sin).to(dtype)
 
 
-def alike(traces: Sequence[Trace], batch_size: int) -> list[list[int]]:
+def alike(traces: Sequence[Record], batch_size: int) -> list[list[int]]:
     """Indices of the traces in batches of equal `n_steps` and similar length.
 
     A batch of one number of steps is timed for that number of steps. Which traces share a batch
     depends on the traces alone.
     """
 
-    def length(trace: Trace) -> int:
+    def length(trace: Record) -> int:
         return len(trace.question_ids) + len(trace.cot_ids)
 
     by_steps: dict[int, list[int]] = {}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from kava_core.distill.batches import pad
 from kava_core.models.capture import attention_weights, recording
 from kava_core.models.latent import LatentReasoner, Reasoning
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 
 QUESTION_PARTS = ("numbers", "words", "other")
 PARTS = (*QUESTION_PARTS, "<bot>", "latents", "answer prompt", "answer")
@@ -62,7 +62,7 @@ class Observed:
 
 @torch.no_grad()
 def observe(
-    student: LatentReasoner, traces: Sequence[Trace], parts: Sequence[Sequence[int]]
+    student: LatentReasoner, traces: Sequence[Record], parts: Sequence[Sequence[int]]
 ) -> Observed:
     """Watch the student reason about B questions; parts: of each question (`question_parts`).
 

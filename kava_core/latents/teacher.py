@@ -28,7 +28,7 @@ from kava_core.latents.student import (
 from kava_core.models.capture import attention_weights, shown_to
 from kava_core.models.slot_cache import ABSENT, SlotCache
 from kava_core.models.teacher_pass import check_lengths
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.rotary import Rotary, rotate
 from kava_core.store import Codec
 
@@ -60,7 +60,7 @@ class TeacherBatch:
     seen of the chain stands under `latents`.
     """
 
-    traces: list[Trace]
+    traces: list[Record]
     parts: list[list[int]]
     keys: list[Tensor]
     values: list[Tensor]
@@ -95,9 +95,9 @@ class TeacherView:
         return torch.stack(turned, 1)
 
 
-def readable(problems: Sequence[Trace], model: PreTrainedModel, limit: int) -> list[Trace]:
+def readable(problems: Sequence[Record], model: PreTrainedModel, limit: int) -> list[Record]:
     """The first `limit` traces that the teacher can hold; KavaError if there is none."""
-    found: list[Trace] = []
+    found: list[Record] = []
     said = "they have no written chain of thought"
     for trace in problems:
         if len(found) == limit:
@@ -119,7 +119,7 @@ def readable(problems: Sequence[Trace], model: PreTrainedModel, limit: int) -> l
 @torch.no_grad()
 def read_teacher(
     model: PreTrainedModel,
-    traces: Sequence[Trace],
+    traces: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     *,
@@ -150,7 +150,7 @@ def likeliest(
 
 
 def _next_tokens(
-    model: PreTrainedModel, trace: Trace, tokenizer: PreTrainedTokenizerBase, top: int
+    model: PreTrainedModel, trace: Record, tokenizer: PreTrainedTokenizerBase, top: int
 ) -> list[list[tuple[str, float]]]:
     ids = torch.tensor([trace.question_ids + trace.cot_ids], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(trace.question_ids) :]
@@ -159,7 +159,7 @@ def _next_tokens(
 
 def _read(
     examiner: Examiner,
-    traces: list[Trace],
+    traces: list[Record],
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
 ) -> TeacherBatch:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kava_core.errors import KavaError
 from kava_core.models.capture import recording
 from kava_core.models.phase import rotary_of
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.rotary import Rotary, unrotate
 
 
@@ -55,7 +55,7 @@ def attention_windows(config: Any) -> dict[int, int]:
     return {i: window for i, kind in enumerate(kinds) if kind == "sliding_attention" and window}
 
 
-def check_lengths(traces: Sequence[Trace], config: Any) -> None:
+def check_lengths(traces: Sequence[Record], config: Any) -> None:
     """Refuse traces that the model cannot hold: past its context, or past a sliding window."""
     context = getattr(config, "max_position_embeddings", None)
     windows = attention_windows(config)
@@ -89,7 +89,7 @@ class TeacherPass:
         self.rotary: Rotary = rotary_of(model)
 
     @torch.no_grad()
-    def __call__(self, traces: Sequence[Trace]) -> TeacherCache:
+    def __call__(self, traces: Sequence[Record]) -> TeacherCache:
         """Right-padded, so that causality alone keeps padding out of every real position."""
         device = next(self.model.parameters()).device
         sequences = [
@@ -131,7 +131,7 @@ class TeacherPass:
         return unrotate(keys.to(wide), cos.to(wide), sin.to(wide))
 
 
-def over(teacher: TeacherPass, traces: Sequence[Trace], batch_size: int) -> TeacherCache:
+def over(teacher: TeacherPass, traces: Sequence[Record], batch_size: int) -> TeacherCache:
     """The pass over many traces in batches of similar length; the result is in their own order.
 
     Which traces share a batch depends on the traces alone, so repeating it gives the same bytes.
@@ -175,7 +175,7 @@ class _Spans:
     token_positions: Tensor  # [ΣN_C] where it stands in that record's sequence
 
     @classmethod
-    def of(cls, traces: Sequence[Trace]) -> _Spans:
+    def of(cls, traces: Sequence[Record]) -> _Spans:
         start = torch.tensor([len(t.question_ids) for t in traces])
         length = torch.tensor([len(t.cot_ids) for t in traces])
         endpoint = start + length + torch.tensor([len(t.answer_prompt_ids) for t in traces]) - 1
@@ -276,7 +276,7 @@ def answer_importance(
     return (attention.sum(2) / row_mask.sum(1)[:, None, None]).float()
 
 
-def _length(trace: Trace) -> int:
+def _length(trace: Record) -> int:
     return (
         len(trace.question_ids)
         + len(trace.cot_ids)

@@ -1,4 +1,4 @@
-"""Problem → Trace: token ids with exact spans.
+"""Problem → Record: token ids with exact spans.
 
 Each piece (question, chain of thought, answer prompt, answer) is tokenised on its own and the ids
 are concatenated, so that no token reaches across a border whatever the tokenizer merges. The
@@ -13,33 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, TraceForm
+from kava_core.record import Record
 
 ANSWER_PROMPT = "The answer is:"
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A problem in token ids: Q, C (N_C ids), the answer prompt, and A (N_A ids, the last is eos).
-
-    The answer prompt follows the steps that latents do not stand for, if there are any. `n_steps`
-    is the number of steps of the problem and `answer` its text.
-    """
-
-    id: str
-    question_ids: list[int]
-    cot_ids: list[int]
-    answer_prompt_ids: list[int]
-    answer_ids: list[int]
-    source: str
-    topic: str
-    n_steps: int
-    answer: str
 
 
 class TraceEncoder:
@@ -88,11 +69,11 @@ class TraceEncoder:
             return "".join(steps)
         return "".join(step + "\n" for step in steps)
 
-    def encode(self, problem: Problem) -> Trace:
+    def encode(self, problem: Problem) -> Record:
         """The trace of one problem; KavaError as `encode_all`."""
         return self.encode_all([problem])[0]
 
-    def encode_all(self, problems: Sequence[Problem]) -> list[Trace]:
+    def encode_all(self, problems: Sequence[Problem]) -> list[Record]:
         """The traces of many problems, in their order, tokenised in one call per kind of piece.
 
         KavaError, naming the problem, if its trace or answer is empty, if its text holds one of
@@ -118,7 +99,7 @@ class TraceEncoder:
         ]
         self._check(problems, written)
         return [
-            Trace(
+            Record(
                 id=problem.id,
                 question_ids=self.first + question,
                 cot_ids=cot,

@@ -5,7 +5,6 @@ Two kinds: `teacher_kv`, the whole cache of every trace, and `kv_targets`, the s
 """
 
 from kava_core.store.codec import Encoded, Ranges, calibrate, fake_quantise
-from kava_core.store.index import Record, RecordFields
 from kava_core.store.layout import Codec, Geometry
 from kava_core.store.manifest import Expectation, Manifest, load_manifest
 from kava_core.store.read import (
@@ -32,8 +31,6 @@ __all__ = [
     "Geometry",
     "Manifest",
     "Ranges",
-    "Record",
-    "RecordFields",
     "ShardShuffleSampler",
     "TargetTensors",
     "TargetsBatch",

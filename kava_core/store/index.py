@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
+from kava_core.record import Record
 from kava_core.store.checksum import file_checksum
 from kava_core.store.layout import INDEX_FILE
 from kava_core.store.manifest import REMAKE, Manifest, check_file
@@ -44,46 +44,7 @@ TOKEN_COLUMNS = ("question_ids", "cot_ids", "answer_prompt_ids", "answer_ids")
 LENGTH_OF = {"n_question": "question_ids", "n_cot": "cot_ids", "n_answer": "answer_ids"}
 
 
-class RecordFields(Protocol):
-    """What a writer needs to know about a record; a Trace or a Record has it."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def question_ids(self) -> Sequence[int]: ...
-    @property
-    def cot_ids(self) -> Sequence[int]: ...
-    @property
-    def answer_prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def answer_ids(self) -> Sequence[int]: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def topic(self) -> str: ...
-    @property
-    def n_steps(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record of a store: token ids of its spans, and where it comes from.
-
-    The teacher's sequence is question_ids + cot_ids + answer_prompt_ids + answer_ids, so that the
-    trace starts at len(question_ids).
-    """
-
-    id: str
-    question_ids: list[int]
-    cot_ids: list[int]
-    answer_prompt_ids: list[int]
-    answer_ids: list[int]
-    source: str
-    topic: str
-    n_steps: int
-
-
-def index_columns(shard: int, records: Sequence[RecordFields]) -> dict[str, list[Any]]:
+def index_columns(shard: int, records: Sequence[Record]) -> dict[str, list[Any]]:
     """The index rows of a shard, column by column; KavaError names a record that has no tokens."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for row, record in enumerate(records):
@@ -106,7 +67,7 @@ def index_columns(shard: int, records: Sequence[RecordFields]) -> dict[str, list
     return columns
 
 
-def _text(record: RecordFields, name: str) -> str:
+def _text(record: Record, name: str) -> str:
     text = str(getattr(record, name))
     try:
         text.encode()

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kava_core.errors import KavaError
+from kava_core.record import Record
 from kava_core.store.checksum import file_checksum
 from kava_core.store.codec import Encoded, spread
-from kava_core.store.index import Index, Record
+from kava_core.store.index import Index
 from kava_core.store.layout import (
     CALIBRATION_FILE,
     Codec,

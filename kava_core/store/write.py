@@ -29,6 +29,7 @@ from kava_core.artefacts import (
 )
 from kava_core.console import say
 from kava_core.errors import KavaError
+from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.store.checksum import checksum, file_checksum
 from kava_core.store.codec import (
@@ -39,7 +40,7 @@ from kava_core.store.codec import (
     encode,
 )
 from kava_core.store.drift import drift_sums, merge_drift
-from kava_core.store.index import RecordFields, index_columns, write_index
+from kava_core.store.index import index_columns, write_index
 from kava_core.store.layout import (
     CALIBRATION_FILE,
     INDEX_FILE,
@@ -66,7 +67,7 @@ U = TypeVar("U")
 def write_teacher_shard(
     folder: Path,
     shard: int,
-    records: Sequence[RecordFields],
+    records: Sequence[Record],
     *,
     keys: Tensor,
     values: Tensor,
@@ -100,7 +101,7 @@ def write_teacher_shard(
 def write_targets_shard(
     folder: Path,
     shard: int,
-    records: Sequence[RecordFields],
+    records: Sequence[Record],
     *,
     keys: Tensor,
     values: Tensor,
@@ -244,7 +245,7 @@ def _write(
     kind: Kind,
     folder: Path,
     shard: int,
-    records: Sequence[RecordFields],
+    records: Sequence[Record],
     keys: Tensor,
     values: Tensor,
     endpoint: Tensor,
@@ -447,7 +448,7 @@ def _expect_shape(shard: int, name: str, x: Tensor, shape: tuple[int, ...]) -> N
         )
 
 
-def _check_finite(name: str, x: Tensor, records: Sequence[RecordFields], spans: Tensor) -> None:
+def _check_finite(name: str, x: Tensor, records: Sequence[Record], spans: Tensor) -> None:
     """KavaError naming the first record with a NaN or an infinity in x; spans: [N+1]."""
     finite = torch.isfinite(x).flatten(1).all(1)  # [A]
     if finite.all():
@@ -461,7 +462,7 @@ def _check_finite(name: str, x: Tensor, records: Sequence[RecordFields], spans: 
     )
 
 
-def _check_slots(records: Sequence[RecordFields], counts: Tensor, positions: Tensor) -> None:
+def _check_slots(records: Sequence[Record], counts: Tensor, positions: Tensor) -> None:
     """KavaError naming the first record whose slots are impossible."""
     lengths = torch.tensor([len(record.cot_ids) for record in records])
     right = right_slots(counts, positions, lengths)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.teacher_pass import TeacherPass
-from kava_core.problems.traces import Trace
-from kava_core.store import Codec, Record, TargetsStore, TargetTensors
+from kava_core.record import Record
+from kava_core.store import Codec, TargetsStore, TargetTensors
 from kava_core.store.codec import encode
 from kava_core.targets.rounding import Rounding
 
@@ -56,7 +55,7 @@ class OnlineTargets:
             return self._make(records)
 
     def _make(self, records: Sequence[Record]) -> TargetTensors:
-        cache = self.teacher(cast(Sequence[Trace], records))  # it needs their tokens only
+        cache = self.teacher(records)
         # Caches of floats are evicted in the dtype they are kept in, codes in float32.
         batch = CacheBatch.from_ragged(
             encode(cache.keys, self.cache_codec.keys).dequantise(),

@@ -22,7 +22,7 @@ from kava_core.distill.objective import Objective
 from kava_core.distill.student import add_lora, objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.store import (
     Codec,
     Geometry,
@@ -72,7 +72,7 @@ def toy_student(dropout: float = 0.0, lora: bool = False, **settings: Any) -> La
     return student
 
 
-def toy_traces(n: int) -> list[Trace]:
+def toy_traces(n: int) -> list[Record]:
     """Traces of random tokens and lengths, some shorter than the 4 slots."""
     generator = torch.Generator().manual_seed(n)
 
@@ -81,7 +81,7 @@ def toy_traces(n: int) -> list[Trace]:
         return torch.randint(8, VOCABULARY, (length,), generator=generator).tolist()
 
     return [
-        Trace(
+        Record(
             id=f"toy-{i}",
             question_ids=some(2, 7),
             cot_ids=some(2, 8),
@@ -98,7 +98,7 @@ def toy_traces(n: int) -> list[Trace]:
 
 def write_store(
     folder: Path,
-    traces: list[Trace],
+    traces: list[Record],
     *,
     shard_size: int = 6,
     geometry: Geometry = PLAIN,

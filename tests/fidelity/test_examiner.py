@@ -19,7 +19,7 @@ from kava_core.fidelity.examiner import (
     alike,
 )
 from kava_core.models.slot_cache import ABSENT, SlotCache
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.rotary import unrotate
 from kava_core.store import Codec
 from kava_core.store.codec import encode
@@ -37,7 +37,7 @@ def examiner(name: str, layers: Layers = ALL, dtype: torch.dtype | None = None) 
 
 def compressed(
     examiner: Examiner,
-    traces: Sequence[Trace],
+    traces: Sequence[Record],
     budgets: list[int],
     policy: Policy | None = None,
     codec: Codec = EXACT,
@@ -47,13 +47,13 @@ def compressed(
     return what, examiner.restore(batch, what)
 
 
-def answer_logits(examiner: Examiner, traces: Sequence[Trace], cache: SlotCache) -> list[Tensor]:
+def answer_logits(examiner: Examiner, traces: Sequence[Record], cache: SlotCache) -> list[Tensor]:
     """Per trace, the log-probabilities [N_A, V] of each answer token."""
     batch = examiner.read(traces)
     return examiner.examine(batch, cache.fork).log_probs
 
 
-def plain_logits(examiner: Examiner, trace: Trace, hide_chain: bool = False) -> Tensor:
+def plain_logits(examiner: Examiner, trace: Record, hide_chain: bool = False) -> Tensor:
     """The same of an ordinary forward over the whole sequence, without a cache or padding."""
     model = examiner.teacher.model
     head = trace.question_ids + trace.cot_ids
@@ -139,7 +139,7 @@ def naive_attention(module, query, key, value, _, **kwargs):  # type: ignore[no-
 AttentionInterface.register("naive", naive_attention)
 
 
-def naive_logits(examiner: Examiner, trace: Trace, kept: list[list[list[int]]]) -> Tensor:
+def naive_logits(examiner: Examiner, trace: Record, kept: list[list[list[int]]]) -> Tensor:
     """The answer's log-probabilities if layer l, head h sees the tokens kept[l][h] of the chain."""
     head = trace.question_ids + trace.cot_ids
     ids = torch.tensor([head + trace.answer_prompt_ids + trace.answer_ids])
@@ -166,7 +166,7 @@ def naive_logits(examiner: Examiner, trace: Trace, kept: list[list[list[int]]]) 
     return logits[first : first + len(trace.answer_ids)].double().log_softmax(-1)
 
 
-def kept_tokens(what: Compressed, row: int, trace: Trace) -> list[list[list[int]]]:
+def kept_tokens(what: Compressed, row: int, trace: Record) -> list[list[list[int]]]:
     """Per layer and head, the places in the chain that were kept of record `row`."""
     start = len(trace.question_ids)
     return [

@@ -28,7 +28,8 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
 from kava_core.models.slot_cache import ABSENT
 from kava_core.problems.records import Problem
-from kava_core.problems.traces import Trace, TraceEncoder
+from kava_core.problems.traces import TraceEncoder
+from kava_core.record import Record
 from kava_core.reporting.insights import Insight
 from kava_core.rotary import unrotate
 from tests.evaluation.talker import make_talker, problems
@@ -100,7 +101,7 @@ def in_phase(model: PreTrainedModel, keys: Tensor, phase: str) -> Tensor:
 
 
 def caches(
-    talker: LatentReasoner, teacher: PreTrainedModel, trace: Trace, phase: str
+    talker: LatentReasoner, teacher: PreTrainedModel, trace: Record, phase: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """keys, values → the latents' [L, H, M, D] and the trace's [L, H, N_C, D]."""
     thought = naive_passes(talker, trace.question_ids)[-1].detach()

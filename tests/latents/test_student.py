@@ -21,7 +21,7 @@ from kava_core.latents.student import (
     question_parts,
 )
 from kava_core.models.latent import LatentReasoner
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from tests.evaluation.talker import make_encoder
 from tests.tiny import ARCHITECTURES, assert_near, pad, tiny_student, tiny_trace
 
@@ -37,7 +37,7 @@ SETTINGS = [
 Change = Callable[[int, Tensor], Tensor]  # slot, latent [E] → what is fed instead
 
 
-def parts_of(trace: Trace) -> list[int]:
+def parts_of(trace: Record) -> list[int]:
     return [token % 3 for token in trace.question_ids]
 
 

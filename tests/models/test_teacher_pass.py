@@ -18,7 +18,7 @@ from kava_core.models.teacher_pass import (
     attention_windows,
     check_lengths,
 )
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.rotary import rotate
 from tests.models.plain_keys import plain_keys
 from tests.tiny import ARCHITECTURES, COMMON, CONFIGS, assert_near, pad, tiny_model, tiny_trace
@@ -30,11 +30,11 @@ TRACES = [
 ]
 
 
-def whole(trace: Trace) -> list[int]:
+def whole(trace: Record) -> list[int]:
     return trace.question_ids + trace.cot_ids + trace.answer_prompt_ids + trace.answer_ids
 
 
-def span(trace: Trace) -> slice:
+def span(trace: Record) -> slice:
     return slice(len(trace.question_ids), len(trace.question_ids) + len(trace.cot_ids))
 
 
@@ -46,7 +46,7 @@ def stacked(cache: DynamicCache, name: str) -> Tensor:
     return torch.stack([getattr(layer, name)[0] for layer in cache.layers], 1)  # [H, L, S, D]
 
 
-def eager_importance(model: PreTrainedModel, trace: Trace) -> Tensor:
+def eager_importance(model: PreTrainedModel, trace: Record) -> Tensor:
     """[N_C, L, H] from the whole attention matrices, one head and one answer row at a time."""
     model = copy.deepcopy(model)
     model.config._attn_implementation = "eager"

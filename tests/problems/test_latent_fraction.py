@@ -23,7 +23,8 @@ from kava_core.problems.folder import open_problems
 from kava_core.problems.records import Problem
 from kava_core.problems.synthetic import Generator
 from kava_core.problems.tokenizer import train_tokenizer
-from kava_core.problems.traces import Trace, TraceEncoder
+from kava_core.problems.traces import TraceEncoder
+from kava_core.record import Record
 from kava_core.store import TargetsStore
 from tests.distill.toy import toy_objective
 from tests.evaluation.talker import make_encoder, make_talker, problems
@@ -176,7 +177,7 @@ def test_from_the_setting_to_answers(tmp_path: Path) -> None:
     batch = TargetsDataset(store, chains=False).__getitems__(list(range(24)))
     cut = 0
     for i, name in enumerate(batch["ids"]):
-        trace: Trace = expected[name]
+        trace: Record = expected[name]
         record = store.index.record(i)
         assert (record.cot_ids, record.n_steps) == (trace.cot_ids, trace.n_steps)
         row = batch["answer_ids"][i][batch["answer_mask"][i].bool()].tolist()

@@ -16,7 +16,8 @@ import torch
 
 from kava_core.artefacts import write_json
 from kava_core.fidelity.results import Cell, Result, write_results
-from kava_core.store import Codec, Geometry, Record, write_targets_shard
+from kava_core.record import Record
+from kava_core.store import Codec, Geometry, write_targets_shard
 from tests.store.make import finish
 
 GEOMETRY = Geometry.plain(layers=2, kv_heads=2, head_dim=4, hidden_size=8, slots=8)

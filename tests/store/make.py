@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.store import (
     Codec,
     Geometry,
     Manifest,
     Ranges,
-    Record,
     finalise,
     write_targets_shard,
     write_teacher_shard,

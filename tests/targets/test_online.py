@@ -14,7 +14,7 @@ from kava_core.distill.match import Match
 from kava_core.distill.student import student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.teacher_pass import TeacherPass, over
-from kava_core.problems.traces import Trace
+from kava_core.record import Record
 from kava_core.settings import Evict, Generate
 from kava_core.store import (
     TargetsStore,
@@ -37,7 +37,7 @@ ORDER = [5, 0, 9, 3]
 
 def made(
     folder: Path, architecture: str, generate: Generate, evict: Evict
-) -> tuple[TargetsStore, OnlineTargets, list[Trace]]:
+) -> tuple[TargetsStore, OnlineTargets, list[Record]]:
     """A store made as the stages make it, by the shard and in batches of their own, and the same
     targets online."""
     traces = toy_traces(12)

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from kava_core.errors import KavaError
-from kava_core.rotary import Rotary, rotate
-
-RotaryPhase = Literal["pre_rope", "post_rope"]
+from kava_core.rotary import Rotary, RotaryPhase, rotate
 
 # float32 elements of keys that are worked on at a time. On a CPU a piece should stay in the caches,
 # on a GPU it should be worth its kernel launches.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from kava_core.settings.base import Bits, Dtype, EndpointBits, Half, Positive, Section
+from typing import Annotated
+
+from pydantic import Field
+
+from kava_core.settings.base import Bits, Dtype, EndpointBits, Half, Positive, Real, Section
 
 
 class Generate(Section):
     """The teacher's caches over the training problems.
 
-    keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half` dtype,
-    8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
+    latent_fraction: how much of a trace, in whole steps, latents stand for; students write the
+    rest. keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half`
+    dtype, 8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
     """
 
     keys_bits: Bits = 16
@@ -20,3 +25,4 @@ class Generate(Section):
     shard_size: Positive = 512
     batch_size: Positive = 64
     threads: Positive = 1
+    latent_fraction: Annotated[Real, Field(ge=0.2, le=1)] = 1.0

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
+from kava_core.eviction.batch import CacheBatch, check_phase
+from kava_core.rotary import RotaryPhase
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
+from kava_core.eviction.batch import CacheBatch, check_phase
 from kava_core.eviction.policies.redundancy import redundancy
+from kava_core.rotary import RotaryPhase
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def distill(run: Run, student: str) -> None:
                 cpus=resources.cpus_per_worker,
                 gpus=resources.gpus_per_worker,
             )
-    publish(job.output, output)
+    publish((job.output, output))
 
 
 def _online(settings: Student, store: TargetsStore | None, teacher: str) -> OnlineTargets | None:

@@ -96,7 +96,7 @@ def evaluate(run: Run) -> None:
     write_json(built / "similarity.json", similarity)
     if insights:
         write_insights(built / "interpretability.json", insights)
-    publish(built, output)
+    publish((built, output))
     for title, entries in metrics.items():
         say(f"{title} ({next(iter(entries.values()))['n']} problems):")
         for name, entry in entries.items():

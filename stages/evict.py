@@ -166,7 +166,7 @@ def evict(run: Run) -> None:
         fingerprints=fingerprints,
         ranges=ranges,
     )
-    publish(folder, output)
+    publish((folder, output))
     metrics = _metrics(TargetsStore.open(output))
     write_json(run.path("eviction.json"), metrics)
     say(

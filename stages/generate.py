@@ -150,7 +150,7 @@ def generate(run: Run) -> None:
         },
         fingerprints=fingerprints,
     )
-    publish(folder, output)
+    publish((folder, output))
     seconds = time.perf_counter() - began
     say(
         f"teacher_kv: {manifest.records} records, {manifest.trace_tokens} CoT tokens in {shards} "

@@ -41,7 +41,7 @@ def prepare(run: Run) -> None:
         settings.model_dump(mode="json"),
         latent_fraction=settings.latent_fraction,
     )
-    publish(folder, output)
+    publish((folder, output))
     counts = {name: len(found) for name, found in {**splits.named(), **splits.test_sets}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for name, reasons in splits.dropped.items():

@@ -44,10 +44,20 @@ def folder_fingerprint(folder: Path, names: list[str]) -> str:
     return fingerprint({name: file_digest(folder / name) for name in sorted(names)})
 
 
+def read_text(path: Path) -> str:
+    """The text in `path`; KavaError if the file is missing or is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
+    except UnicodeDecodeError as error:
+        raise KavaError(f"{path} is not valid text ({error}). Make it again.") from None
+
+
 def read_json(path: Path) -> Any:
     """The JSON in `path`; KavaError if the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -8,7 +8,6 @@ there.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.errors import KavaError
+from kava_core.versions import VERSIONS
 
 WORK = ".work"
 
@@ -78,13 +78,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@functools.cache
-def code_fingerprint() -> str:
-    """A hash over the source of kava_core."""
-    root = Path(__file__).parent
-    return folder_fingerprint(root, [str(p.relative_to(root)) for p in root.rglob("*.py")])
-
-
 def sync(path: Path) -> None:
     """fsync a file, or a directory (so that a rename in it is durable)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -94,14 +87,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def work_folder(output: Path, key: Any) -> Path:
+def work_folder(output: Path, stage: str, key: Any) -> Path:
     """The folder where `output` is built: `<data>/.work/<stage>-<fingerprint of key>`.
 
     `output` is `<data>/<pipeline>/<name…>`, and `key` holds all that determines the artefact's
-    content; the same key finds the unfinished work of a killed run. The library's own code is part
-    of it: what one version left unfinished another does not continue.
+    content; the same key finds the unfinished work of a killed run. The stage's version is part of
+    it: what one version left unfinished another does not continue.
     """
-    key = [key, code_fingerprint()]
+    key = [key, VERSIONS[stage]]
     data = next(
         (p for p in output.absolute().parents if p.name == "data"), output.absolute().parent
     )

@@ -7,13 +7,9 @@ dimension i is paired with i + R/2, where R is the number of rotated dimensions 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-# Keys as they are before the rotary embedding, or after it.
-RotaryPhase = Literal["pre_rope", "post_rope"]
 
 
 @dataclass(frozen=True)

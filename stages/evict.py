@@ -5,7 +5,7 @@ from __future__ import annotations
 from kava_core.artefacts import publish, write_json
 from kava_core.console import say
 
-from .common import Run, stage
+from .run import Run, stage
 
 
 @stage
@@ -23,7 +23,7 @@ def evict(run: Run) -> None:
     built = build_kv_targets(
         run.path("teacher_kv"), run.settings.evict, output, run.settings.resources
     )
-    publish(built.folder, output)
+    publish((built.folder, output))
     metrics = eviction_metrics(TargetsStore.open(output))
     write_json(run.path("eviction.json"), metrics)
     say(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kava_core.artefacts import publish
 from kava_core.console import say
 
-from .common import Run, stage
+from .run import Run, stage
 
 
 @stage
@@ -26,7 +26,7 @@ def generate(run: Run) -> None:
         output,
         run.settings.resources,
     )
-    publish(built.folder, output)
+    publish((built.folder, output))
     manifest = built.manifest
     say(
         f"teacher_kv: {manifest.records} records, {manifest.trace_tokens} CoT tokens in "

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from kava_core.settings.base import Bits, Dtype, EndpointBits, Half, Positive, Real, Section
+from kava_core.settings.base import (
+    Bits,
+    Dtype,
+    EndpointBits,
+    Half,
+    Positive,
+    Real,
+    Section,
+    check_half,
+)
 
 
 class Generate(Section):
@@ -17,6 +26,7 @@ class Generate(Section):
     dtype, 8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
     """
 
+    latent_fraction: Annotated[Real, Field(ge=0.2, le=1)] = 1.0
     keys_bits: Bits = 16
     values_bits: Bits = 16
     endpoint_bits: EndpointBits = 16
@@ -25,4 +35,8 @@ class Generate(Section):
     shard_size: Positive = 512
     batch_size: Positive = 64
     threads: Positive = 1
-    latent_fraction: Annotated[Real, Field(ge=0.2, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        check_half(self, {self.keys_bits, self.values_bits, self.endpoint_bits})
+        return self

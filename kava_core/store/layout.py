@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor
 
 Kind = Literal["teacher_kv", "kv_targets"]
+RotaryPhase = Literal["pre_rope", "post_rope"]
 Share = Literal["none", "selection", "merged"]
 Granularity = Literal["token", "channel", "tensor"]
 Encoding = Literal["float32", "bfloat16", "float16", "uint8", "uint4"]

@@ -15,7 +15,7 @@ from pydantic import PositiveInt, StringConstraints, ValidationError
 import kava_core
 from kava_core.artefacts import canonical_json, read_json
 from kava_core.errors import KavaError
-from kava_core.rotary import Rotary, RotaryPhase
+from kava_core.rotary import Rotary
 from kava_core.store.checksum import checksum
 from kava_core.store.layout import (
     CALIBRATION_FILE,
@@ -24,6 +24,7 @@ from kava_core.store.layout import (
     Codec,
     Geometry,
     Kind,
+    RotaryPhase,
     StrictModel,
     shard_name,
 )

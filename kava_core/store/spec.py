@@ -8,9 +8,9 @@ from functools import cached_property
 from torch import Tensor
 
 from kava_core.artefacts import fingerprint
-from kava_core.rotary import Rotary, RotaryPhase
+from kava_core.rotary import Rotary
 from kava_core.store.codec import Ranges, calibration_tensors
-from kava_core.store.layout import Codec, Geometry, Kind
+from kava_core.store.layout import Codec, Geometry, Kind, RotaryPhase
 
 
 @dataclass(frozen=True)

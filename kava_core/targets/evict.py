@@ -71,7 +71,7 @@ def build_kv_targets(
     plan = Plan.of(settings, store.geometry)
     plain = settings.model_dump(mode="json", by_alias=True)
     fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
-    folder = work_folder(output, {"settings": plain, "inputs": fingerprints}) / "output"
+    folder = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints}) / "output"
     return build_store(
         EvictJob(teacher_kv, folder, plan, targets_spec(plan, store)),
         store.shards,
@@ -82,7 +82,7 @@ def build_kv_targets(
 
 
 def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
-    """Of the targets of a teacher store; takes ranges from its caches where the codec shares them."""
+    """Of the targets of a teacher store, with ranges from its caches where the codec needs them."""
     settings, rotary = plan.settings, store.manifest.rotary.rotary
     ranges = calibrate_ranges(plan, store)
     return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)

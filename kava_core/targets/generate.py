@@ -97,7 +97,7 @@ def build_teacher_kv(
         "teacher": model_fingerprint(str(teacher)),
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
     }
-    folder = work_folder(output, {"settings": plain, "inputs": fingerprints}) / "output"
+    folder = work_folder(output, "generate", {"settings": plain, "inputs": fingerprints}) / "output"
     fraction = settings.latent_fraction
     return build_store(
         GenerateJob(problems, teacher, folder, settings, spec),

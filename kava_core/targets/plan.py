@@ -7,12 +7,10 @@ from typing import Self
 
 from kava_core.eviction import (
     CacheBatch,
-    Policy,
     Targets,
     evict,
     group_layers,
     make_budgets,
-    make_policy,
     parse_layers,
 )
 from kava_core.settings import Evict
@@ -41,7 +39,7 @@ class Plan:
         layers = parse_layers(settings.model_dump()["layers"], source.model_layers)
         size = settings.share_size if settings.share != "none" else 1
         groups = group_layers(len(layers), size)
-        budgets = make_budgets(settings.budgets, len(groups), settings.budget)
+        budgets = make_budgets(settings.budget_shape, len(groups), settings.budget)
         geometry = Geometry(
             model_layers=source.model_layers,
             layers=tuple(layers),
@@ -67,23 +65,12 @@ class Plan:
         settings = self.settings.model_copy(update={"budget": budget})
         return self.of(settings, self.geometry)
 
-    @property
-    def policy(self) -> Policy:
-        given = {
-            "lam": self.settings.lambda_,
-            "redundancy_phase": self.settings.redundancy_phase,
-            "first": self.settings.first,
-            "seed": self.settings.seed,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return make_policy(self.settings.policy, **given)
-
     def cut(self, caches: CacheBatch) -> Targets:
         """The targets of some traces, from caches of all layers."""
         share = self.settings.share
         return evict(
             caches.choose_layers(self.layers),
-            self.policy,
+            self.settings.policy,
             self.budgets,
             share=share,
             groups=None if share == "none" else self.groups,

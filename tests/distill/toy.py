@@ -23,7 +23,6 @@ from kava_core.distill.student import add_lora, objective_of, student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
 from kava_core.record import Record
-from kava_core.rotary import RotaryPhase
 from kava_core.store import (
     Codec,
     Geometry,
@@ -33,6 +32,7 @@ from kava_core.store import (
     finalise,
     write_targets_shard,
 )
+from kava_core.store.layout import RotaryPhase
 from tests.tiny import COMMON, EOS, PROMPT, VOCABULARY, tiny_model
 
 FLOAT32 = Codec(keys="float32", values="float32", endpoint="float32")

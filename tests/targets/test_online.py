@@ -12,6 +12,7 @@ from torch import Tensor
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
 from kava_core.distill.student import student_terms
+from kava_core.eviction.policies.rkv import RKV
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model
 from kava_core.settings import Evict, Generate
@@ -72,10 +73,10 @@ def losses(
 
 CASES = {
     "float32": (Generate(**EXACT), Evict(budget=4, **EXACT)),
-    "bfloat16": (Generate(), Evict(budget=4, **{"lambda": 0.5})),
+    "bfloat16": (Generate(), Evict(budget=4, policy=RKV(lambda_=0.5))),
     "bfloat16, rotated, two layers, a pyramid": (
         Generate(),
-        Evict(budget=4, phase="post_rope", layers={"last": 2}, budgets="pyramid"),  # type: ignore[arg-type]
+        Evict(budget=4, phase="post_rope", layers={"last": 2}, budget_shape="pyramid"),  # type: ignore[arg-type]
     ),
     "codes of 8 bits, merged": (
         Generate(keys_bits=8, values_bits=8),

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from kava_core.models.loading import build_llama, load_model, load_tokenizer, save_model
 from kava_core.problems.folder import open_problems, write_problems
-from kava_core.problems.synthetic import Generator
+from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Generate
@@ -38,8 +38,8 @@ EXAMPLES, BATCH = 32, 8
 
 def build(folder: Path) -> tuple[GenerateJob, int]:
     """Problems and a teacher in `folder`; the job over them and the teacher's parameter count."""
-    generator = Generator(steps=(8, 8), style="prose", traces="sentences")
-    splits = generator.splits(EXAMPLES, 1, 1, seed=0)
+    source = Synthetic(steps=(8, 8), style="prose")
+    splits = source.splits(EXAMPLES, 1, 1, seed=0, traces="sentences")
     (folder / "problems").mkdir()
     write_problems(folder / "problems", splits, "sentences", {})
     texts = [p.question + " ".join(p.steps) for p in splits.train]

@@ -42,7 +42,7 @@ class GenerateJob:
         source = open_problems(self.problems)
         problems = source.load("train")
         encoder = TraceEncoder(
-            load_tokenizer(str(self.teacher)), source.traces, source.latent_fraction
+            load_tokenizer(str(self.teacher)), source.traces, settings.latent_fraction
         )
         model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
         teacher = TeacherPass(model)
@@ -101,7 +101,7 @@ def generate(run: Run) -> None:
     problems = source.load("train")
     if not problems:
         raise KavaError(f"{source.path} has no training problems. Ask `prepare` for some.")
-    encoder = TraceEncoder(tokenizer, source.traces, source.latent_fraction)
+    encoder = TraceEncoder(tokenizer, source.traces, settings.latent_fraction)
     traces = encoder.encode_all(problems)
     model = load_model(str(teacher))
     check_lengths(traces, model.config.get_text_config())
@@ -146,7 +146,11 @@ def generate(run: Run) -> None:
         settings={
             "generate": settings.model_dump(mode="json"),
             "traces": source.traces,
-            **({"latent_fraction": source.latent_fraction} if source.latent_fraction < 1 else {}),
+            **(
+                {"latent_fraction": settings.latent_fraction}
+                if settings.latent_fraction < 1
+                else {}
+            ),
         },
         fingerprints=fingerprints,
     )

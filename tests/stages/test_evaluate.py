@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.problems.folder import open_problems
-from kava_core.problems.records import save_problems
+from kava_core.problems.parquet import save_problems
 from stages.ask import ask
 from stages.distill import distill
 from stages.evaluate import evaluate

@@ -44,10 +44,20 @@ def folder_fingerprint(folder: Path, names: list[str]) -> str:
     return fingerprint({name: file_digest(folder / name) for name in sorted(names)})
 
 
+def read_text(path: Path) -> str:
+    """The text in `path`; KavaError if the file is missing or is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
+    except UnicodeDecodeError as error:
+        raise KavaError(f"{path} is not valid text ({error}). Make it again.") from None
+
+
 def read_json(path: Path) -> Any:
     """The JSON in `path`; KavaError if the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -103,16 +113,23 @@ def work_folder(output: Path, stage: str, key: Any) -> Path:
     return folder
 
 
-def publish(built: Path, output: Path) -> None:
-    """Rename the complete folder `built` to `output`, replacing what was there.
+def publish(*built: tuple[Path, Path]) -> None:
+    """Rename each complete folder to its output, (built, output), replacing what was there.
 
-    `built` lies in a folder of `work_folder`, which goes with all else it holds (checkpoints).
+    An output is never a mixture: the old folder is moved aside whole before the new one takes its
+    name. The built folders lie in one folder of `work_folder`, which goes with all else it holds
+    (checkpoints).
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        shutil.rmtree(output)
-    sync(built)
-    built.replace(output)
-    sync(output.parent)
-    if built.parent.parent.name == WORK:
-        shutil.rmtree(built.parent)
+    for folder, output in built:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if output.exists():
+            output.replace(aside)
+        sync(folder)
+        folder.replace(output)
+        sync(output.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    for work in {folder.parent for folder, _ in built}:
+        if work.parent.name == WORK:
+            shutil.rmtree(work)

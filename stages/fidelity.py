@@ -136,7 +136,7 @@ def fidelity(run: Run) -> None:
     built = work / "output"
     built.mkdir(exist_ok=True)
     metrics = write_results(built, results, split=settings.split, within=settings.within)
-    publish(built, output)
+    publish((built, output))
     Console().print(recommendation_table(metrics))
 
 

@@ -44,15 +44,15 @@ def prepare(run: Run) -> None:
             for name, further in settings.test_sets.items()
         },
     )
-    for name, write, exclude in (
-        ("problems", write_problems, ASKED),
-        ("test_sets", write_test_sets, set()),
-    ):
-        plain = settings.model_dump(mode="json", exclude=exclude)
-        folder = work_folder(run.path(name), "prepare", plain) / "output"
+    plain = settings.model_dump(mode="json")
+    taught = {name: value for name, value in plain.items() if name not in ASKED}
+    work = work_folder(run.path("problems"), "prepare", plain)
+    problems, test_sets = work / "problems", work / "test_sets"
+    for folder in (problems, test_sets):
         folder.mkdir(exist_ok=True)
-        write(folder, splits, settings.traces, plain)
-        publish(folder, run.path(name))
+    write_problems(problems, splits, settings.traces, taught)
+    write_test_sets(test_sets, splits, settings.traces, plain)
+    publish((problems, run.path("problems")), (test_sets, run.path("test_sets")))
     counts = {name: len(found) for name, found in {**splits.taught(), **splits.asked()}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for name, reasons in splits.dropped.items():

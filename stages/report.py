@@ -46,7 +46,7 @@ def report(run: Run) -> None:
         hardware=hardware(),
     )
     _write_table(built / "table.txt", settings.report.title, comparisons)
-    publish(built, output)
+    publish((built, output))
     say(f"Table: {output / 'table.txt'}\nReport: {output / 'index.html'}")
 
 

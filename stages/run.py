@@ -11,23 +11,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from kava_core.console import say
-from kava_core.settings import Evict, Generate, Pipeline, load_pipeline
+from kava_core.settings import Pipeline, load_pipeline
 
-if TYPE_CHECKING:
-    from kava_core.store import Codec
+from .graph import check_tracked
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stage's view of its pipeline."""
+    """A stage's view of its pipeline.
+
+    project: the folder of pipelines.yaml; data: the folder of the artefacts.
+    """
 
     name: str
     settings: Pipeline
+    project: Path
     data: Path
 
     def path(self, *parts: str) -> Path:
@@ -45,7 +48,22 @@ data_option = click.option(
 
 
 def stage(function: Callable[..., None]) -> click.Command:
-    """Make a click command of `function(run, …)`: options, settings, run log."""
+    """Make a click command of `function(run, …)`: options, settings, run log.
+
+    Where DVC tracks the pipeline, what it tracks must be what the stage is made from.
+    """
+
+    @functools.wraps(function)
+    def logged(run: Run, **options: Any) -> None:
+        check_tracked(run.project, run.name, run.settings, function.__name__)
+        with _logged(run, " ".join([function.__name__, *map(str, options.values())])):
+            function(run, **options)
+
+    return tool(logged)
+
+
+def tool(function: Callable[..., None]) -> click.Command:
+    """Make a click command of `function(run, …)` that makes no artefact: options and settings."""
 
     @click.option("--pipeline", help="Name of the pipeline; default: the active one of the file.")
     @click.option(
@@ -59,9 +77,7 @@ def stage(function: Callable[..., None]) -> click.Command:
     @functools.wraps(function)
     def command(pipeline: str | None, pipelines: Path, data: Path, **options: Any) -> None:
         name, settings = load_pipeline(pipelines, pipeline)
-        run = Run(name, settings, data)
-        with _logged(run, " ".join([function.__name__, *map(str, options.values())])):
-            function(run, **options)
+        function(Run(name, settings, pipelines.parent, data), **options)
 
     return click.command(function.__name__)(command)
 
@@ -96,16 +112,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def store_codec(settings: Generate | Evict) -> Codec:
-    """The store's codec for the bits of a stage's settings."""
-    from kava_core.store import Codec
-
-    return Codec.from_bits(
-        keys=settings.keys_bits,
-        values=settings.values_bits,
-        endpoint=settings.endpoint_bits,
-        half=settings.half,
-        granularity=settings.granularity if isinstance(settings, Evict) else "token",
-    )

@@ -67,7 +67,7 @@ def teacher(run: Run) -> None:
         save_model(folder, model, tokenizer)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "teacher.json", made_from)
-        publish(folder, output)
+        publish((folder, output))
     say(
         f"teacher on {metrics['n']} validation problems: {metrics['exact_match_cot']:.1f} % with "
         f"a chain of thought, {metrics['exact_match_no_cot']:.1f} % without"

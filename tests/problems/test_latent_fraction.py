@@ -25,7 +25,7 @@ from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
-from kava_core.store import TargetsStore
+from kava_core.store import TargetsStore, TeacherStore
 from tests.distill.toy import toy_objective
 from tests.evaluation.talker import make_encoder, make_talker, problems
 from tests.tiny import EOS, PROMPT, assert_near, pad, tiny_model, tiny_student, tiny_trace
@@ -208,8 +208,10 @@ def test_the_whole_trace_is_what_there_was_without_the_setting(tmp_path: Path) -
     assert "latent_fraction" not in store.manifest.settings
 
 
-def test_students_of_another_fraction_read_another_store(tmp_path: Path) -> None:
-    names = ("train",)
-    whole = open_problems(stages(tmp_path, 1.0, "prepare") / "problems").fingerprint(*names)
-    half = open_problems(stages(tmp_path, 0.5, "prepare") / "problems").fingerprint(*names)
-    assert whole != half
+def test_another_fraction_makes_another_store_of_the_same_problems(tmp_path: Path) -> None:
+    names = ("prepare", "teacher", "generate")
+    found = [stages(tmp_path / str(fraction), fraction, *names) for fraction in (0.5, 1.0)]
+    problems = [open_problems(data / "problems").fingerprint("train") for data in found]
+    stores = [TeacherStore.open(data / "teacher_kv").manifest.digest for data in found]
+    assert problems[0] == problems[1]
+    assert stores[0] != stores[1]

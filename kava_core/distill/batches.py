@@ -6,23 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from kava_core.models.batching import pad
 from kava_core.record import Record
 from kava_core.store import TargetsStore
-
-
-def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids → ids, mask [B, longest] int64; padding is 0, on the `left` or the `right`."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, span] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, span] = 1
-    return ids, mask
 
 
 def answer_batch(

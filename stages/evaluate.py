@@ -8,12 +8,13 @@ from kava_core.artefacts import publish, read_json, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
 
-from .run import Run, stage, torch_threads
+from .run import Run, stage
 
 if TYPE_CHECKING:
     from kava_core.evaluation.results import Examined
     from kava_core.latents.teacher import TeacherView
     from kava_core.models.latent import LatentReasoner
+    from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import ProblemFolder
     from kava_core.problems.records import Problem
 

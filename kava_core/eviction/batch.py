@@ -70,7 +70,8 @@ class CacheBatch:
         """A batch over tensors as a teacher shard holds them; nothing is copied.
 
         keys, values [T, L, H, D], importance [T, L, H], offsets [B + 1], cot_start [B]; step_ends,
-        results: of each record. Raises KavaError for shapes that do not fit together and for an empty trace.
+        results: of each record. Raises KavaError for shapes that do not fit together and for an
+        empty trace.
         """
         bounds = _integers(offsets)
         starts = None if cot_start is None else _integers(cot_start)
@@ -202,14 +203,13 @@ class CacheBatch:
             unknown = [name for name, at in zip(self.ids, self.results, strict=True) if not at]
         if self.results is None or unknown:
             raise KavaError(
-                f"record {unknown[0]!r}: this policy keeps the results of steps, and the trace does "
-                "not say which of its tokens these are. Use `prepare.traces: equations` or "
+                f"record {unknown[0]!r}: this policy keeps the results of steps, and the trace "
+                "does not say which of its tokens these are. Use `prepare.traces: equations` or "
                 "`results`, or another `policy`."
             )
         found = torch.zeros(self.offsets[-1], dtype=torch.bool, device=self.keys.device)
-        places = [
-            first + i for first, at in zip(self.offsets, self.results, strict=False) for i in at
-        ]
+        spans = zip(self.offsets, self.results, strict=False)
+        places = [first + i for first, at in spans for i in at]
         found[places] = True
         return found
 

@@ -29,8 +29,8 @@ def ask(student: Path, question: str, as_json: bool) -> None:
     model = open_student(student)
     import torch
 
-    from kava_core.evaluation.accuracy import read_answer
     from kava_core.models.loading import load_tokenizer, to_device
+    from kava_core.problems.judge import read_answer
     from kava_core.problems.traces import TraceEncoder
 
     encoder, model = TraceEncoder(load_tokenizer(str(student))), to_device(model)

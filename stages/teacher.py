@@ -114,7 +114,7 @@ def _check(traces: list, model: PreTrainedModel) -> None:
 def _validate(
     run: Run, model: PreTrainedModel, encoder: TraceEncoder, problems: ProblemFolder
 ) -> dict[str, float]:
-    from kava_core.evaluation.accuracy import ask, summarise
+    from kava_core.evaluation.asking import ask, exact_match
     from kava_core.models.latent import LatentReasoner
 
     chosen = problems.load("validation")[: run.settings.teacher.validate_on]
@@ -122,18 +122,17 @@ def _validate(
     with progress() as display:
         for name, prompt in (("cot", []), ("no_cot", encoder.answer_prompt_ids)):
             task = display.add_task(f"teacher, {name}", total=len(chosen), note="")
-            predictions = ask(
+            replies = ask(
                 LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos),
-                encoder.tokenizer,
                 encoder,
                 chosen,
                 batch_size=run.settings.teacher.batch_size,
                 max_new_tokens=run.settings.teacher.max_new_tokens,
                 advance=lambda n, task=task: display.advance(task, n),  # type: ignore[misc]
             )
-            results[name] = summarise(predictions)
+            results[name] = exact_match(replies)
     return {
         "n": len(chosen),
-        "exact_match_cot": results["cot"]["exact_match"],
-        "exact_match_no_cot": results["no_cot"]["exact_match"],
+        "exact_match_cot": results["cot"],
+        "exact_match_no_cot": results["no_cot"],
     }

@@ -15,7 +15,7 @@ cache.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.memory import PeakMemory
 from kava_core.eviction import CacheBatch, Policy, evict
-from kava_core.eviction.layers import Share
+from kava_core.eviction.layers import Share, group_layers, parse_layers
+from kava_core.memory import PeakMemory
+from kava_core.models.batching import by_length, pad
 from kava_core.models.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
@@ -45,6 +46,21 @@ class Layers:
     chosen: list[int]
     groups: list[list[int]]
     share: Share = "none"
+
+    @classmethod
+    def of(
+        cls,
+        choice: str | Mapping[str, int] | Sequence[int],
+        share: Share,
+        share_size: int,
+        model_layers: int,
+    ) -> Layers:
+        """choice: as `parse_layers` takes it; share_size: layers in a group, if any share.
+
+        KavaError names the setting that the model's layers do not meet.
+        """
+        chosen = parse_layers(choice, model_layers)
+        return cls(chosen, group_layers(len(chosen), share_size if share != "none" else 1), share)
 
     @property
     def row_of(self) -> dict[int, int]:
@@ -71,7 +87,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedCache:
     """What is left of a batch's chains, encoded as a targets store would hold it.
 
     keys, values: Encoded [B, L', H, M, D], pre-RoPE; positions: [B, L', H, M] int64 in the
@@ -149,7 +165,7 @@ class Examiner:
 
     def compress(
         self, batch: Batch, policy: Policy, budgets: Sequence[int], codec: Codec
-    ) -> Compressed:
+    ) -> CompressedCache:
         """Evict and encode a batch's chains.
 
         budgets: slots per chosen layer, or per group where layers share.
@@ -171,7 +187,7 @@ class Examiner:
         seen = counts[:, list(layers.row_of.values())].sum((1, 2))  # a merged row has many readers
         heads = self.decoder.config.num_hidden_layers * counts.shape[2]
         slot = _vector_bytes(keys) + _vector_bytes(values) + 4
-        return Compressed(
+        return CompressedCache(
             keys=keys,
             values=values,
             positions=torch.where(places < 0, ABSENT, places + starts),
@@ -188,7 +204,7 @@ class Examiner:
         """The cache of the questions alone."""
         return batch.cache.columns(0, batch.question)
 
-    def restore(self, batch: Batch, compressed: Compressed) -> SlotCache:
+    def restore(self, batch: Batch, compressed: CompressedCache) -> SlotCache:
         """Questions and kept slots, decoded and turned to where their tokens stood."""
         cache = self.none(batch)
         keys, values = compressed.keys.dequantise(), compressed.values.dequantise()
@@ -275,26 +291,18 @@ def alike(traces: Sequence[Record], batch_size: int) -> list[list[int]]:
     def length(trace: Record) -> int:
         return len(trace.question_ids) + len(trace.cot_ids)
 
-    by_steps: dict[int, list[int]] = {}
-    for i in sorted(range(len(traces)), key=lambda i: (traces[i].n_steps, length(traces[i]), i)):
-        by_steps.setdefault(traces[i].n_steps, []).append(i)
-    return [
-        chosen[first : first + batch_size]
-        for chosen in by_steps.values()
-        for first in range(0, len(chosen), batch_size)
-    ]
+    batches = []
+    for steps in sorted({trace.n_steps for trace in traces}):
+        those = [i for i, trace in enumerate(traces) if trace.n_steps == steps]
+        for chosen in by_length([length(traces[i]) for i in those], batch_size):
+            batches.append([those[i] for i in chosen])
+    return batches
 
 
 def _place(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
     """ids [B, N], padded on `side`, and their positions from 0, ABSENT for padding."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.full((len(rows), width), ABSENT)
-    for i, row in enumerate(rows):
-        first = width - len(row) if side == "left" else 0
-        ids[i, first : first + len(row)] = torch.tensor(row, dtype=torch.long)
-        positions[i, first : first + len(row)] = torch.arange(len(row))
-    return ids, positions
+    ids, mask = pad(rows, side)
+    return ids, (mask.cumsum(1) - 1).masked_fill(mask == 0, ABSENT)
 
 
 def _ended(row: list[int], eos: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stages.common import store_codec
 from torch import Tensor
 
 from kava_core.distill.batches import TargetsDataset
@@ -24,7 +25,6 @@ from kava_core.store import (
     write_teacher_shard,
 )
 from kava_core.targets.online import OnlineTargets
-from stages.common import store_codec
 from stages.evict import Plan, _batch, _ranges
 from stages.generate import store_geometry
 from tests.distill.toy import toy_objective, toy_traces

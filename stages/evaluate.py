@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from pydantic import ValidationError
-
 from kava_core.artefacts import publish, work_folder
 from kava_core.console import progress, say
-from kava_core.errors import KavaError
 
 from .run import Run, stage, torch_threads
-
-if TYPE_CHECKING:
-    from kava_core.latents.teacher import Truncation
-    from kava_core.store import TargetsStore
 
 
 @stage
@@ -35,11 +26,13 @@ def evaluate(run: Run) -> None:
     from kava_core.findings.base import write_finding
     from kava_core.findings.evaluation import MEASURED
     from kava_core.hardware import hardware
-    from kava_core.latents.teacher import read_teacher, readable
+    from kava_core.latents.teacher import Truncation, read_teacher, readable
     from kava_core.models.loading import load_model, load_tokenizer, to_device
     from kava_core.problems.folder import open_test_sets
     from kava_core.problems.traces import TraceEncoder
     from kava_core.store import TargetsStore
+    from kava_core.targets.plan import Plan
+    from kava_core.targets.specs import latent_fraction
 
     settings, students = run.settings.evaluate, run.settings.students
     _name_strays(run)
@@ -57,15 +50,14 @@ def evaluate(run: Run) -> None:
     view = None
     with torch_threads(settings.threads), progress() as display:
         if store is not None and settings.interpret_records:
-            fraction = store.manifest.settings.get("latent_fraction", 1.0)
-            thinking = TraceEncoder(encoder.tokenizer, folder.traces, fraction)
+            thinking = TraceEncoder(encoder.tokenizer, folder.traces, latent_fraction(store))
             traces = thinking.encode_all([p for p in test_sets[0].problems if p.steps])
             model = to_device(load_model(teacher))
             view = read_teacher(
                 model,
                 readable(traces, model, settings.interpret_records),
                 encoder.tokenizer,
-                _truncation(store),
+                Truncation.of(Plan.of_store(store)),
                 batch_size=settings.batch_size,
             )
         found = compare_systems(
@@ -99,33 +91,3 @@ def _name_strays(run: Run) -> None:
     there = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
     for name in sorted(there - run.settings.students.keys()):
         say(f"evaluate: {folder / name} is no student of the settings, and is left out")
-
-
-def _truncation(store: TargetsStore) -> Truncation:
-    """How the teacher's caches are cut: as the store's were, and to other budgets."""
-    from kava_core.fidelity.examiner import Layers
-    from kava_core.latents.teacher import Truncation
-    from kava_core.settings import Evict
-
-    from .evict import Plan
-
-    try:
-        evict = Evict.model_validate(store.manifest.settings.get("evict"))
-    except ValidationError as error:
-        raise KavaError(
-            f"{store.path} does not say how it was cut in words of this version ({error}). Make it "
-            "again, or set evaluate.interpret_records to 0."
-        ) from None
-    own = evict.budget
-    plans = {
-        m: Plan.of(evict.model_copy(update={"budget": m}), store.geometry)
-        for m in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own})
-    }
-    plan = plans[own]
-    return Truncation(
-        policy=plan.policy,
-        layers=Layers(plan.layers, plan.groups, plan.share),
-        budgets={m: plan.budgets for m, plan in plans.items()},
-        budget=own,
-        phase=store.manifest.rotary.phase,
-    )

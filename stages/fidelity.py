@@ -36,7 +36,7 @@ def fidelity(run: Run) -> None:
         tokenizer_fingerprint,
     )
     from kava_core.models.teacher_pass import check_lengths
-    from kava_core.problems.folder import open_problems, open_test_sets
+    from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
     from kava_core.problems.traces import TraceEncoder
 
     settings = run.settings.fidelity
@@ -44,11 +44,11 @@ def fidelity(run: Run) -> None:
         raise KavaError(f"pipeline {run.name} has no section `fidelity`. Add one, or leave it out.")
     plain = settings.model_dump(mode="json", by_alias=True)
     teacher = str(run.path("teacher"))
-    source = (
-        open_test_sets(run.path("test_sets"))
-        if settings.split == "test"
-        else open_problems(run.path("problems"))
-    )
+    source: ProblemFolder | AskedFolder
+    if settings.split == "test":
+        source = open_test_sets(run.path("test_sets"))
+    else:
+        source = open_problems(run.path("problems"))
     tokenizer, config = load_tokenizer(teacher), load_config(teacher)
     grid = Grid.of(
         settings.policies,

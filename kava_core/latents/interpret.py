@@ -34,7 +34,7 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.slot_cache import ABSENT
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
-from kava_core.store.codec import Encoded
+from kava_core.store.codec import EncodedTensor
 
 BINS = 16
 
@@ -263,7 +263,7 @@ def _kept_norms(teacher: TeacherView, budget: int) -> Maps:
     kept = [batch.kept[budget] for batch in teacher.batches]
     layers = teacher.batches[0].keys[0].shape[1]
 
-    def means(encoded: Sequence[Encoded]) -> Grid:
+    def means(encoded: Sequence[EncodedTensor]) -> Grid:
         rows: list[Tensor] = []  # of [L', M, H], NaN where a slot is empty
         for left, one in zip(kept, encoded, strict=True):
             norms = one.dequantise().float().norm(dim=-1)  # [B, L', H, M]

@@ -31,6 +31,7 @@ from kava_core.models.teacher_pass import check_lengths
 from kava_core.record import Record
 from kava_core.rotary import Rotary, rotate
 from kava_core.store import Codec
+from kava_core.targets.plan import Plan
 
 EXAMPLES, TOP = 8, 5
 WHOLE = Codec(keys="float32", values="float32", endpoint="float32")  # eviction, no rounding
@@ -49,6 +50,21 @@ class Truncation:
     budgets: dict[int, list[int]]
     budget: int
     phase: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Truncation:
+        """By the plan of a store, to its budget, a quarter and half of it, and twice as much."""
+        own = plan.settings.budget
+        return cls(
+            policy=plan.settings.policy,
+            layers=Layers(plan.layers, plan.groups, plan.settings.share),
+            budgets={
+                m: plan.with_budget(m).budgets
+                for m in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own})
+            },
+            budget=own,
+            phase=plan.settings.phase,
+        )
 
 
 @dataclass(frozen=True)

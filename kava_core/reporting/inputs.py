@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from kava_core.errors import KavaError
 from kava_core.findings import evaluation, fidelity
@@ -27,8 +26,9 @@ from kava_core.findings.latents import Insights, Similarities
 from kava_core.findings.scores import Percent
 from kava_core.findings.tables import read_table
 from kava_core.reporting.truncation import BudgetGrid, read_grid
-from kava_core.store.index import Index
+from kava_core.store import TargetsStore
 from kava_core.store.manifest import Manifest, load_manifest
+from kava_core.store.summary import EvictionCounts
 
 STAGES = ("prepare", "teacher", "generate", "evict", "fidelity", "evaluate", "report")
 
@@ -61,8 +61,8 @@ class AskedMetrics(Finding):
     test_sets: dict[str, ProblemCounts]
 
 
-class ProblemsFile(Finding):
-    """How the problems were made."""
+class TestSetsFile(Finding):
+    """How all problems were made."""
 
     settings: dict[str, Any]
 
@@ -139,15 +139,15 @@ class TargetsOverview:
     """The targets store, seen from the traces.
 
     lengths: N_C per record [N]. smallest, largest: the fewest and most slots that any layer and
-    head keeps of a long enough trace. engaged: in %, of (record, layer, head), those from which a
-    token was really dropped.
+    head keeps of a long enough trace. engaged_percent: of (record, layer, head), those from
+    which a token was really dropped.
     """
 
     manifest: Manifest
     lengths: np.ndarray
     smallest: int
     largest: int
-    engaged: float
+    engaged_percent: float
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class PipelineFindings:
     scores: test set → system → Score, the pipeline's own test set first. insights: by student, what
     its latents hold; empty where nobody looked. grid: None where the fidelity stage did not run.
     teacher_kv is None where the teacher's caches are not at hand (targets are enough to train
-    from). teacher_training: None where the teacher was taken as it is. taught, asked: settings the
+    from). teacher_training: None where the teacher was taken as it is. prepare: the settings the
     problems were made with.
     """
 
@@ -184,8 +184,7 @@ class PipelineFindings:
     targets: TargetsOverview
     teacher_kv: Manifest | None
     problems: dict[str, ProblemCounts]
-    taught: dict[str, Any]
-    asked: dict[str, Any]
+    prepare: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -237,8 +236,7 @@ def read_findings(folder: Path, students: Sequence[str]) -> PipelineFindings:
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
         problems={"train": taught.train, "validation": taught.validation, **asked.test_sets},
-        taught=read_finding(ProblemsFile, folder / "problems/problems.json", "prepare").settings,
-        asked=read_finding(ProblemsFile, folder / "test_sets/test_sets.json", "prepare").settings,
+        prepare=read_finding(TestSetsFile, folder / "test_sets/test_sets.json", "prepare").settings,
     )
 
 
@@ -313,27 +311,16 @@ def _read_curve(path: Path) -> Curve:
 def _read_targets(folder: Path) -> TargetsOverview:
     if not folder.exists():
         raise KavaError(f"{folder} is missing. Run `kava evict` first.")
-    manifest = load_manifest(folder, "kv_targets")
-    lengths = Index(folder, manifest).column("n_cot")
-    counts = np.concatenate([_slot_counts(folder / name) for name in manifest.shard_files()])
-    kept = counts.reshape(len(lengths), -1)  # [N, L'·H]
-    budgets = kept.max(0)
+    store = TargetsStore.open(folder, checksums=False)  # slot counts are a small part of the files
+    counts = [store.slot_counts(shard).max(0) for shard in range(len(store.sizes))]  # [L', H] each
+    budgets = np.max(counts, 0)
     return TargetsOverview(
-        manifest=manifest,
-        lengths=lengths,
+        manifest=store.manifest,
+        lengths=store.index.column("n_cot"),
         smallest=int(budgets.min()),
         largest=int(budgets.max()),
-        engaged=100 * float((kept < lengths[:, None]).mean()),
+        engaged_percent=EvictionCounts.of(store).engaged_percent,
     )
-
-
-def _slot_counts(shard: Path) -> np.ndarray:
-    """[N, L', H] of one shard; the rest of the file is not read."""
-    try:
-        with safe_open(shard, framework="np") as tensors:
-            return np.asarray(tensors.get_tensor("slot_counts"))
-    except (SafetensorError, OSError) as error:
-        raise KavaError(f"{shard} cannot be read ({error}). Run `kava evict` again.") from None
 
 
 def _read_log(path: Path, students: Sequence[str]) -> list[StageRun]:

@@ -163,7 +163,7 @@ def summary(findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
     ahead: the system that is, of the best latent student and those without latents; null where they
     cannot be told apart. against: points of exact match that the best latent student is ahead of
     each of the latter. gap_share: how far it is up the gap (1 = at the ceiling); null where there
-    is no gap. eviction_engages: share of (record, layer, head). sweet_spot: the smallest budget
+    is no gap. engaged_percent: of (record, layer, head). sweet_spot: the smallest budget
     near enough to the full cache; null where none is.
     """
     return {
@@ -180,7 +180,7 @@ def summary(findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
             }
             for c in comparisons
         },
-        "eviction_engages": findings.targets.engaged / 100,
+        "engaged_percent": findings.targets.engaged_percent,
         "median_trace_tokens": float(_median(findings)),
         "sweet_spot": findings.grid.spot if findings.grid else None,
     }
@@ -231,7 +231,7 @@ def _facts(
         (" and ".join(f"{n:,}" for n in sorted(tested)), "test problems"),
         (f"{geometry.model_layers} × {geometry.kv_heads}", "layers × KV heads"),
         (str(geometry.slots), "slots kept per layer and head (M)"),
-        (f"{findings.targets.engaged:.0f} %", "of (record, layer, head) lose tokens to eviction"),
+        (f"{findings.targets.engaged_percent:.0f} %", "of (record, layer, head) lose tokens"),
         (readable_bytes(_bytes(manifest)), "of KV targets"),
     ]
 
@@ -261,8 +261,7 @@ def _stores(findings: PipelineFindings) -> list[dict[str, Any]]:
 def _settings(findings: PipelineFindings, settings: dict[str, Any]) -> dict[str, Any]:
     recorded = findings.targets.manifest.settings
     return {
-        "prepare, taught": findings.taught,
-        "prepare, asked": findings.asked,
+        "prepare": findings.prepare,
         "teacher": settings.get("teacher", {}),
         "generate": recorded.get("generate", {}),
         "evict": recorded.get("evict", {}),
@@ -278,7 +277,7 @@ def _fingerprints(findings: PipelineFindings) -> list[tuple[str, str]]:
 
 
 def _seeds(findings: PipelineFindings, settings: dict[str, Any]) -> list[tuple[str, int]]:
-    seeds = [("problems", findings.taught.get("seed"))]
+    seeds = [("problems", findings.prepare.get("seed"))]
     training = settings.get("teacher", {}).get("training")
     seeds.append(("teacher", training.get("seed") if training else None))
     policy = findings.targets.manifest.settings.get("evict", {}).get("policy", {})

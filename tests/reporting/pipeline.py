@@ -21,8 +21,8 @@ from kava_core.fidelity.trial import Result
 from kava_core.findings.base import write_finding
 from kava_core.findings.fidelity import BatchCost, CachedAnswer
 from kava_core.record import Record
-from kava_core.store import Codec, Geometry, write_targets_shard
-from tests.store.make import finish
+from kava_core.store import Geometry, write_targets_shard
+from tests.store.make import finish, make_spec
 
 GEOMETRY = Geometry.plain(layers=2, kv_heads=2, head_dim=4, hidden_size=8, slots=8)
 # system → accuracy on 2-, 3- and 4-step problems, forward passes, tokens, milliseconds
@@ -91,11 +91,7 @@ def make_pipeline(
     )
     _write(
         made.folder / "test_sets/test_sets.json",
-        {"traces": "equations", "test_sets": [], "settings": {"test": 60}},
-    )
-    _write(
-        made.folder / "problems/problems.json",
-        {"traces": "equations", "settings": {"source": "synthetic", "seed": 7}},
+        {"traces": "equations", "settings": {"source": {"name": "synthetic"}, "seed": 7}},
     )
     _log(made.log)
     return made
@@ -380,7 +376,7 @@ def _targets(folder: Path, records: int) -> str:
         )
         for i in range(records)
     ]
-    codec = Codec(keys="float32", values="float32", endpoint="float32")
+    spec = make_spec(GEOMETRY)
     counts = torch.tensor([min(len(r.cot_ids), GEOMETRY.slots) for r in made])
     slots = torch.arange(GEOMETRY.slots)
     lead = (records, 2, 2, GEOMETRY.slots)
@@ -388,6 +384,7 @@ def _targets(folder: Path, records: int) -> str:
     folder.mkdir(parents=True)
     write_targets_shard(
         folder,
+        spec,
         0,
         made,
         keys=torch.randn(*lead, 4, generator=torch.Generator().manual_seed(0)),
@@ -395,10 +392,8 @@ def _targets(folder: Path, records: int) -> str:
         slot_counts=counts[:, None, None].expand(lead[:-1]),
         slot_positions=positions,
         endpoint=torch.ones(records, 3, 8) * torch.arange(1, records + 1)[:, None, None],
-        geometry=GEOMETRY,
-        codec=codec,
     )
-    return finish(folder, "kv_targets", 1, GEOMETRY, codec).digest
+    return finish(folder, spec, 1).digest
 
 
 def _log(path: Path) -> None:

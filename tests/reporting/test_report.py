@@ -335,8 +335,8 @@ def test_questions_and_answers_are_text_whatever_they_contain(
 def test_engagement_counts_the_places_that_lose_tokens(findings: PipelineFindings) -> None:
     targets = findings.targets
     assert (targets.smallest, targets.largest) == (8, 8)
-    assert targets.engaged == pytest.approx(100 * (targets.lengths > 8).mean())
-    assert 0 < targets.engaged < 100
+    assert targets.engaged_percent == pytest.approx(100 * (targets.lengths > 8).mean())
+    assert 0 < targets.engaged_percent < 100
 
 
 def test_examples_show_agreement_of_every_kind(findings: PipelineFindings) -> None:
@@ -383,7 +383,6 @@ def test_the_table_fits_a_terminal_of_80_columns(findings: PipelineFindings) -> 
         ("teacher/metrics.json", "teacher"),
         ("teacher/teacher.json", "teacher"),
         ("problems/metrics.json", "prepare"),
-        ("problems/problems.json", "prepare"),
         ("test_sets/metrics.json", "prepare"),
         ("test_sets/test_sets.json", "prepare"),
     ],
@@ -402,7 +401,7 @@ def test_a_missing_file_is_named_with_its_stage(own: Pipeline, file: str, stage:
         ("evaluation/metrics.json", {"t": {"kava": {"n": 3}}}, "t → kava → exact_match"),
         ("evaluation/metrics.json", [1], "found"),
         ("evaluation/comparisons.json", {"t": {"kava": {"codi": 3}}}, "t → kava → codi"),
-        ("evaluation/interpretability.json", {"kava": {"records": 3}}, "kava → decoded"),
+        ("evaluation/interpretability.json", {"kava": {"records": 3}}, "kava → question_parts"),
         ("fidelity/metrics.json", {"split": "test"}, "within: Field required"),
         (
             "evaluation/similarity.json",

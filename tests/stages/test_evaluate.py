@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
-from kava_core.problems.folder import open_problems
-from kava_core.problems.records import save_problems
+from kava_core.problems.folder import open_test_sets
+from kava_core.problems.parquet import save_problems
 from stages.ask import ask
 from stages.distill import distill
 from stages.evaluate import evaluate
@@ -28,14 +28,6 @@ from stages.teacher import teacher
 from tests.stages.project import ROOT, Project, digest
 
 TRAINING = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3, "log_every": 1}
-FIXED = [
-    "accuracy.json",
-    "accuracy_by_steps.json",
-    "comparisons.json",
-    "interpretability.json",
-    "similarity.json",
-    "summary.json",
-]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bare = [{"q": f"mo has {i} cups . how many ?", "a": str(i)} for i in range(3, 10)]
     (home / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     table = {
-        "source": "table",
+        "source": {"name": "table", "question": "q", "answer": "a"},
         "path": str(home / "bare.jsonl"),
-        "columns": {"question": "q", "answer": "a"},
     }
     pipeline = {
         "prepare": {
@@ -112,6 +103,7 @@ def change(home: Path, **settings: Any) -> None:
 def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
     folder = made / "data/tiny/evaluation"
     metrics = read_json(folder / "metrics.json")
+    measured = read_json(made / "data/tiny/measured/evaluation.json")
     systems = ["kava", "no-cot", "teacher-cot", "teacher-no-cot"]
     sizes = {"synthetic": 12, "bare": 7}  # at most `limit` of each
     assert metrics.keys() == sizes.keys()
@@ -122,9 +114,11 @@ def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
             "kava": 3,
             "no-cot": 3,
         }
-        for entry in metrics[test_set].values():
+        for name, entry in metrics[test_set].items():
             assert entry["n"] == n == sum(part["n"] for part in entry["by_trace_length"].values())
-            assert entry["perplexity"] > 1 and entry["peak_memory_mb"] > 0
+            assert entry["perplexity"] > 1
+            cost = measured["systems"][test_set][name]
+            assert cost["peak_memory_mb"] > 0 and cost["seconds_per_problem"] > 0
     for entry in metrics["synthetic"].values():
         assert set(entry["by_operation"]) <= {"+", "−", "×", "÷"}
     for entry in metrics["bare"].values():
@@ -135,25 +129,50 @@ def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
         )
     rows = pq.read_table(folder / "predictions.parquet").to_pylist()
     assert len(rows) == 4 * (12 + 7) and all(row["question"] for row in rows)
+    assert measured["hardware"]["cores"]
 
 
-def test_again_it_differs_in_measured_seconds_only(made: Path, home: Path) -> None:
+def test_again_it_has_the_same_bytes_and_only_what_was_measured_differs(
+    made: Path, home: Path
+) -> None:
     call(evaluate, home)
     before, after = (digest(root / "data/tiny/evaluation") for root in (made, home))
-    assert [name for name in FIXED if before[name] != after[name]] == []
-
-    def timeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds_per_problem"}
-        return value
-
-    metrics = [timeless(read_json(r / "data/tiny/evaluation/metrics.json")) for r in (made, home)]
-    assert metrics[0] == metrics[1]
-    rows = [
-        pq.read_table(r / "data/tiny/evaluation/predictions.parquet").drop_columns(["seconds"])
-        for r in (made, home)
+    assert before == after
+    assert sorted(before) == [
+        "comparisons.json",
+        "interpretability.json",
+        "metrics.json",
+        "plots/steps.json",
+        "plots/systems.json",
+        "predictions.parquet",
+        "similarity.json",
+        "summary.json",
     ]
-    assert rows[0].equals(rows[1])
+    one, two = (
+        read_json(root / "data/tiny/measured/evaluation.json")["systems"] for root in (made, home)
+    )
+    assert one != two  # seconds
+
+    def memory(costs: Any) -> list[float]:
+        return [cost["peak_memory_mb"] for found in costs.values() for cost in found.values()]
+
+    assert memory(one) == memory(two)
+
+
+def test_a_student_that_is_no_longer_in_the_settings_is_left_out_with_a_word(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "pipelines.yaml"
+    document = yaml.safe_load(file.read_text())
+    del document["pipelines"]["tiny"]["students"]["no-cot"]
+    file.write_text(yaml.safe_dump(document))
+    change(home, limit=4, interpret_records=3, intervention_problems=0, max_new_tokens=2)
+    (home / "data/tiny/students/no-cot/student.json").unlink()
+    call(evaluate, home)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "students/no-cot is no student of the settings, and is left out" in said
+    summary = read_json(home / "data/tiny/evaluation/summary.json")
+    assert list(summary["synthetic"]) == ["teacher-cot", "teacher-no-cot", "kava"]
 
 
 def test_latents_are_looked_into_as_far_as_wanted(home: Path) -> None:
@@ -180,8 +199,8 @@ def rewrite_test(home: Path, answer: str | None) -> None:
     """The test split with this answer throughout; None: no problems."""
     from dataclasses import replace
 
-    folder = open_problems(home / "data/tiny/problems")
-    problems = [] if answer is None else [replace(p, answer=answer) for p in folder.load("test")]
+    folder = open_test_sets(home / "data/tiny/test_sets")
+    problems = [] if answer is None else [replace(p, answer=answer) for p in folder.load()]
     save_problems(folder.path / "test.parquet", problems, steps=False)
 
 

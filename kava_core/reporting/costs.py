@@ -77,13 +77,13 @@ def training_times(
     if lead is None or ours is None:
         return ""
     said = [f"Training {lead.best.name}, the best latent student, took {readable_seconds(ours)}."]
-    for verdict in lead.verdicts:
-        theirs = training.get(verdict.rival.name)
+    for duel in lead.duels:
+        theirs = training.get(duel.rival.name)
         if theirs is not None:
             share = theirs / ours
             when = "In equal time" if abs(share - 1) <= EQUAL else f"In {share:.0%} of that time"
             took = readable_seconds(theirs)
-            said.append(f"{when} ({took}), {verdict.rival.name} {verdict.outcome}.")
+            said.append(f"{when} ({took}), {duel.rival.name} {duel.outcome}.")
     return " ".join(said)
 
 

@@ -172,7 +172,7 @@ def summary(findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
             if c.headline is None
             else {
                 "ahead": c.headline.ahead,
-                "against": {v.rival.name: v.points for v in c.headline.verdicts},
+                "against": {duel.rival.name: duel.points for duel in c.headline.duels},
                 "best_latent": c.headline.best.name,
                 "baseline": c.headline.baseline.name,
                 "ceiling": c.headline.ceiling.name,

@@ -28,7 +28,7 @@ class System:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Duel:
     """The best latent student against a student without latents, on the same problems.
 
     points: exact match of the latent student minus that of `rival`; difference: the same with its
@@ -71,14 +71,14 @@ class Headline:
 
     share: of the gap from `baseline` to `ceiling`, 1 = at the ceiling, below 0 = under the
     baseline; None where there is no gap. lead: who is ahead, in a sentence; sentence: the same,
-    with every verdict and the gap. ahead: the name of the system that is ahead, None where it is
+    with every duel and the gap. ahead: the name of the system that is ahead, None where it is
     even or there is nothing without latents to compare with.
     """
 
     best: System
     baseline: System
     ceiling: System
-    verdicts: list[Verdict]
+    duels: list[Duel]
     share: float | None
     lead: str
     sentence: str
@@ -144,50 +144,50 @@ def headline(
     if not (by_kind.get("teacher-cot") and by_kind.get("latent") and rest):
         return None
     best, ceiling = by_kind["latent"][0], by_kind["teacher-cot"][0]
-    verdicts = [_verdict(best, rival, differences.get(best.name, {})) for rival in direct]
-    verdicts.sort(key=lambda verdict: not verdict.equal_steps)
-    baseline = next((v.rival for v in verdicts if v.equal_steps), rest[0])
+    duels = [_duel(best, rival, differences.get(best.name, {})) for rival in direct]
+    duels.sort(key=lambda duel: not duel.equal_steps)
+    baseline = next((duel.rival for duel in duels if duel.equal_steps), rest[0])
     low, top, reached = (s.score.exact_match for s in (baseline, ceiling, best))
     share = (reached - low) / (top - low) if top > low else None
-    lead, ahead = _lead(best, verdicts)
+    lead, ahead = _lead(best, duels)
     gap = _gap(best, baseline, ceiling, share)
-    sentence = " ".join([lead, *(_against(best, verdict) for verdict in verdicts), gap])
-    return Headline(best, baseline, ceiling, verdicts, share, lead, sentence, ahead)
+    sentence = " ".join([lead, *(_against(best, duel) for duel in duels), gap])
+    return Headline(best, baseline, ceiling, duels, share, lead, sentence, ahead)
 
 
-def _verdict(best: System, rival: System, differences: Mapping[str, Difference]) -> Verdict:
+def _duel(best: System, rival: System, differences: Mapping[str, Difference]) -> Duel:
     found = differences.get(rival.name)
     points = best.score.exact_match - rival.score.exact_match
     ours, theirs = best.training, rival.training
     equal = ours is not None and theirs is not None and ours.examples == theirs.examples
-    return Verdict(rival, found, points, equal)
+    return Duel(rival, found, points, equal)
 
 
-def _against(best: System, verdict: Verdict) -> str:
-    rival = verdict.rival
+def _against(best: System, duel: Duel) -> str:
+    rival = duel.rival
     when = "Trained otherwise"
-    if verdict.equal_steps:
+    if duel.equal_steps:
         when = "In equal steps"
     elif best.training is not None and rival.training is not None:
         steps = f"{rival.training.steps:,} steps, and {best.name} for {best.training.steps:,}"
         when = f"Trained for {steps}"
-    return f"{when}, {rival.name} ({rival.score.exact_match:.1f} %) {verdict.outcome}."
+    return f"{when}, {rival.name} ({rival.score.exact_match:.1f} %) {duel.outcome}."
 
 
-def _lead(best: System, verdicts: Sequence[Verdict]) -> tuple[str, str | None]:
+def _lead(best: System, duels: Sequence[Duel]) -> tuple[str, str | None]:
     """Who is ahead, in a sentence and by name."""
     reached = f"{best.score.exact_match:.1f} %"
-    if not verdicts:
+    if not duels:
         words = f"The best latent student, {best.name}, answers {reached} of the problems; "
         return words + "no student was trained without latents.", None
-    rival = max((v.rival for v in verdicts), key=lambda system: system.score.exact_match)
+    rival = max((duel.rival for duel in duels), key=lambda system: system.score.exact_match)
     theirs = f"{rival.score.exact_match:.1f} %"
-    if any(verdict.rival_leads for verdict in verdicts):
+    if any(duel.rival_leads for duel in duels):
         return (
             f"No-CoT is ahead: {rival.name} answers {theirs} of the problems without a latent, "
             f"{best.name}, the best latent student, {reached}."
         ), rival.name
-    if all(verdict.latents_lead for verdict in verdicts):
+    if all(duel.latents_lead for duel in duels):
         return (
             f"Latents are ahead: {best.name} answers {reached} of the problems, {rival.name}, the "
             f"best student without latents, {theirs}."

@@ -106,7 +106,7 @@ def test_equal_time_is_what_the_run_log_says(
     assert lead is not None
     training: dict[str, float | None] = {lead.best.name: 100.0, "no-cot": 100 * seconds}
     said = training_times(comparisons, training)
-    assert re.search(words, said) and lead.verdicts[0].outcome in said
+    assert re.search(words, said) and lead.duels[0].outcome in said
     assert said.startswith(f"Training {lead.best.name}, the best latent student, took 1.7 min.")
     assert training_times(comparisons, {**training, lead.best.name: None}) == ""
 

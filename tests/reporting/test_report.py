@@ -173,8 +173,8 @@ def test_it_leads_with_who_is_ahead_against_every_student_without_latents(
     lead = headline(systems_of(found, "synthetic"), {"kava": differences})
     assert lead is not None and lead.ahead == ahead
     assert lead.lead.startswith(words) and lead.sentence.startswith(lead.lead)
-    assert [v.rival.name for v in lead.verdicts] == ["no-cot", "no-cot-equal-time"]
-    assert [v.equal_steps for v in lead.verdicts] == [True, False]
+    assert [v.rival.name for v in lead.duels] == ["no-cot", "no-cot-equal-time"]
+    assert [v.equal_steps for v in lead.duels] == [True, False]
     assert f"In equal steps, no-cot ({equal_steps:.1f} %)" in lead.sentence
     assert (
         f"Trained for 2,300 steps, and kava for 1,000, no-cot-equal-time ({equal_time:.1f} %)"
@@ -191,7 +191,7 @@ def test_without_a_student_without_latents_nobody_is_said_to_be_ahead(own: Pipel
     )
     found = read_findings(own.folder, ["kava"])
     lead = headline(systems_of(found, "synthetic"), {})
-    assert lead is not None and lead.ahead is None and lead.verdicts == []
+    assert lead is not None and lead.ahead is None and lead.duels == []
     assert "no student was trained without latents" in lead.lead
     assert "kava is 50 % of the way from teacher-no-cot" in lead.sentence
 
@@ -309,7 +309,7 @@ def test_the_summary_says_who_is_ahead(findings: PipelineFindings, page: Path) -
     assert found["ahead"] == lead.ahead and found["gap_share"] == lead.share
     assert found["against"] == {
         v.rival.name: pytest.approx(lead.best.score.exact_match - v.rival.score.exact_match)
-        for v in lead.verdicts
+        for v in lead.duels
     }
 
 

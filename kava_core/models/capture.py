@@ -119,7 +119,7 @@ def register_attention(name: str, own_mask: Callable[[int, Tensor], Tensor] | No
             eager = sys.modules[type(module).__module__].eager_attention_forward
             return eager(module, query, key, value, mask, **options)
 
-        AttentionInterface.register(f"{name}_{kind}", attend)
+        AttentionInterface.register(f"{name}_{kind}", attend)  # type: ignore[arg-type]
         if own_mask is None:
             AttentionMaskInterface.register(f"{name}_{kind}", MASKS[kind])
 

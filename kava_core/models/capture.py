@@ -25,7 +25,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from kava_core.errors import KavaError
 
-MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}  # of the two kinds of attention there are
+MASKS: dict[str, Callable[..., Any]] = {
+    "sdpa": sdpa_mask,
+    "eager": eager_mask,
+}  # of the two kinds of attention there are
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def register_attention(name: str, own_mask: Callable[[int, Tensor], Tensor] | No
             eager = sys.modules[type(module).__module__].eager_attention_forward
             return eager(module, query, key, value, mask, **options)
 
-        AttentionInterface.register(f"{name}_{kind}", attend)  # type: ignore[arg-type]
+        AttentionInterface.register(f"{name}_{kind}", attend)
         if own_mask is None:
             AttentionMaskInterface.register(f"{name}_{kind}", MASKS[kind])
 

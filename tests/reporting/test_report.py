@@ -312,7 +312,7 @@ def test_the_table_fits_a_terminal_of_80_columns(findings: Findings) -> None:
         ("students/codi/student.json", "distill codi"),
         ("teacher/metrics.json", "teacher"),
         ("problems/metrics.json", "prepare"),
-        ("problems/problems.json", "prepare"),
+        ("test_sets/test_sets.json", "prepare"),
     ],
 )
 def test_a_missing_file_is_named_with_its_stage(own: Pipeline, file: str, stage: str) -> None:

@@ -24,12 +24,13 @@ def prepare(run: Run) -> None:
     from kava_core.problems.readers import Location
 
     settings = run.settings.prepare
+    path, hub_config, revision = settings.path, settings.hub_config, settings.revision
     limits = Limits(
         settings.max_question_characters, settings.max_trace_characters, settings.max_steps
     )
     splits = prepare_problems(
         settings.source,
-        Location(settings.path, settings.hub_config, settings.revision) if settings.path else None,
+        None if path is None else Location(path, hub_config, revision),
         Reading(settings.traces, settings.drop_last_step, limits),
         Sizes(settings.train, settings.validation, settings.test),
         seed=settings.seed,
@@ -37,9 +38,9 @@ def prepare(run: Run) -> None:
         allow_leakage=settings.allow_leakage,
         test_sets={
             name: FurtherSet(
-                given.source, Location(given.path, given.hub_config, given.revision), given.split
+                more.source, Location(more.path, more.hub_config, more.revision), more.split
             )
-            for name, given in settings.test_sets.items()
+            for name, more in settings.test_sets.items()
         },
     )
     plain = settings.model_dump(mode="json")

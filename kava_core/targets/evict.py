@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kava_core.artefacts import work_folder
 from kava_core.eviction import CacheBatch
-from kava_core.record import Record
 from kava_core.settings import Evict, Resources
 from kava_core.store import (
     Ranges,
@@ -22,7 +21,7 @@ from kava_core.store import (
 )
 from kava_core.store.summary import EvictionCounts
 from kava_core.targets.build import Build, ShardCounts, build_store
-from kava_core.targets.plan import Plan
+from kava_core.targets.plan import Plan, cache_batch
 from kava_core.targets.specs import store_codec
 
 
@@ -44,7 +43,7 @@ class EvictJob:
 
         def work(number: int) -> ShardCounts:
             shard = store.shard(number)
-            targets = self.plan.cut(cache_batch(store, number))
+            targets = self.plan.cut(shard_batch(store, number))
             write_targets_shard(
                 self.folder,
                 self.spec,
@@ -89,26 +88,17 @@ def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
     return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)
 
 
-def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
+def shard_batch(store: TeacherStore, number: int) -> CacheBatch:
     """The caches of all layers of a shard of a teacher store, as eviction takes them."""
     shard = store.shard(number)
-    return CacheBatch.from_ragged(
+    return cache_batch(
+        shard.records,
         shard.keys.dequantise(),
         shard.values.dequantise(),
         shard.importance,
         shard.offsets,
-        [record.id for record in shard.records],
-        rotary=store.manifest.rotary.rotation,
-        cot_start=[len(record.question_ids) for record in shard.records],
-        step_ends=step_ends(shard.records),
-        results=[record.results for record in shard.records],
+        store.manifest.rotary.rotation,
     )
-
-
-def step_ends(records: Sequence[Record]) -> list[list[int]] | None:
-    """Where the steps of each record's trace end; None if that is not known of all of them."""
-    ends = [record.step_ends for record in records]
-    return ends if all(ends) else None
 
 
 def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:
@@ -119,7 +109,7 @@ def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:
     samples: list[tuple[Tensor, Tensor]] = []
     seen = 0
     for number in range(store.shards):
-        targets = plan.cut(cache_batch(store, number))
+        targets = plan.cut(shard_batch(store, number))
         valid = (targets.slot_positions >= 0).all(dim=(1, 2))  # [B, M] filled in all rows, heads
         keys, values = (x.permute(0, 3, 1, 2, 4)[valid] for x in (targets.keys, targets.values))
         samples.append((keys, values))

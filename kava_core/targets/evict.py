@@ -21,7 +21,7 @@ from kava_core.store import (
 )
 from kava_core.store.summary import EvictionCounts
 from kava_core.targets.build import Build, ShardCounts, build_store
-from kava_core.targets.plan import Plan, cache_batch
+from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
 
 
@@ -43,7 +43,7 @@ class EvictJob:
 
         def work(number: int) -> ShardCounts:
             shard = store.shard(number)
-            targets = self.plan.cut(shard_batch(store, number))
+            targets = self.plan.cut(cache_batch(store, number))
             write_targets_shard(
                 self.folder,
                 self.spec,
@@ -88,15 +88,15 @@ def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
     return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)
 
 
-def shard_batch(store: TeacherStore, number: int) -> CacheBatch:
+def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
     """The caches of all layers of a shard of a teacher store, as eviction takes them."""
     shard = store.shard(number)
-    return cache_batch(
-        shard.records,
+    return CacheBatch.of_records(
         shard.keys.dequantise(),
         shard.values.dequantise(),
         shard.importance,
         shard.offsets,
+        shard.records,
         store.manifest.rotary.rotation,
     )
 
@@ -109,7 +109,7 @@ def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:
     samples: list[tuple[Tensor, Tensor]] = []
     seen = 0
     for number in range(store.shards):
-        targets = plan.cut(shard_batch(store, number))
+        targets = plan.cut(cache_batch(store, number))
         valid = (targets.slot_positions >= 0).all(dim=(1, 2))  # [B, M] filled in all rows, heads
         keys, values = (x.permute(0, 3, 1, 2, 4)[valid] for x in (targets.keys, targets.values))
         samples.append((keys, values))

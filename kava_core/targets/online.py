@@ -21,7 +21,7 @@ from kava_core.record import Record
 from kava_core.settings import Generate
 from kava_core.store import Codec, TargetsStore, TargetTensors
 from kava_core.store.codec import encode
-from kava_core.targets.plan import Plan, cache_batch
+from kava_core.targets.plan import Plan
 from kava_core.targets.rounding import Rounding
 from kava_core.targets.specs import store_codec, stored_settings
 
@@ -62,12 +62,12 @@ class OnlineTargets:
     def _make(self, records: Sequence[Record]) -> TargetTensors:
         cache = self.teacher(records)
         # Caches of floats are evicted in the dtype they are kept in, codes in float32.
-        batch = cache_batch(
-            records,
+        batch = CacheBatch.of_records(
             encode(cache.keys, self.cache_codec.keys).dequantise(),
             encode(cache.values, self.cache_codec.values).dequantise(),
             cache.importance,
             cache.offsets,
+            records,
             self.teacher.rotary,
         )
         targets = self.cut(batch)

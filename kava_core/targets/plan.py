@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
-
-from torch import Tensor
 
 from kava_core.eviction import (
     CacheBatch,
@@ -16,8 +13,6 @@ from kava_core.eviction import (
     make_budgets,
     parse_layers,
 )
-from kava_core.record import Record
-from kava_core.rotary import Rotary
 from kava_core.settings import Evict
 from kava_core.store import Geometry, TargetsStore
 from kava_core.targets.specs import stored_settings
@@ -82,30 +77,3 @@ class Plan:
             groups=None if share == "none" else self.groups,
             rotary_phase=self.settings.phase,
         )
-
-
-def cache_batch(
-    records: Sequence[Record],
-    keys: Tensor,
-    values: Tensor,
-    importance: Tensor,
-    offsets: Tensor,
-    rotary: Rotary | None,
-) -> CacheBatch:
-    """The caches of B records with all that policies may ask of them.
-
-    keys, values [ΣN_C, L, H, D], importance [ΣN_C, L, H], offsets [B + 1]: as the teacher gives
-    them. rotary: of all L layers. Where the steps of one record are not known, those of none are.
-    """
-    step_ends = [record.step_ends for record in records]
-    return CacheBatch.from_ragged(
-        keys,
-        values,
-        importance,
-        offsets,
-        [record.id for record in records],
-        rotary=rotary,
-        cot_start=[len(record.question_ids) for record in records],
-        step_ends=step_ends if all(step_ends) else None,
-        results=[record.results for record in records],
-    )

@@ -16,9 +16,9 @@ from kava_core.targets.build import Build
 from kava_core.targets.evict import (
     EvictJob,
     build_kv_targets,
+    cache_batch,
     calibrate_ranges,
     eviction_metrics,
-    shard_batch,
     targets_spec,
 )
 from kava_core.targets.plan import Plan
@@ -55,7 +55,7 @@ def test_every_shard_is_cut_by_the_plan(caches: TeacherStore, tmp_path: Path, sh
     assert (built.examples, built.tokens) == (14, caches.manifest.trace_tokens)
     first = 0
     for number in range(caches.shards):
-        shard, expected = caches.shard(number), plan.cut(shard_batch(caches, number))
+        shard, expected = caches.shard(number), plan.cut(cache_batch(caches, number))
         found = store.batch(range(first, first + len(shard))).dequantise()
         for name in ("keys", "values", "slot_counts", "slot_positions"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -94,7 +94,7 @@ def test_other_settings_and_other_caches_have_work_of_their_own(
 
 
 def test_a_shards_caches_are_those_of_its_records(caches: TeacherStore) -> None:
-    batch, shard = shard_batch(caches, 1), caches.shard(1)
+    batch, shard = cache_batch(caches, 1), caches.shard(1)
     assert list(batch.ids) == [record.id for record in shard.records]
     assert batch.lengths == [len(record.cot_ids) for record in shard.records]
     assert list(batch.cot_start or ()) == [len(record.question_ids) for record in shard.records]
@@ -129,7 +129,7 @@ def test_ranges_are_those_of_the_first_records_slots(
     plan = Plan.of(settings, caches.geometry)
     samples = []
     for number in range(shards):
-        targets = plan.cut(shard_batch(caches, number))
+        targets = plan.cut(cache_batch(caches, number))
         for i, count in enumerate(targets.slot_counts.amin((1, 2)).tolist()):
             kept = (x[i, :, :, :count].movedim(2, 0) for x in (targets.keys, targets.values))
             samples.append(tuple(kept))
@@ -159,7 +159,7 @@ def test_a_stores_metrics_are_those_of_the_targets_in_it(
     settings = Evict.model_validate({"budget": 4, **change})
     store = TargetsStore.open(evicted(caches, settings, tmp_path).folder)
     plan = Plan.of(settings, caches.geometry)
-    cuts = [plan.cut(shard_batch(caches, number)) for number in range(caches.shards)]
+    cuts = [plan.cut(cache_batch(caches, number)) for number in range(caches.shards)]
     engaged = torch.cat([targets.engaged for targets in cuts])
     kept = torch.cat([targets.slot_counts for targets in cuts])
     tokens = torch.cat([targets.lengths for targets in cuts])[:, None, None].expand_as(kept)

@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kava_core.eviction import CacheBatch, Policy, Targets, evict, make_policy
-from kava_core.eviction.base import score_all
+from kava_core.eviction import POLICIES, CacheBatch, Policy, Targets, evict
+from kava_core.eviction.selection import score_all
 from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.store import Codec, Geometry, finalise, write_teacher_shard
@@ -51,10 +51,10 @@ TIE = 2e-6
 class QuadraticRKV(Policy):
     """R-KV as the formula reads, with an N×N matrix of cosines per head, layer by layer."""
 
-    lam: float = 0.1
+    lambda_: float = 0.1
 
     def score(self, batch: CacheBatch) -> Tensor:
-        score = batch.float_importance() * self.lam
+        score = batch.float_importance() * self.lambda_
         for first, last in batch.spans:
             for layer in range(len(batch.layers)):
                 heads = torch.nn.functional.normalize(batch.keys[first:last, layer].float(), dim=-1)
@@ -62,11 +62,11 @@ class QuadraticRKV(Policy):
                 cosines = heads @ heads.transpose(1, 2)  # [H, N, N]
                 cosines.diagonal(dim1=1, dim2=2).zero_()
                 different = (-cosines.mean(dim=2)).softmax(dim=1)  # [H, N]
-                score[first:last, layer] += (1 - self.lam) * different.T
+                score[first:last, layer] += (1 - self.lambda_) * different.T
         return score
 
 
-LINEAR, QUADRATIC = make_policy("rkv"), QuadraticRKV()
+LINEAR, QUADRATIC = POLICIES["rkv"](), QuadraticRKV()
 
 
 def make_batch(length: int, tokens: int, device: str) -> CacheBatch:

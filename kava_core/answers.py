@@ -43,6 +43,7 @@ _SCALES = {
 }
 
 _LEAD_IN = re.compile(r"the (?:final )?answer is\s*:?", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?P<bare>[^\s{}$]+)")
 _MATH = re.compile(r"[\\^=+*/()\[\]{}<>|√π]|\d\s*[a-z]\b|-")
 # Powers that would keep a computer algebra system busy for ever.
 _EXPLODES = re.compile(r"\^[^\^]{0,40}\^|\^\s*\{?\s*\d{4,}|!")
@@ -64,8 +65,8 @@ def extract_answer(generated: str) -> str | None:
         if len(parts) > 1:
             lines = parts[-1].strip().splitlines()
             if lines:
-                return _boxed(lines[0]) or lines[0].strip()
-    boxed = _boxed(generated)
+                return last_box(lines[0]) or lines[0].strip()
+    boxed = last_box(generated)
     if boxed:
         return boxed
     text = _plain(generated)
@@ -89,6 +90,25 @@ def parse_number(text: str) -> Fraction | None:
     if number is None:
         return None
     return number.value if number.scale < 1 else number.value * number.scale
+
+
+def last_box(text: str) -> str | None:
+    """What is in the last `\\boxed{…}`, `\\fbox{…}` or `\\boxed 3`; None if it is not closed."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    if boxes[-1]["bare"]:
+        return boxes[-1]["bare"].rstrip(".,")
+    start = boxes[-1].end() + 1
+    depth = 1
+    escaped = False
+    for place in range(start, len(text)):
+        sign = text[place]
+        depth += 0 if escaped else {"{": 1, "}": -1}.get(sign, 0)
+        escaped = sign == "\\" and not escaped
+        if depth == 0:
+            return " ".join(text[start:place].split())
+    return None
 
 
 def same_answer(predicted: str | None, gold: str) -> bool:
@@ -166,21 +186,6 @@ def _fraction(digits: str) -> Fraction:
     return Fraction(digits.replace(",", "").strip())
 
 
-def _boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{…}` with balanced braces."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[begin:position].strip()
-    return None
-
-
-_BOXED = "\\boxed{"
 _FRACTION = re.compile(
     r"(\d?)\s*\\[dt]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|(\d)\s*(\d))"
 )
@@ -197,7 +202,7 @@ _REPLACEMENTS = (
 
 def _plain(text: str) -> str:
     """The text with one kind of minus and space, and without currency and LaTeX's dressing."""
-    boxed = _boxed(text)
+    boxed = last_box(text)
     if boxed is not None:
         text = boxed
     text = "".join(_vulgar(sign) if ord(sign) > 127 else sign for sign in text)
@@ -219,7 +224,7 @@ def _write_fraction(match: re.Match[str]) -> str:
 
 
 def _same_expression(predicted: str, gold: str) -> bool:
-    texts = [_boxed(text) or text.strip().strip("$").rstrip(".") for text in (predicted, gold)]
+    texts = [last_box(text) or text.strip().strip("$").rstrip(".") for text in (predicted, gold)]
     if any(len(text) > _LONGEST_EXPRESSION or _EXPLODES.search(text) for text in texts):
         return False
     from math_verify import LatexExtractionConfig, parse, verify

@@ -8,7 +8,6 @@ there.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.errors import KavaError
+from kava_core.versions import VERSIONS
 
 WORK = ".work"
 
@@ -44,10 +44,20 @@ def folder_fingerprint(folder: Path, names: list[str]) -> str:
     return fingerprint({name: file_digest(folder / name) for name in sorted(names)})
 
 
+def read_text(path: Path) -> str:
+    """The text in `path`; KavaError if the file is missing or is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
+    except UnicodeDecodeError as error:
+        raise KavaError(f"{path} is not valid text ({error}). Make it again.") from None
+
+
 def read_json(path: Path) -> Any:
     """The JSON in `path`; KavaError if the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -78,13 +88,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@functools.cache
-def code_fingerprint() -> str:
-    """A hash over the source of kava_core."""
-    root = Path(__file__).parent
-    return folder_fingerprint(root, [str(p.relative_to(root)) for p in root.rglob("*.py")])
-
-
 def sync(path: Path) -> None:
     """fsync a file, or a directory (so that a rename in it is durable)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -94,14 +97,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def work_folder(output: Path, key: Any) -> Path:
+def work_folder(output: Path, stage: str, key: Any) -> Path:
     """The folder where `output` is built: `<data>/.work/<stage>-<fingerprint of key>`.
 
     `output` is `<data>/<pipeline>/<name…>`, and `key` holds all that determines the artefact's
-    content; the same key finds the unfinished work of a killed run. The library's own code is part
-    of it: what one version left unfinished another does not continue.
+    content; the same key finds the unfinished work of a killed run. The stage's version is part of
+    it: what one version left unfinished another does not continue.
     """
-    key = [key, code_fingerprint()]
+    key = [key, VERSIONS[stage]]
     data = next(
         (p for p in output.absolute().parents if p.name == "data"), output.absolute().parent
     )
@@ -110,16 +113,23 @@ def work_folder(output: Path, key: Any) -> Path:
     return folder
 
 
-def publish(built: Path, output: Path) -> None:
-    """Rename the complete folder `built` to `output`, replacing what was there.
+def publish(*built: tuple[Path, Path]) -> None:
+    """Rename each complete folder to its output, (built, output), replacing what was there.
 
-    `built` lies in a folder of `work_folder`, which goes with all else it holds (checkpoints).
+    An output is never a mixture: the old folder is moved aside whole before the new one takes its
+    name. The built folders lie in one folder of `work_folder`, which goes with all else it holds
+    (checkpoints).
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        shutil.rmtree(output)
-    sync(built)
-    built.replace(output)
-    sync(output.parent)
-    if built.parent.parent.name == WORK:
-        shutil.rmtree(built.parent)
+    for folder, output in built:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        if output.exists():
+            output.replace(aside)
+        sync(folder)
+        folder.replace(output)
+        sync(output.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    for work in {folder.parent for folder, _ in built}:
+        if work.parent.name == WORK:
+            shutil.rmtree(work)

@@ -28,8 +28,11 @@ COMMANDS = {
     "distill": (".distill", "distill", "Student: train one from the targets."),
     "evaluate": (".evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
     "report": (".report", "report", "Report: one HTML page and a table."),
+    "show": (".show", "show", "Show the results of a pipeline."),
     "ask": (".ask", "ask", "Put a question to a trained student."),
     "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
+    "init": (".init", "init", "Make a project of your own in an empty folder."),
+    "sync": (".sync", "sync", "Tell DVC what pipelines.yaml says."),
     "store": (".store", "store_group", "Inspect, verify and export stores."),
 }
 

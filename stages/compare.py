@@ -11,7 +11,7 @@ import click
 from kava_core.artefacts import atomic_path
 from kava_core.console import say
 
-from .common import data_option
+from .run import data_option
 
 
 @click.command()

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.errors import KavaError
 
-from .common import Run, stage, store_codec, torch_threads
 from .fitting import fit_settings, hold_out
+from .run import Run, stage, store_codec, torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,12 +90,12 @@ class DistillJob:
                 ),
                 dataset,
                 ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window),
-                fit_settings(training),
+                fit_settings(training, self.run.settings.cadence),
                 folder=self.checkpoints,
                 live_folder=self.output / "live",
                 title=self.student,
                 loader_workers=self.run.settings.resources.loader_workers,
-                shares_every=settings.gradient_share_every,
+                shares_every=self.run.settings.cadence.gradient_share_every if store else 0,
                 held_out=held_out,
             )
             if group.rank() > 0:
@@ -123,7 +123,7 @@ class DistillJob:
         from kava_core.store import TargetsStore
 
         settings, chains = self.settings, self.settings.w_cot > 0
-        if settings.reasoning != "none":
+        if settings.reads == "kv_targets":
             store = TargetsStore.open(self.run.path("kv_targets"))
             dataset = TargetsDataset(store, chains, online=settings.targets == "online")
             return store, dataset, list(store.sizes), str(store.manifest.settings["traces"])
@@ -173,7 +173,7 @@ def distill(run: Run, student: str) -> None:
                 f"the tokenizer of {start} is {found}, and the teacher's is {inputs['tokenizer']}: "
                 f"they must be the same. Choose another students.{student}.model."
             )
-    if settings.reasoning != "none":
+    if settings.reads == "kv_targets":
         expected = Expectation(teacher=inputs["teacher"], tokenizer=inputs["tokenizer"])
         store = TargetsStore.open(run.path("kv_targets"), expected)
         _check_budget(run, store)
@@ -182,7 +182,7 @@ def distill(run: Run, student: str) -> None:
         inputs["problems"] = open_problems(run.path("problems")).fingerprint("train")
     plain = settings.model_dump(mode="json", by_alias=True)
     output = run.path("students", student)
-    work = work_folder(output, {"settings": plain, "inputs": inputs})
+    work = work_folder(output, "distill", {"settings": plain, "inputs": inputs})
     # Its processes may start in another folder.
     job = DistillJob(replace(run, data=run.data.absolute()), student, start, work, inputs)
     job.output.mkdir(exist_ok=True)
@@ -203,7 +203,7 @@ def distill(run: Run, student: str) -> None:
                 cpus=resources.cpus_per_worker,
                 gpus=resources.gpus_per_worker,
             )
-    publish(job.output, output)
+    publish((job.output, output))
 
 
 def _online(settings: Student, store: TargetsStore | None, teacher: str) -> OnlineTargets | None:
@@ -262,7 +262,7 @@ def _build(
         start,
         latents=store.geometry.slots if store else 0,
         iterations=settings.iterations,
-        reasoning=settings.reasoning if store else "jacobi",
+        reasoning=settings.reasoning,
         projection=settings.projection,
         per_position=settings.per_position,
         answer_prompt_ids=[] if store and writes_rest(store) else encoder.answer_prompt_ids,

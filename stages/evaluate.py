@@ -10,7 +10,7 @@ from kava_core.artefacts import publish, read_json, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
 
-from .common import Run, stage, torch_threads
+from .run import Run, stage, torch_threads
 
 if TYPE_CHECKING:
     from kava_core.evaluation.results import Examined
@@ -88,13 +88,15 @@ def evaluate(run: Run) -> None:
                     max_new_tokens=settings.max_new_tokens,
                 )
     output = run.path("evaluation")
-    built = work_folder(output, {"settings": settings.model_dump(mode="json")}) / "output"
+    built = (
+        work_folder(output, "evaluate", {"settings": settings.model_dump(mode="json")}) / "output"
+    )
     built.mkdir(exist_ok=True)
     metrics = write_results(built, test_sets, examined, list(run.settings.students))
     write_json(built / "similarity.json", similarity)
     if insights:
         write_insights(built / "interpretability.json", insights)
-    publish(built, output)
+    publish((built, output))
     for title, entries in metrics.items():
         say(f"{title} ({next(iter(entries.values()))['n']} problems):")
         for name, entry in entries.items():
@@ -130,7 +132,7 @@ def _read_teacher(run: Run, folder: ProblemFolder, problems: list[Problem]) -> T
     from .evict import Plan
 
     settings = run.settings.evaluate
-    thinking = [s for s in run.settings.students.values() if s.reasoning != "none"]
+    thinking = [s for s in run.settings.students.values() if s.reads == "kv_targets"]
     if not (settings.interpret_records and thinking):
         return None
     store = TargetsStore.open(run.path("kv_targets"))

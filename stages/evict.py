@@ -12,7 +12,7 @@ from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.settings import EveryLayer, Evict, LastLayers
 
-from .common import Run, stage, store_codec
+from .run import Run, stage, store_codec
 
 if TYPE_CHECKING:
     from kava_core.eviction import CacheBatch, Policy, Targets
@@ -38,22 +38,13 @@ class Plan:
     @classmethod
     def of(cls, settings: Evict, source: Geometry) -> Plan:
         """source: of the caches to be cut. KavaError names the setting that cannot be met."""
-        from kava_core.eviction import group_layers, make_budgets, make_policy, parse_layers
+        from kava_core.eviction import group_layers, make_budgets, parse_layers
         from kava_core.store import Geometry
 
-        wanted = {
-            "lam": settings.lambda_,
-            "redundancy_phase": settings.redundancy_phase,
-            "first": settings.first,
-            "seed": settings.seed,
-        }
-        policy = make_policy(
-            settings.policy, **{name: v for name, v in wanted.items() if v is not None}
-        )
         layers = parse_layers(_layers(settings), source.model_layers)
         size = settings.share_size if settings.share != "none" else 1
         groups = group_layers(len(layers), size)
-        budgets = make_budgets(settings.budgets, len(groups), settings.budget)
+        budgets = make_budgets(settings.budget_shape, len(groups), settings.budget)
         geometry = Geometry(
             model_layers=source.model_layers,
             layers=tuple(layers),
@@ -64,7 +55,9 @@ class Plan:
             hidden_size=source.hidden_size,
             slots=max(budgets),
         )
-        return cls(policy, layers, groups, budgets, settings.share, settings.phase, geometry)
+        return cls(
+            settings.policy, layers, groups, budgets, settings.share, settings.phase, geometry
+        )
 
     def cut(self, caches: CacheBatch) -> Targets:
         """The targets of some traces, from caches of all layers."""
@@ -139,7 +132,7 @@ def evict(run: Run) -> None:
     fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
     plain = settings.model_dump(mode="json", by_alias=True)
     output = run.path("kv_targets")
-    work = work_folder(output, {"settings": plain, "inputs": fingerprints})
+    work = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints})
     folder = work / "output"
     folder.mkdir(exist_ok=True)
     ranges = _ranges(settings, plan, store)
@@ -173,7 +166,7 @@ def evict(run: Run) -> None:
         fingerprints=fingerprints,
         ranges=ranges,
     )
-    publish(folder, output)
+    publish((folder, output))
     metrics = _metrics(TargetsStore.open(output))
     write_json(run.path("eviction.json"), metrics)
     say(

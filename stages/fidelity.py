@@ -13,7 +13,7 @@ from kava_core.console import progress, say
 from kava_core.errors import KavaError
 from kava_core.settings import Fidelity
 
-from .common import Run, stage, torch_threads
+from .run import Run, stage, torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,19 +38,14 @@ class Plan:
     @classmethod
     def of(cls, settings: Fidelity, model_layers: int) -> Plan:
         """KavaError names the setting that cannot be met."""
-        from kava_core.eviction import group_layers, make_budgets, make_policy, parse_layers
+        from kava_core.eviction import group_layers, make_budgets, parse_layers
         from kava_core.fidelity.examiner import Layers
         from kava_core.fidelity.results import Cell
 
-        policies = {}
-        for policy in settings.policies:
-            given = policy.model_dump(exclude={"policy"}, exclude_none=True)
-            if "lambda_" in given:
-                given["lam"] = given.pop("lambda_")
-            policies[policy.label] = make_policy(policy.policy, **given)
+        policies = {policy.label: policy for policy in settings.policies}
         chosen = parse_layers(settings.model_dump()["layers"], model_layers)
         groups = group_layers(len(chosen), settings.share_size if settings.share != "none" else 1)
-        budgets = sorted(settings.budget)
+        budgets = sorted(settings.budgets)
         return cls(
             cells=[
                 Cell("full"),
@@ -64,7 +59,7 @@ class Plan:
             ],
             policies=policies,
             layers=Layers(chosen, groups, settings.share),
-            budgets={m: make_budgets(settings.budgets, len(groups), m) for m in budgets},
+            budgets={m: make_budgets(settings.budget_shape, len(groups), m) for m in budgets},
             half=settings.half,
         )
 
@@ -97,6 +92,8 @@ def fidelity(run: Run) -> None:
     from kava_core.problems.traces import TraceEncoder
 
     settings = run.settings.fidelity
+    if settings is None:
+        raise KavaError(f"pipeline {run.name} has no section `fidelity`. Add one, or leave it out.")
     source, teacher = open_problems(run.path("problems")), str(run.path("teacher"))
     tokenizer, config = load_tokenizer(teacher), load_config(teacher)
     plan = Plan.of(settings, config.num_hidden_layers)
@@ -112,6 +109,7 @@ def fidelity(run: Run) -> None:
     output = run.path("fidelity")
     work = work_folder(
         output,
+        "fidelity",
         {
             "settings": settings.model_dump(mode="json", by_alias=True),
             "inputs": {
@@ -133,7 +131,7 @@ def fidelity(run: Run) -> None:
     built = work / "output"
     built.mkdir(exist_ok=True)
     metrics = write_results(built, results, split=settings.split, within=settings.within)
-    publish(built, output)
+    publish((built, output))
     Console().print(recommendation_table(metrics))
 
 

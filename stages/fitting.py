@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from kava_core.distill.fit import FitSettings
 from kava_core.errors import KavaError
-from kava_core.settings import Training
+from kava_core.settings import Cadence, Training
 
 
-def fit_settings(training: Training) -> FitSettings:
+def fit_settings(training: Training, cadence: Cadence) -> FitSettings:
     """The part of `training` that `fit` needs."""
     return FitSettings(
         steps=training.steps,
@@ -20,8 +20,8 @@ def fit_settings(training: Training) -> FitSettings:
         warmup=training.warmup,
         max_grad_norm=training.max_grad_norm,
         precision=training.precision,
-        log_every=training.log_every,
-        save_every=training.save_every,
+        log_every=cadence.log_every,
+        save_every=cadence.save_every,
         seed=training.seed,
         evaluate_every=training.held_out.every if training.held_out else 0,
     )

@@ -14,7 +14,7 @@ from kava_core.errors import KavaError
 from kava_core.problems.folder import open_problems
 from kava_core.settings import Generate
 
-from .common import Run, stage, store_codec
+from .run import Run, stage, store_codec
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def generate(run: Run) -> None:
 
     output = run.path("teacher_kv")
     work = work_folder(
-        output, {"settings": settings.model_dump(mode="json"), "inputs": fingerprints}
+        output, "generate", {"settings": settings.model_dump(mode="json"), "inputs": fingerprints}
     )
     folder = work / "output"
     folder.mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ def generate(run: Run) -> None:
         },
         fingerprints=fingerprints,
     )
-    publish(folder, output)
+    publish((folder, output))
     seconds = time.perf_counter() - began
     say(
         f"teacher_kv: {manifest.records} records, {manifest.trace_tokens} CoT tokens in {shards} "

@@ -17,7 +17,7 @@ from kava_core.problems.splits import ProblemSplits, count_leaks
 from kava_core.problems.synthetic import Generator
 from kava_core.settings import FileSource, Prepare
 
-from .common import Run, stage
+from .run import Run, stage
 
 
 @stage
@@ -32,7 +32,7 @@ def prepare(run: Run) -> None:
     splits = _splits(settings)
     for name, problems in {**splits.named(), **splits.test_sets}.items():
         _check_answers(name, problems)
-    folder = work_folder(output, settings.model_dump(mode="json")) / "output"
+    folder = work_folder(output, "prepare", settings.model_dump(mode="json")) / "output"
     folder.mkdir(exist_ok=True)
     write_problems(
         folder,
@@ -41,7 +41,7 @@ def prepare(run: Run) -> None:
         settings.model_dump(mode="json"),
         latent_fraction=settings.latent_fraction,
     )
-    publish(folder, output)
+    publish((folder, output))
     counts = {name: len(found) for name, found in {**splits.named(), **splits.test_sets}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for name, reasons in splits.dropped.items():

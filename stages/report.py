@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kava_core.artefacts import publish, read_json, work_folder
 from kava_core.console import say
 
-from .common import Run, stage
+from .run import Run, stage
 
 if TYPE_CHECKING:
     from kava_core.reporting.page import Comparison
@@ -33,7 +33,7 @@ def report(run: Run) -> None:
     training = read_json(run.path("teacher", "teacher.json"))["settings"]["training"]
     comparisons = compare(findings, Training.model_validate(training) if training else None)
     output = run.path("report")
-    built = work_folder(output, plain["report"]) / "output"
+    built = work_folder(output, "report", plain["report"]) / "output"
     shutil.rmtree(built, ignore_errors=True)  # half a page of a killed run is worth nothing
     built.mkdir()
     write_report(
@@ -46,7 +46,7 @@ def report(run: Run) -> None:
         hardware=hardware(),
     )
     _write_table(built / "table.txt", settings.report.title, comparisons)
-    publish(built, output)
+    publish((built, output))
     say(f"Table: {output / 'table.txt'}\nReport: {output / 'index.html'}")
 
 

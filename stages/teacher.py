@@ -8,7 +8,7 @@ from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.problems.folder import open_problems
 
-from .common import Run, stage, torch_threads
+from .run import Run, stage, torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def teacher(run: Run) -> None:
         "settings": settings.model_dump(mode="json"),
         "fingerprints": {"problems": problems.fingerprint("train", "validation")},
     }
-    work = work_folder(output, made_from)
+    work = work_folder(output, "teacher", made_from)
     training = settings.training
     with torch_threads(training.threads if training else 1):
         model, tokenizer = _start(run, problems)
@@ -56,7 +56,7 @@ def teacher(run: Run) -> None:
                 chain_terms,
                 ChainDataset(traces),
                 ShardShuffleSampler(taught, seed=training.seed),
-                fit_settings(training),
+                fit_settings(training, run.settings.cadence),
                 folder=work / "checkpoints",
                 live_folder=folder / "live",
                 title="teacher",
@@ -67,7 +67,7 @@ def teacher(run: Run) -> None:
         save_model(folder, model, tokenizer)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "teacher.json", made_from)
-        publish(folder, output)
+        publish((folder, output))
     say(
         f"teacher on {metrics['n']} validation problems: {metrics['exact_match_cot']:.1f} % with "
         f"a chain of thought, {metrics['exact_match_no_cot']:.1f} % without"

@@ -26,6 +26,7 @@ from kava_core.artefacts import (
     write_json,
 )
 from kava_core.errors import KavaError
+from kava_core.versions import VERSIONS
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -115,29 +116,40 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path: Path) -> 
 
 def test_work_is_found_again_by_what_makes_it(tmp_path: Path) -> None:
     output = tmp_path / "data" / "quick" / "students" / "kava"
-    folder = work_folder(output, {"budget": 4, "seed": 0})
+    folder = work_folder(output, "evict", {"budget": 4, "seed": 0})
     (folder / "shard").touch()
     assert folder.is_dir() and folder.parent == tmp_path / "data" / ".work"
-    assert work_folder(output, {"seed": 0, "budget": 4}) == folder
+    assert work_folder(output, "evict", {"seed": 0, "budget": 4}) == folder
     assert (folder / "shard").exists()
-    assert work_folder(output, {"budget": 5, "seed": 0}) != folder
-    assert work_folder(output.with_name("codi"), {"budget": 4, "seed": 0}) != folder
+    assert work_folder(output, "evict", {"budget": 5, "seed": 0}) != folder
+    assert work_folder(output.with_name("codi"), "evict", {"budget": 4, "seed": 0}) != folder
     assert not output.exists()  # DVC may delete it at any time
 
 
+def test_unfinished_work_of_another_version_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "data" / "quick" / "kv_targets"
+    folder = work_folder(output, "evict", {})
+    monkeypatch.setitem(VERSIONS, "evict", VERSIONS["evict"] + 1)
+    assert work_folder(output, "evict", {}) != folder
+
+
 def test_work_stays_below_a_folder_of_any_name(tmp_path: Path) -> None:
-    folder = work_folder(tmp_path / "elsewhere" / "evict", {})
+    folder = work_folder(tmp_path / "elsewhere" / "evict", "evict", {})
     assert folder.parent == tmp_path / "elsewhere" / ".work"
 
 
-def test_a_published_folder_replaces_what_was_there(tmp_path: Path) -> None:
+def test_published_folders_replace_what_was_there(tmp_path: Path) -> None:
     output = tmp_path / "data" / "quick" / "teacher"
+    curves = tmp_path / "data" / "quick" / "curves" / "teacher"
     for round_ in ("first", "second"):
-        work = work_folder(output, {"round": round_})
-        built = work / "output"
-        built.mkdir()
-        (built / round_).touch()
+        work = work_folder(output, "teacher", {"round": round_})
+        for name in ("output", "curves"):
+            (work / name).mkdir()
+            (work / name / round_).touch()
         (work / "checkpoint").touch()
-        publish(built, output)
+        publish((work / "output", output), (work / "curves", curves))
         assert [p.name for p in output.iterdir()] == [round_]
+        assert [p.name for p in curves.iterdir()] == [round_]
         assert not work.exists()  # with its checkpoints

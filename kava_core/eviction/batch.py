@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kava_core.errors import KavaError
+from kava_core.eviction.policies.base import RotaryPhase
 from kava_core.rotary import Rotary, rotate
-
-RotaryPhase = Literal["pre_rope", "post_rope"]
 
 # float32 elements of keys that are worked on at a time. On a CPU a piece should stay in the caches,
 # on a GPU it should be worth its kernel launches.
@@ -148,13 +146,17 @@ class CacheBatch:
     @cached_property
     def token_lengths(self) -> Tensor:
         """[T] int64: N_C of the record each token belongs to."""
-        return self._per_token(self.lengths)
+        return self.per_token(self.lengths)
 
     @cached_property
     def token_indices(self) -> Tensor:
         """[T] int64: each token's place in its own trace, from 0."""
         tokens = torch.arange(self.offsets[-1], device=self.keys.device)
-        return tokens - self._per_token(self.offsets[:-1])
+        return tokens - self.per_token(self.offsets[:-1])
+
+    def empty_scores(self) -> Tensor:
+        """[T, L', H] float32 to be filled."""
+        return torch.empty(self.shape, device=self.keys.device)
 
     def pieces(self) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
         """Slices of the T tokens small enough to be worked on in float32, in order.
@@ -218,9 +220,9 @@ class CacheBatch:
 
     @cached_property
     def _positions(self) -> Tensor:
-        return self.token_indices + self._per_token(self.cot_start or ())
+        return self.token_indices + self.per_token(self.cot_start or ())
 
-    def _per_token(self, values: Sequence[int]) -> Tensor:
+    def per_token(self, values: Sequence[int]) -> Tensor:
         """One value per record → [T] int64, repeated for each of its tokens."""
         device = self.keys.device
         sizes = torch.tensor(self.lengths, device=device)
@@ -235,12 +237,6 @@ class CacheBatch:
         if step > 0 and layers == tuple(range(layers[0], layers[-1] + 1, step)):
             return tensor[:, layers[0] : layers[-1] + 1 : step]
         return tensor[:, list(layers)]
-
-
-def check_phase(setting: str, phase: str) -> None:
-    """KavaError naming `setting` unless `phase` is one of the two."""
-    if phase not in get_args(RotaryPhase):
-        raise KavaError(f"expected `{setting}` to be pre_rope or post_rope, found {phase!r}.")
 
 
 def _integers(values: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from kava_core.errors import KavaError
 
-BUDGETS = ("uniform", "pyramid")
+BudgetShape = Literal["uniform", "pyramid"]
 
 
-def make_budgets(kind: str, n_layers: int, budget: int, beta: float = 20.0) -> list[int]:
+def make_budgets(shape: BudgetShape, n_layers: int, budget: int, beta: float = 20.0) -> list[int]:
     """Slots per layer: `n_layers` integers ≥ 1 whose sum is n_layers · budget.
 
     uniform: `budget` everywhere. pyramid: linear from the first layer down to the last, which gets
     about budget / beta (Cai et al., *PyramidKV*, arXiv 2406.02069: k_last = k/β, k_first = 2k −
     k_last).
-    Raises KavaError for an unknown kind, a budget below 1 or a beta below 1.
+    Raises KavaError for an unknown shape, a budget below 1 or a beta below 1.
     """
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise KavaError(f"expected `budget` to be an integer of at least 1, found {budget!r}.")
     if n_layers < 1:
         raise KavaError(f"expected at least one layer to give slots to, found {n_layers}.")
-    if kind == "uniform":
+    if shape == "uniform":
         return [budget] * n_layers
-    if kind == "pyramid":
+    if shape == "pyramid":
         return _pyramid(n_layers, budget, beta)
-    raise KavaError(f"expected `budgets` to be one of {', '.join(BUDGETS)}, found {kind!r}.")
+    raise KavaError(
+        f"expected `budget_shape` to be one of {', '.join(get_args(BudgetShape))}, found {shape!r}."
+    )
 
 
 def _pyramid(n_layers: int, budget: int, beta: float) -> list[int]:

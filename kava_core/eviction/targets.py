@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kava_core.errors import KavaError
-from kava_core.eviction.base import Policy, score_all, select
-from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
+from kava_core.eviction.batch import CacheBatch
 from kava_core.eviction.layers import Share, check_groups
+from kava_core.eviction.policies.base import Policy, RotaryPhase, check_phase
+from kava_core.eviction.selection import score_all, select
 from kava_core.rotary import rotate
 
 

@@ -1,107 +1,146 @@
-"""The problems of a pipeline as an artefact: three Parquet files and what they are."""
+"""The problems of a pipeline as two artefacts: what is taught, and what is asked.
+
+They are apart so that another test set leaves everything as it is that a model is trained from.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kava_core.artefacts import fingerprint, folder_fingerprint, read_json, write_json
 from kava_core.errors import KavaError
-from kava_core.problems.records import Problem, TraceForm, describe, load_problems, save_problems
-from kava_core.problems.splits import SPLITS, ProblemSplits
+from kava_core.problems.parquet import load_problems, save_problems
+from kava_core.problems.records import Problem, TraceForm, describe
+from kava_core.problems.splits import ProblemSplits
 
-FILES = [f"{split}.parquet" for split in SPLITS]
-TEST_SETS = "test_sets"
+TAUGHT = ("train", "validation")
+# The source's own test set; further ones stand beside it under their names.
+OWN = "test"
 
 
 @dataclass(frozen=True)
 class ProblemFolder:
-    """An opened problems folder.
+    """An opened folder of problems that are taught; `traces` says how their steps are written."""
 
-    `traces` says how its steps are written, `names` which further test sets it has, and
-    `latent_fraction` how much of a trace latents stand for (`TraceEncoder`).
+    path: Path
+    traces: TraceForm
+
+    def load(self, split: str) -> list[Problem]:
+        """The problems of `train` or `validation`."""
+        return load_problems(self.path / f"{split}.parquet")
+
+    def fingerprint(self, *splits: str) -> str:
+        """Names the content of the given splits and how their steps are written."""
+        return _fingerprint(self.path, self.traces, splits)
+
+
+@dataclass(frozen=True)
+class AskedFolder:
+    """An opened folder of test sets: `test`, the source's own, and the further ones in `names`.
+
+    Their problems may have no steps; `traces` says how a model that is asked would write them.
     """
 
     path: Path
     traces: TraceForm
     names: tuple[str, ...] = ()
-    latent_fraction: float = 1.0
 
-    def load(self, split: str) -> list[Problem]:
-        """The problems of `train`, `validation` or `test`; those of `test` may have no steps."""
-        return load_problems(self.path / f"{split}.parquet", steps=split != "test")
-
-    def test_sets(self) -> dict[str, list[Problem]]:
-        """All that is to be asked: `test` under the name of its source, then the further sets.
-
-        Problems may have no steps. KavaError if a set is empty.
-        """
-        test = self.load("test")
-        sets = {test[0].source if test else "test": test}
-        for name in self.names:
-            sets[name] = load_problems(self.path / TEST_SETS / f"{name}.parquet", steps=False)
-        empty = [name for name, problems in sets.items() if not problems]
-        if empty:
+    def load(self, name: str = OWN) -> list[Problem]:
+        """The problems of one test set; KavaError if it has none."""
+        problems = load_problems(self.path / f"{name}.parquet", steps=False)
+        if not problems:
             raise KavaError(
-                f"{self.path}: test set {', '.join(empty)} has no problems. Ask `prepare` for some."
+                f"{self.path}: test set {name} has no problems. Ask `prepare` for some."
             )
-        return sets
+        return problems
 
-    def fingerprint(self, *splits: str) -> str:
-        """Names the content of the given splits and how their steps are written."""
-        files = [f"{split}.parquet" for split in splits]
-        content = {"traces": self.traces, "files": folder_fingerprint(self.path, files)}
-        if self.latent_fraction < 1:
-            content["latent_fraction"] = str(self.latent_fraction)
-        return fingerprint(content)
+    def load_all(self) -> dict[str, list[Problem]]:
+        """All that is to be asked: `test` under the name of its source, then the further sets."""
+        own = self.load()
+        return {own[0].source: own, **{name: self.load(name) for name in self.names}}
+
+    def fingerprint(self, *names: str) -> str:
+        """Names the content of the given test sets and how their steps are written."""
+        return _fingerprint(self.path, self.traces, names)
 
 
 def write_problems(
-    folder: Path,
-    splits: ProblemSplits,
-    traces: TraceForm,
-    settings: dict[str, Any],
-    latent_fraction: float = 1.0,
+    folder: Path, splits: ProblemSplits, traces: TraceForm, settings: Mapping[str, Any]
 ) -> None:
-    """Write splits and test sets, `problems.json` and `metrics.json`.
+    """Write train and validation, `problems.json` and `metrics.json`.
 
-    The metrics are counts and lengths per split and test set, rows left out, and leaked questions.
+    The metrics are counts and lengths per split, and rows left out. `settings` must be of what is
+    taught alone, so that the folder does not change with what is asked.
     """
-    for split, problems in splits.named().items():
-        save_problems(folder / f"{split}.parquet", problems, steps=split != "test")
-    for name, problems in splits.test_sets.items():
-        save_problems(folder / TEST_SETS / f"{name}.parquet", problems, steps=False)
-    metrics: dict[str, Any] = {
-        split: describe(problems) for split, problems in splits.named().items()
-    }
-    metrics[TEST_SETS] = {name: describe(found) for name, found in splits.test_sets.items()}
-    metrics["dropped"] = splits.dropped
-    metrics["leaked"] = splits.leaked
-    write_json(folder / "metrics.json", metrics)
-    about = {
-        "traces": traces,
-        "latent_fraction": latent_fraction,
-        TEST_SETS: list(splits.test_sets),
-        "settings": settings,
-    }
+    taught = splits.taught()
+    for name, problems in taught.items():
+        save_problems(folder / f"{name}.parquet", problems)
+    metrics = {name: describe(problems) for name, problems in taught.items()}
+    write_json(folder / "metrics.json", metrics | {"dropped": _of(taught, splits.dropped)})
+    about = {"traces": traces, "settings": settings, "read": _of(taught, splits.origins)}
     write_json(folder / "problems.json", about)
 
 
+def write_test_sets(
+    folder: Path, splits: ProblemSplits, traces: TraceForm, settings: Mapping[str, Any]
+) -> None:
+    """Write the source's own test set and the further ones, `test_sets.json` and `metrics.json`.
+
+    The metrics are counts and lengths per test set, rows left out, and leaked questions.
+    """
+    asked = splits.asked()
+    for name, problems in asked.items():
+        save_problems(folder / f"{name}.parquet", problems, steps=False)
+    metrics = {
+        "test_sets": {name: describe(problems) for name, problems in asked.items()},
+        "dropped": _of(asked, splits.dropped),
+        "leaked": splits.leaked,
+    }
+    write_json(folder / "metrics.json", metrics)
+    about = {
+        "traces": traces,
+        "test_sets": list(splits.test_sets),
+        "settings": settings,
+        "read": _of(asked, splits.origins),
+    }
+    write_json(folder / "test_sets.json", about)
+
+
 def open_problems(path: Path) -> ProblemFolder:
-    """KavaError if the folder is not one that `prepare` wrote."""
-    about = read_json(path / "problems.json")
+    """KavaError if the folder is not one of problems that `prepare` wrote."""
+    about = _about(path / "problems.json")
+    _require(path, TAUGHT)
+    return ProblemFolder(path, about["traces"])
+
+
+def open_test_sets(path: Path) -> AskedFolder:
+    """KavaError if the folder is not one of test sets that `prepare` wrote."""
+    about = _about(path / "test_sets.json")
+    names = [Path(str(name)).name for name in about.get("test_sets", [])]  # none outside the folder
+    _require(path, [OWN, *names])
+    return AskedFolder(path, about["traces"], tuple(names))
+
+
+def _of(names: Iterable[str], found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in names if name in found}
+
+
+def _about(path: Path) -> dict[str, Any]:
+    about = read_json(path)
     if not isinstance(about, dict) or about.get("traces") not in ("equations", "sentences"):
-        raise KavaError(f"{path / 'problems.json'} does not say how traces are written.")
-    names = [Path(str(name)).name for name in about.get(TEST_SETS, [])]  # none outside the folder
-    files = [*FILES, *(f"{TEST_SETS}/{name}.parquet" for name in names)]
-    missing = [name for name in files if not (path / name).is_file()]
+        raise KavaError(f"{path} does not say how traces are written. Run `kava prepare` again.")
+    return about
+
+
+def _require(path: Path, names: Sequence[str]) -> None:
+    missing = [f"{name}.parquet" for name in names if not (path / f"{name}.parquet").is_file()]
     if missing:
         raise KavaError(f"{path} lacks {', '.join(missing)}. Run `kava prepare` again.")
-    fraction = about.get("latent_fraction", 1.0)
-    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise KavaError(
-            f"{path / 'problems.json'}: expected a latent_fraction in (0, 1], found {fraction!r}. "
-            "Run `kava prepare` again."
-        )
-    return ProblemFolder(path, about["traces"], tuple(names), float(fraction))
+
+
+def _fingerprint(path: Path, traces: TraceForm, names: Sequence[str]) -> str:
+    files = folder_fingerprint(path, [f"{name}.parquet" for name in names])
+    return fingerprint({"traces": traces, "files": files})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kava_core.errors import KavaError
-from kava_core.problems.files import Row, read_source
+from kava_core.problems.readers import Location, read_source
 from kava_core.problems.records import Problem, TraceForm, normalise_question, trace_characters
-from kava_core.problems.sources import Source
+from kava_core.problems.rows import Row
+from kava_core.problems.sources import RowSource
 from kava_core.problems.sources.base import Draft, UnusableRow
 from kava_core.problems.splits import ProblemSplits, cut_splits
 
@@ -51,7 +53,7 @@ class Reading:
     limits: Limits = Limits()
 
     def problems(
-        self, source: Source, rows: Iterable[Row], split: str, *, taught: bool
+        self, source: RowSource, rows: Iterable[Row], split: str, *, taught: bool
     ) -> tuple[list[Problem], Counter[str]]:
         """The usable rows, and how many of the others there were, by reason.
 
@@ -79,7 +81,7 @@ class Reading:
             found.append(problem)
         return found, reasons
 
-    def _problem(self, source: Source, draft: Draft, name: str) -> Problem:
+    def _problem(self, source: RowSource, draft: Draft, name: str) -> Problem:
         return Problem(
             id=name,
             question=" ".join(draft.question.split()),
@@ -90,12 +92,20 @@ class Reading:
         )
 
 
+@dataclass(frozen=True)
+class ReadSet:
+    """Problems that were read, how many rows were left out, by reason, and from what."""
+
+    problems: list[Problem]
+    dropped: dict[str, int]
+    origin: dict[str, Any]
+
+
 def load_splits(
-    source: Source,
-    location: str,
+    source: RowSource,
+    location: Location,
     reading: Reading,
     *,
-    hub_config: str | None = None,
     train: int | None = None,
     validation: int = 500,
     test: int | None = None,
@@ -105,9 +115,8 @@ def load_splits(
 ) -> ProblemSplits:
     """Train, validation and test problems of a source; see `cut_splits` for the sizes.
 
-    `location` is a file, a folder or a Hub name (`read_source`). With `deduplicate`, what is asked
-    in test or in `test_sets` is left out of train and validation. KavaError for a malformed row
-    (with its place), a split without a usable row, and too few rows.
+    With `deduplicate`, what is asked in test or in `test_sets` is left out of train and validation.
+    KavaError for a malformed row (with its place), a split without a usable row, and too few rows.
     """
     if reading.traces not in source.forms:
         forms = " or ".join(source.forms)
@@ -118,16 +127,16 @@ def load_splits(
         )
     problems: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
     dropped: dict[str, dict[str, int]] = {}
-    splits = read_source(location, hub_config or source.hub_config)
+    splits = read_source(location, source.hub_config)
     if "train" not in splits:
-        raise KavaError(f"{location}: expected a split `train`, found {sorted(splits)}.")
-    for split, rows in splits.items():
+        raise KavaError(f"{location.path}: expected a split `train`, found {sorted(splits)}.")
+    for split, found in splits.items():
         taught = split != "test"
-        problems[split], reasons = reading.problems(source, rows, split, taught=taught)
+        problems[split], reasons = reading.problems(source, found.rows, split, taught=taught)
         _require(source, location, split, problems[split], reasons)
         if reasons:
             dropped[split] = dict(reasons)
-    return cut_splits(
+    cut = cut_splits(
         problems["train"],
         problems["validation"],
         problems["test"],
@@ -143,51 +152,42 @@ def load_splits(
         deduplicate=deduplicate,
         dropped=dropped,
     )
+    origins = {split: splits.get(split, splits["train"]).origin() for split in problems}
+    return replace(cut, origins=origins)
 
 
 def load_test_set(
     name: str,
-    source: Source,
-    location: str,
+    source: RowSource,
+    location: Location,
     reading: Reading,
     *,
-    hub_config: str | None = None,
     split: str | None = None,
-) -> tuple[list[Problem], dict[str, int]]:
-    """The problems of a test set called `name`, and how many rows were left out, by reason.
+) -> ReadSet:
+    """The problems of a test set called `name`.
 
     `split` of None is `test`, or the only split there is. Steps are those of `reading`, or of the
     one form that the source has; a problem may have none. KavaError for a malformed row (with its
     place), a split that is not there, and a split without a usable row.
     """
-    splits = read_source(location, hub_config or source.hub_config)
+    splits = read_source(location, source.hub_config)
     chosen = split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
     if chosen not in splits:
         raise KavaError(
-            f"prepare.test_sets.{name}: expected a split `{chosen}` in {location}, found "
+            f"prepare.test_sets.{name}: expected a split `{chosen}` in {location.path}, found "
             f"{', '.join(splits)}. Set `split`."
         )
     if reading.traces not in source.forms and source.forms:
         reading = Reading(source.forms[0], reading.drop_last_step, reading.limits)
-    problems, reasons = reading.problems(source, splits[chosen], chosen, taught=False)
+    problems, reasons = reading.problems(source, splits[chosen].rows, chosen, taught=False)
     _require(source, location, chosen, problems, reasons)
-    renamed = [
-        Problem(
-            id=f"{name}-{problem.id.rpartition('-')[2]}",
-            question=problem.question,
-            steps=problem.steps,
-            answer=problem.answer,
-            source=problem.source,
-            topic=problem.topic,
-        )
-        for problem in problems
-    ]
-    return renamed, dict(sorted(reasons.items()))
+    renamed = [replace(p, id=f"{name}-{p.id.rpartition('-')[2]}") for p in problems]
+    return ReadSet(renamed, dict(sorted(reasons.items())), splits[chosen].origin())
 
 
 def _require(
-    source: Source,
-    location: str,
+    source: RowSource,
+    location: Location,
     split: str,
     problems: Sequence[Problem],
     reasons: Counter[str],
@@ -195,6 +195,6 @@ def _require(
     if not problems:
         why = ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
         raise KavaError(
-            f"No usable {split} row in {location}: {why or 'it has no rows'}. Check that it is "
-            f"{source.name}, and the settings of `prepare`."
+            f"No usable {split} row in {location.path}: {why or 'it has no rows'}. Check that it "
+            f"is {source.name}, and the settings of `prepare`."
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, normalise_question
 
-SPLITS = ("train", "validation", "test")
+# A split by the names that files and datasets give it.
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class ProblemSplits:
 
     `test_sets` are further problems to be asked, by name. `dropped` maps a split of the source or
     a test set to {reason: rows}; `leaked` maps `test` and every test set to the number of its
-    questions that also stand in train or validation (0 unless leakage was allowed).
+    questions that also stand in train or validation (0 unless leakage was allowed); `origins` maps
+    a split or test set to what it was read from (`SplitRows.origin`), if it was read.
     """
 
     train: list[Problem]
@@ -28,10 +31,15 @@ class ProblemSplits:
     test_sets: dict[str, list[Problem]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     leaked: dict[str, int] = field(default_factory=dict)
+    origins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def named(self) -> dict[str, list[Problem]]:
-        """The three lists by name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+    def taught(self) -> dict[str, list[Problem]]:
+        """Train and validation by name."""
+        return {"train": self.train, "validation": self.validation}
+
+    def asked(self) -> dict[str, list[Problem]]:
+        """`test` and the further test sets by name."""
+        return {"test": self.test, **self.test_sets}
 
 
 def cut_splits(
@@ -109,9 +117,7 @@ def cut_splits(
     )
 
 
-def count_leaks(
-    splits: ProblemSplits, test_sets: Mapping[str, Sequence[Problem]], allow: bool
-) -> dict[str, int]:
+def count_leaks(splits: ProblemSplits, allow: bool) -> dict[str, int]:
     """How many questions of `test` and of each test set stand in train or validation.
 
     KavaError, with the numbers and an example, if there are any and `allow` is false.
@@ -119,7 +125,7 @@ def count_leaks(
     learnt = {normalise_question(p.question) for p in splits.train + splits.validation}
     leaked = {
         name: [p for p in problems if normalise_question(p.question) in learnt]
-        for name, problems in {"test": splits.test, **test_sets}.items()
+        for name, problems in splits.asked().items()
     }
     found = [f"{len(problems)} of {name}" for name, problems in leaked.items() if problems]
     if found and not allow:

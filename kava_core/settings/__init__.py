@@ -1,28 +1,28 @@
 """The settings of every stage, read from `pipelines.yaml` and checked before any work starts.
 
 A pipeline is one mapping per stage. Each stage is tracked by DVC through exactly its own section;
-`resources` is the one section that changes no result and is tracked by none. Every value that is
+`resources` and `cadence` change no result and are tracked by none. Every value that is
 unknown, of the wrong type or impossible is an error that names its key path.
 """
 
 from kava_core.settings.evaluate import Evaluate, Report
 from kava_core.settings.evict import EveryLayer, Evict, LastLayers
-from kava_core.settings.fidelity import Fidelity, FidelityBits, FidelityPolicy
+from kava_core.settings.fidelity import Fidelity, FidelityBits
 from kava_core.settings.generate import Generate
-from kava_core.settings.pipeline import Pipeline, Resources, load_pipeline
+from kava_core.settings.pipeline import Cadence, Pipeline, Resources, load_pipeline, read_document
 from kava_core.settings.prepare import Columns, FileSource, Prepare, Synthetic, TestSet
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Scratch, Teacher
 from kava_core.settings.training import HeldOut, LoRA, Training
 
 __all__ = [
+    "Cadence",
     "Columns",
     "Evaluate",
     "EveryLayer",
     "Evict",
     "Fidelity",
     "FidelityBits",
-    "FidelityPolicy",
     "FileSource",
     "Generate",
     "HeldOut",
@@ -39,4 +39,5 @@ __all__ = [
     "TestSet",
     "Training",
     "load_pipeline",
+    "read_document",
 ]

@@ -57,3 +57,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    def changed(self, *names: str) -> list[str]:
+        """Those of the settings `names` that are not at their defaults.
+
+        A setting that would change nothing is an error, unless it stands as it does anyway: what a
+        run recorded of itself, with every default, can be read again.
+        """
+        defaults = type(self).model_fields
+        return [name for name in names if getattr(self, name) != defaults[name].default]
+
+
+def check_half(section: Section, bits: set[int]) -> None:
+    """ValueError for a `half` dtype where nothing is kept in 16 bits."""
+    if 16 not in bits and section.changed("half"):
+        raise ValueError("half is the dtype of 16 bits, and nothing is kept in 16: leave it out")

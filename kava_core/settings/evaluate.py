@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from kava_core.settings.base import NotNegative, Positive, Section
 
 
@@ -20,6 +22,14 @@ class Evaluate(Section):
     interpret_records: NotNegative = 64
     intervention_problems: NotNegative = 200
     threads: Positive = 2
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Evaluate:
+        if not self.interpret_records and self.changed("intervention_problems"):
+            raise ValueError(
+                "intervention_problems: means nothing where interpret_records is 0. Leave it out"
+            )
+        return self
 
 
 class Report(Section):

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictInt, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+from kava_core.eviction.policies import POLICIES, Policy
+from kava_core.eviction.policies.base import RotaryPhase
+from kava_core.eviction.policies.rkv import RKV
 from kava_core.settings.base import (
     Bits,
     EndpointBits,
-    Fraction,
     Half,
     NotNegative,
     Positive,
     Real,
     Section,
+    check_half,
 )
+from kava_core.settings.choice import choice_of
 
-Phase = Literal["pre_rope", "post_rope"]
-
-
-# Those of kava_core.eviction, which takes seconds to import.
-Policy = Literal[
-    "rkv",
-    "attention",
-    "redundancy",
-    "crop",
-    "uniform",
-    "random",
-    "key_norm",
-    "value_norm",
-    "streaming",
-]
+BudgetShape = Literal["uniform", "pyramid"]
+PolicyChoice = Annotated[Policy, *choice_of("policy", POLICIES)]
 
 
 class LastLayers(Section):
@@ -65,22 +62,20 @@ Layers = Annotated[
 
 
 class Evict(Section):
-    """From N_C tokens to `budget` slots per layer and head.
+    """From N_C tokens to M slots per layer and head.
 
-    lambda, redundancy_phase, first and seed belong to the policies that have them; null takes the
-    policy's own default. share: `share_size` adjacent layers keep the same tokens (`selection`) or
-    one merged cache (`merged`). granularity `channel` and `tensor` take their ranges from
-    `calibration_records` records, clipped to `calibration_percentile` per cent of the numbers.
+    policy: what is kept, by name or with its settings (`kava_core.eviction.policies`). budget:
+    slots per layer and head, on average over the layers; budget_shape: the same in all layers, or a
+    pyramid (M is the widest layer's). share: `share_size` adjacent layers keep the same tokens
+    (`selection`) or one merged cache (`merged`). granularity `channel` and `tensor` take their
+    ranges from `calibration_records` records, clipped to `calibration_percentile` per cent of the
+    numbers.
     """
 
-    policy: Policy = "rkv"
+    policy: PolicyChoice = RKV()
     budget: Positive
-    budgets: Literal["uniform", "pyramid"] = "uniform"
-    lambda_: Fraction | None = Field(default=None, alias="lambda")
-    redundancy_phase: Phase | None = None
-    first: NotNegative | None = None
-    seed: StrictInt | None = None
-    phase: Phase = "pre_rope"
+    budget_shape: BudgetShape = "uniform"
+    phase: RotaryPhase = "pre_rope"
     layers: Layers = "all"
     share: Literal["none", "selection", "merged"] = "none"
     share_size: Positive = 2
@@ -92,3 +87,16 @@ class Evict(Section):
     calibration_records: Positive = 256
     calibration_percentile: Annotated[Real, Field(gt=50, le=100)] = 99.9
     threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        if self.share == "none" and self.changed("share_size"):
+            raise ValueError("share_size means nothing where nothing is shared: set `share` too")
+        ranges = self.changed("calibration_records", "calibration_percentile")
+        if self.granularity == "token" and ranges:
+            raise ValueError(
+                f"{', '.join(ranges)}: means nothing at `granularity: token`, where every token "
+                "has its own range. Set `granularity`, or leave it out"
+            )
+        check_half(self, {self.keys_bits, self.values_bits, self.endpoint_bits})
+        return self

@@ -4,40 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, StrictInt, model_validator
+from pydantic import model_validator
 
-from kava_core.settings.base import (
-    Bits,
-    Dtype,
-    Fraction,
-    Half,
-    NotNegative,
-    Positive,
-    Section,
-    Weight,
-)
-from kava_core.settings.evict import Layers, Phase, Policy
-
-
-class FidelityPolicy(Section):
-    """A policy with its settings, as in `evict`; its bare name stands for its defaults."""
-
-    policy: Policy
-    lambda_: Fraction | None = Field(default=None, alias="lambda")
-    redundancy_phase: Phase | None = None
-    first: NotNegative | None = None
-    seed: StrictInt | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, value: Any) -> Any:
-        return value if isinstance(value, dict) else {"policy": value}
-
-    @property
-    def label(self) -> str:
-        """What tables and files call it: `rkv`, or `rkv lambda=0.5`."""
-        given = self.model_dump(by_alias=True, exclude={"policy"}, exclude_none=True)
-        return " ".join([self.policy, *(f"{name}={value}" for name, value in given.items())])
+from kava_core.eviction.policies.attention import Attention
+from kava_core.eviction.policies.random import Random
+from kava_core.eviction.policies.rkv import RKV
+from kava_core.settings.base import Bits, Dtype, Half, Positive, Section, Weight, check_half
+from kava_core.settings.evict import BudgetShape, Layers, PolicyChoice
 
 
 class FidelityBits(Section):
@@ -60,21 +33,17 @@ class FidelityBits(Section):
 class Fidelity(Section):
     """The teacher answers held-out problems from its compressed cache, for a grid of settings.
 
-    Every policy is tried with every budget and every bit width; layers, sharing and budgets per
-    layer are set as in `evict`, and the same for the whole grid. `limit` problems of `split` are
-    asked (null: all). within: how many points of exact match below the full cache the recommended
-    budget may lie.
+    Every policy is tried with every budget and every bit width; layers, sharing and the budget's
+    shape over the layers are set as in `evict`, and the same for the whole grid. `limit` problems
+    of `split` are asked (null: all). within: how many points of exact match below the full cache
+    the recommended budget may lie.
     """
 
     split: Literal["validation", "test"] = "validation"
     limit: Positive | None = 200
-    policies: tuple[FidelityPolicy, ...] = (
-        FidelityPolicy(policy="rkv"),
-        FidelityPolicy(policy="attention"),
-        FidelityPolicy(policy="random"),
-    )
-    budget: tuple[Positive, ...] = (2, 4, 8, 16, 24, 32, 64, 128, 256)
-    budgets: Literal["uniform", "pyramid"] = "uniform"
+    policies: tuple[PolicyChoice, ...] = (RKV(), Attention(), Random())
+    budgets: tuple[Positive, ...] = (2, 4, 8, 16, 24, 32, 64, 128, 256)
+    budget_shape: BudgetShape = "uniform"
     bits: tuple[FidelityBits, ...] = (FidelityBits(keys=16, values=16),)
     half: Half = "bfloat16"
     layers: Layers = "all"
@@ -90,9 +59,12 @@ class Fidelity(Section):
     def _each_once(self) -> Fidelity:
         for name, found in (
             ("policies", [policy.label for policy in self.policies]),
-            ("budget", list(self.budget)),
+            ("budgets", list(self.budgets)),
             ("bits", [bits.label for bits in self.bits]),
         ):
             if not found or len(found) != len(set(found)):
                 raise ValueError(f"{name} must name at least one, and none twice")
+        if self.share == "none" and self.changed("share_size"):
+            raise ValueError("share_size means nothing where nothing is shared: set `share` too")
+        check_half(self, {n for bits in self.bits for n in (bits.keys, bits.values)})
         return self

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from kava_core.settings.base import Bits, Dtype, EndpointBits, Half, Positive, Section
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from kava_core.settings.base import (
+    Bits,
+    Dtype,
+    EndpointBits,
+    Half,
+    Positive,
+    Real,
+    Section,
+    check_half,
+)
 
 
 class Generate(Section):
     """The teacher's caches over the training problems.
 
-    keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half` dtype,
-    8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
+    latent_fraction: how much of a trace, in whole steps, latents stand for; students write the
+    rest. keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half`
+    dtype, 8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
     """
 
+    latent_fraction: Annotated[Real, Field(ge=0.2, le=1)] = 1.0
     keys_bits: Bits = 16
     values_bits: Bits = 16
     endpoint_bits: EndpointBits = 16
@@ -20,3 +35,8 @@ class Generate(Section):
     shard_size: Positive = 512
     batch_size: Positive = 64
     threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        check_half(self, {self.keys_bits, self.values_bits, self.endpoint_bits})
+        return self

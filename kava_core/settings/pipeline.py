@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, StrictBool, ValidationError
 
 from kava_core.errors import KavaError
-from kava_core.settings.base import NAME, Name, NotNegative, PositiveReal, Section, Weight
+from kava_core.settings.base import NAME, Name, NotNegative, Positive, PositiveReal, Section, Weight
+from kava_core.settings.choice import CHOICE
 from kava_core.settings.evaluate import Evaluate, Report
 from kava_core.settings.evict import Evict
 from kava_core.settings.fidelity import Fidelity
@@ -24,33 +26,46 @@ class Resources(Section):
     """What is used to compute, never what is computed: not tracked by DVC.
 
     workers: Ray workers of generate and evict; 0 runs in process; null shares the cores there are.
+    push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
+    and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
     """
 
     workers: NotNegative | None = None
     cpus_per_worker: PositiveReal = 1
     gpus_per_worker: Weight = 0
     loader_workers: NotNegative = 0
+    push_caches: StrictBool = True
+
+
+class Cadence(Section):
+    """How often a training run says and keeps what it does: changes no result, not tracked by DVC.
+
+    In steps. log_every: points of the loss curves; save_every: checkpoints; gradient_share_every:
+    measurements of each term's share of the gradient, 0: none.
+    """
+
+    log_every: Positive = 25
+    save_every: Positive = 200
+    gradient_share_every: NotNegative = 100
 
 
 class Pipeline(Section):
-    """A named pipeline, complete."""
+    """A named pipeline, complete. Without a section `fidelity` there is no such stage."""
 
     prepare: Prepare
     teacher: Teacher
     generate: Generate
     evict: Evict
-    fidelity: Fidelity = Fidelity()
-    students: dict[Name, Student]
+    fidelity: Fidelity | None = None
+    students: Annotated[dict[Name, Student], Field(min_length=1)]
     evaluate: Evaluate
     report: Report
     resources: Resources = Resources()
+    cadence: Cadence = Cadence()
 
 
-def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
-    """The pipeline `name` of the file, or the one its `pipeline:` key names, validated.
-
-    Raises KavaError with the key path of every wrong setting.
-    """
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in `pipelines.yaml`; KavaError if it cannot be read or has no pipelines."""
     try:
         document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,7 +77,16 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
     pipelines = document.get("pipelines") if isinstance(document, dict) else None
     if not isinstance(pipelines, dict):
         raise KavaError(f"{path} has no `pipelines:` mapping.")
-    pipelines = {str(key): value for key, value in pipelines.items()}
+    return {**document, "pipelines": {str(key): value for key, value in pipelines.items()}}
+
+
+def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
+    """The pipeline `name` of the file, or the one its `pipeline:` key names, validated.
+
+    Raises KavaError with the key path of every wrong setting.
+    """
+    document = read_document(path)
+    pipelines = document["pipelines"]
     name = str(name or document.get("pipeline"))
     if name not in pipelines:
         raise KavaError(f"{path} has no pipeline {name!r}. There are: {', '.join(pipelines)}.")
@@ -78,12 +102,19 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
 
 
 def _explain(path: Path, root: str, error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
+    lines = list(_wrong(root, error.errors()))
+    return f"{path} has {len(lines)} wrong setting(s):\n  " + "\n  ".join(lines)
+
+
+def _wrong(root: str, problems: Sequence[Any]) -> Iterator[str]:
+    """A line per wrong setting: its key path, what is wrong, what was found."""
+    for problem in problems:
         key = ".".join([root, *map(str, problem["loc"])])
+        if problem["type"] == CHOICE:  # a policy or a source, with settings of its own
+            yield from _wrong(key, problem["ctx"]["errors"])
+            continue
         message = problem["msg"].removeprefix("Value error, ")
         found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
         if problem["type"] == "extra_forbidden":
             message, found = "no such setting", ""
-        lines.append(f"{key}: {message}{found}")
-    return f"{path} has {len(lines)} wrong setting(s):\n  " + "\n  ".join(lines)
+        yield f"{key}: {message}{found}"

@@ -35,26 +35,41 @@ LayerMap = Annotated[
 ]
 
 
+# Settings that mean something only where there are latents, Jacobi iterations, a term of the loss.
+KV = ("kv_distance", "kv_std", "fake_quantise")
+CODI = ("codi_distance", "codi_std")
+JACOBI = ("iterations", "per_position")
+LATENT = (
+    *("alpha_kv", "alpha_codi", "reasoning", "projection", "targets", "layer_map", "shard_window"),
+    *(*JACOBI, *KV, *CODI),
+)
+
+
 class Student(Section):
-    """One student: how it reasons, what it is taught by, and how long.
+    """One student: what it is trained from, how it reasons, what it is taught by, and how long.
 
-    targets: `store` reads them from kv_targets, the teacher is not even loaded but for its weights;
-    `online` makes them anew in every step with the frozen teacher, by the store's settings, and
-    takes token ids and statistics from the store only. processes: how many share each batch, on
-    this machine or the Ray cluster that RAY_ADDRESS names; it changes results by rounding.
+    reads: `kv_targets`, with a latent for every slot, or `problems`, without latents (No-CoT); also
+    what DVC runs it after. targets: `store` reads them from kv_targets, the teacher is not even
+    loaded but for its weights; `online` makes them anew in every step with the frozen teacher, by
+    the store's settings, and takes token ids and statistics from the store only. processes: how
+    many share each batch, on this machine or the Ray cluster that RAY_ADDRESS names; it changes
+    results by rounding.
 
-    model: the Hugging Face folder or id it starts from; null: the teacher itself. Another model
-    learns K/V projectors into the teacher's basis beside it. layer_map: which layer of the teacher
-    teaches each of the student's. fake_quantise: keys and values pass through the store's codes
-    before they are compared. docs/methods.md has a snippet for each method.
+    model: the Hugging Face folder or id (with its `revision`) it starts from; null: the teacher
+    itself. Another model learns K/V projectors into the teacher's basis beside it. layer_map: which
+    layer of the teacher teaches each of the student's. reasoning: `jacobi` with `iterations` T, or
+    `sequential`. fake_quantise: keys and values pass through the store's codes before they are
+    compared. docs/methods.md has a snippet for each method.
     """
 
+    reads: Literal["kv_targets", "problems"]
     training: Training
     model: str | None = None
+    revision: str | None = None
     layer_map: LayerMap = "uniform"
     targets: Literal["store", "online"] = "store"
     processes: Positive = 1
-    reasoning: Literal["jacobi", "sequential", "none"] = "jacobi"
+    reasoning: Literal["jacobi", "sequential"] = "jacobi"
     iterations: NotNegative = 3
     projection: StrictBool = True
     per_position: StrictBool = True
@@ -67,25 +82,27 @@ class Student(Section):
     codi_distance: Distance = "smooth_l1"
     codi_std: StrictBool = True
     shard_window: Positive = 16
-    gradient_share_every: NotNegative = 0
 
     @model_validator(mode="after")
-    def _has_latents(self) -> Student:
-        if self.reasoning == "none" and (self.alpha_kv or self.alpha_codi):
-            raise ValueError(
-                "a student with `reasoning: none` reads no targets: alpha_kv, alpha_codi must be 0"
-            )
-        if self.reasoning == "none" and self.targets == "online":
-            raise ValueError("a student with `reasoning: none` reads no targets: remove `targets`")
-        if self.fake_quantise and not self.alpha_kv:
-            raise ValueError(
-                "fake_quantise changes the KV term alone, and alpha_kv is 0: set one or the other"
-            )
-        if self.layer_map != "uniform" and not (self.alpha_kv or self.alpha_codi):
-            raise ValueError(
-                "layer_map says what is compared, and alpha_kv and alpha_codi are 0: set one or "
-                "leave layer_map out"
-            )
+    def _means_something(self) -> Student:
+        for there, why, names in (
+            (
+                self.reads == "kv_targets",
+                "`reads: problems` gives no latents",
+                LATENT,
+            ),
+            (self.reasoning == "jacobi", "`reasoning: sequential` has none", JACOBI),
+            (self.alpha_kv > 0, "it belongs to the KV term, and alpha_kv is 0", KV),
+            (self.alpha_codi > 0, "it belongs to CODI's term, and alpha_codi is 0", CODI),
+            (
+                self.alpha_kv > 0 or self.alpha_codi > 0,
+                "it says what is compared, and alpha_kv and alpha_codi are 0",
+                ("layer_map", "targets"),
+            ),
+            (self.model is not None, "it belongs to a `model` on the Hub", ("revision",)),
+        ):
+            if not there and (wrong := self.changed(*names)):
+                raise ValueError(f"{', '.join(wrong)}: means nothing here: {why}. Leave it out")
         return self
 
     @model_validator(mode="after")

@@ -35,10 +35,12 @@ class Scratch(Section):
 class Teacher(Section):
     """`model: scratch` builds one; anything else is a Hugging Face folder or id to start from.
 
-    `training: null` takes the model as it is (it can already write the chain of thought).
+    revision: of a model on the Hub; null: its newest. `training: null` takes the model as it is (it
+    can already write the chain of thought).
     """
 
     model: str = "scratch"
+    revision: str | None = None
     scratch: Scratch = Scratch()
     training: Training | None
     validate_on: Positive = 200
@@ -49,4 +51,12 @@ class Teacher(Section):
     def _trained(self) -> Teacher:
         if self.model == "scratch" and self.training is None:
             raise ValueError("a teacher from scratch needs `training`")
+        if self.model == "scratch" and self.revision is not None:
+            raise ValueError("revision belongs to a `model` on the Hub: leave it out")
+        if self.model != "scratch" and self.changed("scratch"):
+            raise ValueError(
+                "scratch describes a model that is built, and `model` names one: leave it out"
+            )
+        if self.training is not None and self.training.lora is not None:
+            raise ValueError("training.lora: adapters are for students; the teacher trains whole")
         return self

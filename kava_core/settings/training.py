@@ -35,14 +35,12 @@ class Training(Section):
     steps: Positive
     batch_size: Positive = 64
     accumulation: Positive = 1
-    learning_rate: PositiveReal
+    learning_rate: PositiveReal = 1e-3
     weight_decay: Weight = 0.01
     warmup: Fraction = 0.05
     max_grad_norm: PositiveReal = 2.0
     precision: Literal["float32", "bfloat16"] = "float32"
     lora: LoRA | None = None
     held_out: HeldOut | None = None
-    log_every: Positive = 25
-    save_every: Positive = 200
     seed: StrictInt = 0
     threads: Positive = 2

@@ -95,7 +95,7 @@ def scores(
         important = batch.importance[first:last, layer, head].double().tolist()
     match name:
         case "rkv":
-            lam = settings.get("lam", 0.1)
+            lam = settings.get("lambda_", 0.1)
             return [lam * a + (1 - lam) * b for a, b in zip(important, different, strict=True)]
         case "attention":
             return important

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.eviction import POLICIES, CacheBatch, evict, make_policy
-from kava_core.eviction.base import score_all
+from kava_core.eviction import POLICIES, CacheBatch, evict
+from kava_core.eviction.selection import score_all
 from tests.eviction import naive
 
 LENGTHS = [7, 1, 23, 12, 2, 8]
 NUMERIC = ["rkv", "attention", "redundancy", "key_norm", "value_norm"]
 VARIANTS = [
     *((name, {}) for name in POLICIES),
-    ("rkv", {"lam": 0.0}),
-    ("rkv", {"lam": 1.0}),
-    ("rkv", {"lam": 0.5, "redundancy_phase": "post_rope"}),
+    ("rkv", {"lambda_": 0.0}),
+    ("rkv", {"lambda_": 1.0}),
+    ("rkv", {"lambda_": 0.5, "redundancy_phase": "post_rope"}),
     ("redundancy", {"redundancy_phase": "post_rope"}),
     ("random", {"seed": 7}),
     ("streaming", {"first": 0}),
@@ -47,7 +47,7 @@ def alone(batch: CacheBatch, record: int) -> CacheBatch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_the_formulas(name: str, settings: dict, dtype: torch.dtype) -> None:
     batch = naive.make_batch(LENGTHS, dtype=dtype)
-    scores = score_all(make_policy(name, **settings), batch)
+    scores = score_all(POLICIES[name](**settings), batch)
     for record, (first, last) in enumerate(batch.spans):
         for layer in range(3):
             for head in range(2):
@@ -66,7 +66,7 @@ def test_the_best_slots_are_kept_in_temporal_order(
     name: str, settings: dict, budgets: list[int]
 ) -> None:
     batch = naive.make_batch(LENGTHS)
-    targets = evict(batch, make_policy(name, **settings), budgets)
+    targets = evict(batch, POLICIES[name](**settings), budgets)
     assert targets.slot_positions.shape == (6, 3, 2, max(budgets))
     for record, (first, last) in enumerate(batch.spans):
         for layer, budget in enumerate(budgets):
@@ -108,7 +108,7 @@ def test_padding_is_never_selected_whatever_it_holds(name: str, settings: dict) 
         rotary=batch.rotary,
         cot_start=batch.cot_start,
     )
-    policy = make_policy(name, **settings)
+    policy = POLICIES[name](**settings)
     expected, found = evict(batch, policy, [5, 5, 5]), evict(again, policy, [5, 5, 5])
     assert torch.equal(found.slot_positions, expected.slot_positions)
     assert torch.equal(found.keys, expected.keys)
@@ -126,7 +126,7 @@ def test_scores_do_not_depend_on_the_batch(
     lengths = [*LENGTHS, 130, 64, 65, 1, 257, 700]
     batch = naive.make_batch(lengths, layers=layers, heads=heads, dim=dim, dtype=torch.bfloat16)
     batch = replace(batch, budgets=(5,) * layers)
-    policy = make_policy(name, **settings)
+    policy = POLICIES[name](**settings)
     scores = score_all(policy, batch)
     for record, (first, last) in enumerate(batch.spans):
         single = replace(alone(batch, record), budgets=batch.budgets)
@@ -140,7 +140,7 @@ def test_a_record_too_long_for_one_piece_is_scored_the_same(name: str, settings:
     assert pieces[0] == (40, [(0, slice(0, 40))])
     assert [records[0][0] for _, records in pieces[1:-1]] == [1] * 5
     assert pieces[-1] == (8, [(2, slice(0, 3)), (3, slice(3, 8))])
-    policy = make_policy(name, **settings)
+    policy = POLICIES[name](**settings)
     together = evict(batch, policy, [6, 4])
     for record in range(3):
         single = evict(alone(batch, record), policy, [6, 4])
@@ -153,7 +153,7 @@ def test_long_traces_are_scored_as_exactly_as_short_ones(shared: float) -> None:
     keys = torch.randn(4096, 2, 2, 64, generator=generator) + shared
     importance = torch.rand(4096, 2, 2, generator=generator) / 4096
     batch = CacheBatch.from_ragged(keys, keys, importance, [0, 4096], ["long"])
-    scores = score_all(make_policy("rkv", lam=0.3), batch)
+    scores = score_all(POLICIES["rkv"](lambda_=0.3), batch)
     for layer in range(2):
         units = torch.nn.functional.normalize(keys[:, layer].double(), dim=-1).transpose(0, 1)
         cosines = units @ units.transpose(1, 2)  # [H, N, N]
@@ -168,27 +168,27 @@ def test_the_earlier_of_equal_tokens_wins(name: str) -> None:
     for length in (9, 100, 2000):
         ones = torch.ones(length, 1, 1, 4)
         batch = CacheBatch.from_ragged(ones, ones, ones[..., 0], [0, length], ["same"])
-        targets = evict(batch, make_policy(name), [5])
+        targets = evict(batch, POLICIES[name](), [5])
         assert targets.slot_positions.flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_zero_keys_resemble_nothing() -> None:
     batch = naive.make_batch([6])
     batch.keys[2] = 0
-    scores = score_all(make_policy("redundancy"), batch)
+    scores = score_all(POLICIES["redundancy"](), batch)
     expected = naive.scores("redundancy", {}, batch, 0, 1, 1, 3)
     torch.testing.assert_close(scores[:, 1, 1].double(), torch.tensor(expected).double())
 
 
 def test_random_is_a_fair_draw_that_follows_the_seed_the_id_the_layer_and_the_head() -> None:
     batch = naive.make_batch([50] * 40, layers=4, heads=4, dim=2)
-    kept = evict(batch, make_policy("random"), [10] * 4).slot_positions
+    kept = evict(batch, POLICIES["random"](), [10] * 4).slot_positions
     shares = torch.bincount(kept.flatten(), minlength=50) / (40 * 16)
     assert (shares - 0.2).abs().max() < 0.08
-    other = evict(batch, make_policy("random", seed=1), [10] * 4).slot_positions
+    other = evict(batch, POLICIES["random"](seed=1), [10] * 4).slot_positions
     assert not torch.equal(kept, other)
     assert len({tuple(row) for row in kept.reshape(-1, 10).tolist()}) == 40 * 16
-    chosen = evict(batch.choose_layers([1, 3]), make_policy("random"), [10] * 2).slot_positions
+    chosen = evict(batch.choose_layers([1, 3]), POLICIES["random"](), [10] * 2).slot_positions
     assert torch.equal(chosen, kept[:, [1, 3]])
 
 
@@ -196,7 +196,7 @@ def test_random_is_a_fair_draw_that_follows_the_seed_the_id_the_layer_and_the_he
 @every_policy
 def test_a_gpu_keeps_what_a_cpu_keeps(name: str, settings: dict) -> None:
     batch = naive.make_batch(LENGTHS, dtype=torch.bfloat16)
-    policy = make_policy(name, **settings)
+    policy = POLICIES[name](**settings)
     expected, found = evict(batch, policy, [4, 4, 4]), evict(batch.to("cuda"), policy, [4, 4, 4])
     assert torch.equal(found.slot_positions.cpu(), expected.slot_positions)
     assert torch.equal(found.keys.cpu(), expected.keys)
@@ -205,36 +205,34 @@ def test_a_gpu_keeps_what_a_cpu_keeps(name: str, settings: dict) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "named"),
     [
-        ("snapkv", {}, "policy"),
-        ("rkv", {"lam": 1.2}, "lam"),
-        ("rkv", {"lam": -0.1}, "lam"),
-        ("rkv", {"lam": float("nan")}, "lam"),
-        ("rkv", {"lam": "high"}, "lam"),
+        ("rkv", {"lambda_": 1.2}, "lambda"),
+        ("rkv", {"lambda_": -0.1}, "lambda"),
+        ("rkv", {"lambda_": float("nan")}, "lambda"),
+        ("rkv", {"lambda_": "high"}, "lambda"),
         ("rkv", {"redundancy_phase": "rope"}, "redundancy_phase"),
         ("redundancy", {"redundancy_phase": "none"}, "redundancy_phase"),
         ("streaming", {"first": -1}, "first"),
         ("random", {"seed": 0.5}, "seed"),
-        ("crop", {"lam": 0.1}, "lam"),
     ],
 )
 def test_a_bad_setting_is_named(name: str, settings: dict, named: str) -> None:
     with pytest.raises(KavaError, match=named):
-        make_policy(name, **settings)
+        POLICIES[name](**settings)
 
 
 def test_a_store_without_importance_is_refused_where_it_is_needed() -> None:
     batch = replace(naive.make_batch([5]), importance=None)
-    for policy in (make_policy("attention"), make_policy("rkv")):
+    for policy in (POLICIES["attention"](), POLICIES["rkv"]()):
         with pytest.raises(KavaError, match=r"importance.*generate"):
             evict(batch, policy, [2, 2, 2])
-    for policy in (make_policy("redundancy"), make_policy("rkv", lam=0)):
+    for policy in (POLICIES["redundancy"](), POLICIES["rkv"](lambda_=0)):
         assert evict(batch, policy, [2, 2, 2]).slot_counts.eq(2).all()
 
 
 def test_post_rope_redundancy_needs_the_rotation() -> None:
     batch = replace(naive.make_batch([5]), rotary=None)
     with pytest.raises(KavaError, match="redundancy_phase"):
-        evict(batch, make_policy("rkv", redundancy_phase="post_rope"), [2, 2, 2])
+        evict(batch, POLICIES["rkv"](redundancy_phase="post_rope"), [2, 2, 2])
 
 
 @pytest.mark.parametrize("name", NUMERIC)
@@ -244,7 +242,7 @@ def test_a_broken_record_is_named(name: str, broken: float) -> None:
     for tensor in (batch.keys, batch.values, batch.importance):
         tensor[7] = broken
     with pytest.raises(KavaError, match="'r1'"):
-        evict(batch, make_policy(name), [2, 2, 2])
+        evict(batch, POLICIES[name](), [2, 2, 2])
 
 
 def test_an_empty_trace_is_named() -> None:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava_core.errors import KavaError
-from kava_core.eviction import CacheBatch, evict, group_layers, make_budgets, make_policy, merge
+from kava_core.eviction import POLICIES, CacheBatch, evict, group_layers, make_budgets, merge
 from kava_core.rotary import Rotary
 from tests.eviction import naive
 
-RKV = make_policy("rkv")
+RKV = POLICIES["rkv"]()
 
 
 @st.composite
@@ -163,7 +163,7 @@ def test_a_model_that_does_not_rotate_is_left_as_it_is() -> None:
     batch = naive.make_batch([9])
     none = Rotary(torch.zeros(3, 0).double(), torch.ones(3).double())
     batch = replace(batch, rotary=none)
-    policy = make_policy("rkv", redundancy_phase="post_rope")
+    policy = POLICIES["rkv"](redundancy_phase="post_rope")
     turned = evict(batch, policy, [4, 4, 4], rotary_phase="post_rope")
     assert torch.equal(turned.keys, evict(batch, RKV, [4, 4, 4]).keys)
 

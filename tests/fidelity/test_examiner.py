@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kava_core.errors import KavaError
-from kava_core.eviction import POLICIES, Policy, group_layers, make_budgets, make_policy
+from kava_core.eviction import POLICIES, Policy, group_layers, make_budgets
 from kava_core.fidelity.examiner import (
     Compressed,
     Examiner,
@@ -43,7 +43,7 @@ def compressed(
     codec: Codec = EXACT,
 ) -> tuple[Compressed, SlotCache]:
     batch = examiner.read(traces)
-    what = examiner.compress(batch, policy or make_policy("rkv"), budgets, codec)
+    what = examiner.compress(batch, policy or POLICIES["rkv"](), budgets, codec)
     return what, examiner.restore(batch, what)
 
 
@@ -184,7 +184,7 @@ def test_each_head_sees_its_own_slots_and_nothing_else_of_the_chain(
 ) -> None:
     subject = examiner(name)
     batch = subject.read(TRACES)
-    what = subject.compress(batch, make_policy("random"), budgets, EXACT)
+    what = subject.compress(batch, POLICIES["random"](), budgets, EXACT)
     found = subject.examine(batch, lambda: subject.restore(batch, what)).log_probs
     for row, trace in enumerate(TRACES):
         kept = kept_tokens(what, row, trace)
@@ -198,7 +198,7 @@ def test_each_head_sees_its_own_slots_and_nothing_else_of_the_chain(
 
 def test_a_layer_that_keeps_no_slots_sees_the_question_only() -> None:
     subject = examiner("qwen3", Layers([0, 2], [[0], [1]]))
-    what, cache = compressed(subject, TRACES, [3, 2], make_policy("random"))
+    what, cache = compressed(subject, TRACES, [3, 2], POLICIES["random"]())
     found = answer_logits(subject, TRACES, cache)
     for row, trace in enumerate(TRACES):
         first, last = kept_tokens(what, row, trace)
@@ -221,7 +221,7 @@ def test_layers_that_share_a_selection_keep_the_same_tokens() -> None:
 def test_layers_that_share_a_merged_cache_read_it_at_their_own_rotation(name: str) -> None:
     subject = examiner(name, Layers([0, 1, 2], [[0, 1], [2]], "merged"))
     batch = subject.read(TRACES)
-    what = subject.compress(batch, make_policy("attention"), [3, 2], EXACT)
+    what = subject.compress(batch, POLICIES["attention"](), [3, 2], EXACT)
     cache = subject.restore(batch, what)
     slots = [key[:, :, batch.question :] for key in cache.keys]
     assert [x.shape[2] for x in slots] == [3, 3, 2]
@@ -244,13 +244,13 @@ def test_layers_that_share_a_merged_cache_read_it_at_their_own_rotation(name: st
 def test_slots_pass_through_the_codec_before_they_are_turned_back() -> None:
     subject = examiner("llama")
     batch = subject.read(TRACES[2:])
-    exact = subject.compress(batch, make_policy("rkv"), [64] * 3, EXACT)
+    exact = subject.compress(batch, POLICIES["rkv"](), [64] * 3, EXACT)
     full = torch.stack(subject.full(batch).keys)
     drift, kl = {}, {}
     reference = subject.examine(batch, lambda: subject.full(batch)).log_probs
     for bits in (32, 16, 8, 4):
         codec = Codec.from_bits(keys=bits, values=bits)
-        what = subject.compress(batch, make_policy("rkv"), [64] * 3, codec)
+        what = subject.compress(batch, POLICIES["rkv"](), [64] * 3, codec)
         for name in ("keys", "values"):
             expected = encode(getattr(exact, name).dequantise(), getattr(codec, name))
             assert torch.equal(getattr(what, name).dequantise(), expected.dequantise())
@@ -289,10 +289,10 @@ def test_full_bytes_are_those_of_the_models_dtype() -> None:
 def test_a_problem_is_answered_alike_alone_and_in_a_padded_batch(policy: str) -> None:
     subject = examiner("qwen2", dtype=torch.float32)
     codec = Codec.from_bits(keys=8, values=8)
-    _, cache = compressed(subject, TRACES, [2, 3, 4], make_policy(policy), codec)
+    _, cache = compressed(subject, TRACES, [2, 3, 4], POLICIES[policy](), codec)
     together = answer_logits(subject, TRACES, cache)
     for row, trace in enumerate(TRACES):
-        _, cache = compressed(subject, [trace], [2, 3, 4], make_policy(policy), codec)
+        _, cache = compressed(subject, [trace], [2, 3, 4], POLICIES[policy](), codec)
         (alone,) = answer_logits(subject, [trace], cache)
         assert_near(alone, together[row], 1e-4)
 

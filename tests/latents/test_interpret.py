@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import ask
-from kava_core.eviction import group_layers, make_policy
+from kava_core.eviction import POLICIES, group_layers
 from kava_core.fidelity.examiner import Layers
 from kava_core.latents.interpret import BINS, head, interpret, read_teacher, write_insights
 from kava_core.latents.interventions import interventions
@@ -42,7 +42,7 @@ ASKED = {"batch_size": 5, "max_new_tokens": 4}
 
 def truncation(phase: str = "pre_rope", layers: tuple[int, ...] = (0, 1, 2)) -> Truncation:
     return Truncation(
-        policy=make_policy("rkv"),
+        policy=POLICIES["rkv"](),
         layers=Layers(list(layers), group_layers(len(layers), 1)),
         budgets={m: [m] * len(layers) for m in (2, M, 50)},
         budget=M,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kava_core.errors import KavaError
-from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch
+from kava_core.eviction.policies.base import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kava_core.eviction.batch import CacheBatch
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Random(Policy):
     seed: an integer; another seed is another draw.
     """
 
+    name = "random"
+
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -32,14 +36,13 @@ class Random(Policy):
             raise KavaError(f"expected `seed` to be an integer, found {self.seed!r}.")
 
     def score(self, batch: CacheBatch) -> Tensor:
-        device = batch.keys.device
-        sizes = torch.tensor(batch.lengths, device=device)
-        seeds = torch.tensor([_record_seed(self.seed, name) for name in batch.ids], device=device)
-        layers = torch.tensor(batch.layers, device=device)[:, None]
-        heads = torch.arange(batch.keys.shape[2], device=device)
+        tokens = batch.token_indices
+        seeds = batch.per_token([_record_seed(self.seed, name) for name in batch.ids])
+        layers = tokens.new_tensor(batch.layers)[:, None]
+        heads = tokens.new_tensor(range(batch.keys.shape[2]))
         place = (layers << 48) + (heads << 32)  # [L', H]
-        place = place + batch.token_indices[:, None, None]  # [T, L', H]
-        hashed = _mix(_mix(place) + seeds.repeat_interleave(sizes)[:, None, None])
+        place = place + tokens[:, None, None]  # [T, L', H]
+        hashed = _mix(_mix(place) + seeds[:, None, None])
         return (hashed & 0xFFFFFF).float()  # 24 bits: what a float32 holds exactly
 
 

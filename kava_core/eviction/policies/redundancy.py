@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from kava_core.eviction.policies.base import Policy, RotaryPhase, check_phase
 
-from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch, RotaryPhase, check_phase
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kava_core.eviction.batch import CacheBatch
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Redundancy(Policy):
     redundancy_phase: whether similarity is between keys as stored, `pre_rope`, or as attention
         sees them, `post_rope`.
     """
+
+    name = "redundancy"
 
     redundancy_phase: RotaryPhase = "pre_rope"
 
@@ -36,17 +40,16 @@ def redundancy(batch: CacheBatch, phase: RotaryPhase = "pre_rope") -> Tensor:
     one pass over the keys for the sum of unit keys, one for the products with it.
     A zero key has no direction: its cosine with every key is 0.
     """
-    device = batch.keys.device
-    norms = torch.empty(*batch.shape, 1, device=device)
+    norms = batch.empty_scores()[..., None]
     _, layers, heads = batch.shape
-    totals = torch.zeros(len(batch.ids), layers, heads, batch.keys.shape[3], device=device)
+    totals = norms.new_zeros(len(batch.ids), layers, heads, batch.keys.shape[3])
     for tokens, parts in batch.pieces():
         units = batch.float_keys(tokens, phase)
-        norms[tokens] = torch.linalg.vector_norm(units, dim=-1, keepdim=True)
+        norms[tokens] = units.norm(dim=-1, keepdim=True)
         units.div_(_nonzero(norms[tokens]))
         for record, part in parts:
             totals[record] += units[part].sum(dim=0)
-    scores = torch.empty(batch.shape, device=device)
+    scores = batch.empty_scores()
     # The keys are read and widened once more: cheaper than keeping them all in float32.
     for tokens, parts in batch.pieces():
         keys = batch.float_keys(tokens, phase)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kava_core.errors import KavaError
-from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch
+from kava_core.eviction.policies.base import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kava_core.eviction.batch import CacheBatch
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Streaming(Policy):
     first: how many tokens of the beginning come before the recent ones, 0 or more. With fewer slots
         than that only the beginning is kept.
     """
+
+    name = "streaming"
 
     first: int = 4
 
@@ -31,5 +35,5 @@ class Streaming(Policy):
     def score(self, batch: CacheBatch) -> Tensor:
         index = batch.token_indices
         anchors = batch.token_lengths + self.first - index  # above every index
-        score = torch.where(index < self.first, anchors, index).float()
+        score = anchors.where(index < self.first, index).float()
         return score[:, None, None].expand(batch.shape)

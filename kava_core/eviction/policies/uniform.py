@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from kava_core.eviction.policies.base import Policy
 
-from kava_core.eviction.base import Policy
-from kava_core.eviction.batch import CacheBatch
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kava_core.eviction.batch import CacheBatch
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,14 @@ class Uniform(Policy):
     Halves are rounded up. With one slot it is the middle token.
     """
 
+    name = "uniform"
+
     def score(self, batch: CacheBatch) -> Tensor:
         if batch.budgets is None:
             raise ValueError("uniform spacing depends on the budgets: set batch.budgets")
         lengths = batch.token_lengths[:, None]
         index = batch.token_indices[:, None]
-        budgets = torch.tensor(batch.budgets, device=lengths.device)
-        slots = torch.minimum(lengths, budgets)  # [T, L']
+        slots = lengths.minimum(lengths.new_tensor(batch.budgets))  # [T, L']
         gaps = 2 * (lengths - 1).clamp(min=1)
 
         def reached(token: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""What a source is: a name, and how one of its rows becomes a problem."""
+"""What a source is: a frozen dataclass whose fields are its settings.
+
+Most are read: a `RowSource` says how one row of theirs becomes a problem. A `GeneratedSource` draws
+its problems itself.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
+from kava_core.problems.rows import Row
+from kava_core.problems.splits import ProblemSplits
 
 NOTE = re.compile(r"<<([^<>\n]*=[^<>\n]*)>>")
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -32,14 +37,19 @@ class Draft:
 
 
 class Source(ABC):
-    """One published format.
-
-    `name` is what settings call it; `forms` the kinds of traces it has, none for a source that has
-    only questions and answers; `hub_config` the configuration to ask the Hub for.
-    """
+    """One format. `name` is what settings call it, `forms` the kinds of traces that it has."""
 
     name: ClassVar[str]
     forms: ClassVar[tuple[TraceForm, ...]]
+
+
+class RowSource(Source):
+    """A published format, row by row.
+
+    `forms` is empty for one that has only questions and answers. `hub_config` is the configuration
+    to ask the Hub for.
+    """
+
     hub_config: ClassVar[str | None] = None
 
     @abstractmethod
@@ -48,6 +58,19 @@ class Source(ABC):
 
         KavaError, with the row's place, if it is malformed; UnusableRow if it is well-formed but
         has no answer that can be checked.
+        """
+
+
+class GeneratedSource(Source):
+    """Problems without end, drawn by a seed."""
+
+    @abstractmethod
+    def splits(
+        self, train: int, validation: int, test: int, *, seed: int, traces: TraceForm
+    ) -> ProblemSplits:
+        """Draw the three splits; equal arguments give equal problems on every machine.
+
+        No question stands twice. KavaError if there are not that many different problems.
         """
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 
-from kava_core.problems.files import Row
+from kava_core.answers import last_box
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, UnusableRow, sentences
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, UnusableRow, sentences
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?P<bare>[^\s{}$]+)")
 
-
-class Boxed(Source):
+@dataclass(frozen=True)
+class Boxed(RowSource):
     """The answer is the content of the last box, which may hold braces of its own."""
 
     name = "math"
@@ -24,22 +24,3 @@ class Boxed(Source):
             raise UnusableRow("no answer in a \\boxed{…}")
         topic = next((row.text(name) for name in ("type", "subject") if name in row.fields), "")
         return Draft(row.text("problem"), sentences(solution), answer, topic or "mathematics")
-
-
-def last_box(text: str) -> str | None:
-    """What is in the last `\\boxed{…}`, `\\fbox{…}` or `\\boxed 3`; None if it is not closed."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    if boxes[-1]["bare"]:
-        return boxes[-1]["bare"].rstrip(".,")
-    start = boxes[-1].end() + 1
-    depth = 1
-    escaped = False
-    for place in range(start, len(text)):
-        sign = text[place]
-        depth += 0 if escaped else {"{": 1, "}": -1}.get(sign, 0)
-        escaped = sign == "\\" and not escaped
-        if depth == 0:
-            return " ".join(text[start:place].split())
-    return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kava_core.errors import KavaError
-from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, lines, marked, notes, number
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, lines, marked, notes, number
 
 
-class GSM8K(Source):
+@dataclass(frozen=True)
+class GSM8K(RowSource):
     """openai/gsm8k. Equations are the notes, sentences the lines without them."""
 
     name = "gsm8k"

@@ -6,13 +6,15 @@ of `question`, `steps` (a list, or one text) and `answer`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kava_core.errors import KavaError
-from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
+from kava_core.problems.rows import Row
 from kava_core.problems.sources.base import (
     NOTE,
     Draft,
-    Source,
+    RowSource,
     UnusableRow,
     checked_number,
     marked,
@@ -20,7 +22,8 @@ from kava_core.problems.sources.base import (
 )
 
 
-class GSM8kAug(Source):
+@dataclass(frozen=True)
+class GSM8kAug(RowSource):
     """The equations are taken as they stand."""
 
     name = "gsm8k-aug"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from kava_core.problems.files import Row
+from dataclasses import dataclass
+
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, checked_number, sentences
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, checked_number, sentences
 
 
-class GSM8kAugNL(Source):
+@dataclass(frozen=True)
+class GSM8kAugNL(RowSource):
     """`cot` is cut into sentences; `answer` is a number, perhaps behind `####`."""
 
     name = "gsm8k-aug-nl"

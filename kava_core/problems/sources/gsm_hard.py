@@ -6,12 +6,15 @@ problems have no steps, and can only be asked.
 
 from __future__ import annotations
 
-from kava_core.problems.files import Row
+from dataclasses import dataclass
+
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, UnusableRow
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, UnusableRow
 
 
-class GSMHard(Source):
+@dataclass(frozen=True)
+class GSMHard(RowSource):
     """A whole target is written without its ".0", any other with all digits of the float."""
 
     name = "gsm-hard"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, UnusableRow, sentences
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, UnusableRow, sentences
 
 _ANSWER = re.compile(r"the answer is\s*:?", re.IGNORECASE)
 _MARKED_LINE = re.compile(r"^\s*####.*$", re.MULTILINE)
 
 
-class MetaMath(Source):
+@dataclass(frozen=True)
+class MetaMath(RowSource):
     """The answer is the rest of the line behind the last "The answer is:", LaTeX as it is.
 
     Steps are the sentences before it, without the line `#### n` that GSM8K's offspring repeats.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from itertools import accumulate
 
-from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, checked_number
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, checked_number
 
 _WHOLE = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
 _EQUATION = re.compile(r"[-+*/().\d]+")
 
 
-class SVAMP(Source):
+@dataclass(frozen=True)
+class SVAMP(RowSource):
     """The question is body and question with a space between; the equation is the only step."""
 
     name = "svamp"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kava_core.problems.files import Row
+from kava_core.errors import KavaError
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources.base import Draft, Source, UnusableRow
+from kava_core.problems.rows import Row
+from kava_core.problems.sources.base import Draft, RowSource, UnusableRow
 
 
 @dataclass(frozen=True)
-class Table(Source):
+class Table(RowSource):
     """Columns by name; `steps` is a list of texts, or one text that `separator` cuts.
 
     Without a column of steps the problems can only be asked.
     """
+
+    name = "table"
+    forms = ("equations", "sentences")
 
     question: str
     answer: str
@@ -22,8 +26,25 @@ class Table(Source):
     topic: str | None = None
     separator: str = "\n"
 
-    name = "table"
-    forms = ("equations", "sentences")
+    def __post_init__(self) -> None:
+        columns = {
+            "question": self.question,
+            "answer": self.answer,
+            "steps": self.steps,
+            "topic": self.topic,
+        }
+        for setting, column in columns.items():
+            if column is not None and not column.strip():
+                raise KavaError(
+                    f"Expected `{setting}` to name a column, found {column!r}. Correct the setting."
+                )
+        if not self.separator:
+            raise KavaError("Expected a text as `separator`, found ''. Correct the setting.")
+        if self.steps is None and self.separator != Table.separator:
+            raise KavaError(
+                f"Expected `separator` only beside a column of `steps`, which it cuts, found "
+                f"{self.separator!r}. Name the column, or leave `separator` out."
+            )
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
         answer = row.number_text(self.answer)

@@ -1,4 +1,4 @@
-"""Rows of a named source: from JSONL, JSON, CSV, Parquet or text files, or from the Hub.
+"""Rows by split: from JSONL, JSON, CSV, Parquet or text files, or from the Hub.
 
 All give the same thing, rows that know where they stand, one at a time, so that all that follows
 is one path.
@@ -9,71 +9,56 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kava_core.artefacts import file_digest
 from kava_core.errors import KavaError
+from kava_core.problems.hub import commit_of, read_dataset
+from kava_core.problems.rows import Row
+from kava_core.problems.splits import SPLIT_NAMES
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# A split by the names that files and datasets give it.
-_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: its fields, its place for error messages ("train.jsonl:12"), its number from 0."""
+class Location:
+    """Where a source is read from.
 
-    fields: dict[str, Any]
-    place: str
-    number: int
+    `path` is a file (then all its rows are "train"), a folder with `train`, `validation` (or
+    `valid`, `dev`) and `test` files, or a dataset on the Hub ("owner/name"). A folder without such
+    files is taken for a dataset that was downloaded from the Hub. `hub_config` names a dataset's
+    configuration, `revision` the version of one on the Hub (a branch, a tag or a commit).
+    """
 
-    def text(self, name: str) -> str:
-        """The field `name`; KavaError if it is missing, not a text, or blank."""
-        value = self.fields.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise self.wrong("a text", name)
-        return value
-
-    def number_text(self, name: str) -> str:
-        """The field `name` as text, "" if it is blank or null; 12.0 is "12", 1e20 all its digits.
-
-        KavaError if it is missing, or neither a text nor a finite number.
-        """
-        value = self.fields.get(name)
-        if isinstance(value, bool) or name not in self.fields:
-            raise self.wrong("a text or a number", name)
-        if value is None or isinstance(value, str):
-            return " ".join((value or "").split())
-        if not isinstance(value, int | float) or not abs(value) < float("inf"):
-            raise self.wrong("a text or a number", name)
-        return plain_number(value)
-
-    def texts(self, name: str) -> list[str] | str:
-        """The field `name`, a text or a list of texts; KavaError if it is anything else."""
-        value = self.fields.get(name)
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.wrong("a text or a list of texts", name)
-        return value
-
-    def wrong(self, expected: str, name: str) -> KavaError:
-        """The error of a field that is not what it should be."""
-        value = self.fields.get(name)
-        found = f"{type(value).__name__} {value!r:.80}" if name in self.fields else "no such field"
-        return KavaError(
-            f"{self.place}: expected {expected} in `{name}`, found {found}. Mend the row."
-        )
+    path: str
+    hub_config: str | None = None
+    revision: str | None = None
 
 
-def plain_number(value: float) -> str:
-    """A number in digits, without ".0" if it is whole: 12.0 is "12", 1e-7 is "0.0000001"."""
-    if value == int(value):
-        return str(int(value))
-    return f"{Decimal(repr(value)):f}"
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split, read as they are asked for, and what they are read from.
+
+    That is either `files` (by their names in the location) or the `dataset` on the Hub, whose
+    `commit` is None where the Hub did not say.
+    """
+
+    rows: Iterator[Row]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    dataset: str | None = None
+    commit: str | None = None
+
+    def origin(self) -> dict[str, Any]:
+        """What was read, ready for JSON: each file's SHA-256, or dataset and commit."""
+        if self.dataset is not None:
+            return {"dataset": self.dataset, "commit": self.commit}
+        return {"files": {name: file_digest(path) for name, path in self.files.items()}}
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -138,9 +123,6 @@ def read_csv(path: Path) -> Iterator[Row]:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """The rows of a Parquet file, counted from 0; KavaError if it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -177,33 +159,53 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def read_source(location: str, hub_config: str | None = None) -> dict[str, Iterator[Row]]:
-    """The rows of each split ("train", "validation", "test") that a source has.
+def read_source(location: Location, hub_config: str | None = None) -> dict[str, SplitRows]:
+    """The rows of each split ("train", "validation", "test") that a location has.
 
-    `location` is a file (then all its rows are "train"), a folder with `train`, `validation` (or
-    `valid`, `dev`) and `test` files, or a dataset on the Hub ("owner/name"), of which `hub_config`
-    names the configuration. A folder without such files is taken for a dataset that was downloaded
-    from the Hub. Rows are read as they are asked for. KavaError if it is none of these.
+    `hub_config` is the source's own configuration, for a location that names none. KavaError if
+    nothing is there, or if it is files and names a configuration or a revision of a dataset.
     """
-    path = Path(location).expanduser()
-    if path.is_file():
-        return {"train": _read_file(path)}
-    if path.is_dir():
-        files = _split_files(path)
-        if files:
-            return {split: _read_file(file) for split, file in files.items()}
-        return _read_dataset(str(path), hub_config)
-    if not _HUB_NAME.fullmatch(location) or location.startswith(".") or path.suffix in _READERS:
+    path = Path(location.path).expanduser()
+    local = path.is_file() or path.is_dir()
+    if local and location.revision is not None:
         raise KavaError(
-            f"{location!r} is neither a file, a folder nor a Hub name such as owner/name. "
+            f"Expected `revision` beside a dataset on the Hub, found {location.revision!r} beside "
+            f"the local path {location.path}. Remove `revision`, or correct `path`."
+        )
+    files = {"train": path} if path.is_file() else _split_files(path) if path.is_dir() else {}
+    if files:
+        if location.hub_config is not None:
+            raise KavaError(
+                f"Expected `hub_config` beside a dataset, found {location.hub_config!r} beside "
+                f"the files of {location.path}. Remove `hub_config`, or correct `path`."
+            )
+        return {
+            split: SplitRows(_read_file(file), {file.name: file}) for split, file in files.items()
+        }
+    config = location.hub_config or hub_config
+    if local:
+        inside = {
+            str(file.relative_to(path)): file
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and not any(part[0] == "." for part in file.relative_to(path).parts)
+        }
+        found = read_dataset(str(path), config)
+        return {split: SplitRows(rows, inside) for split, rows in found.items()}
+    name = location.path
+    if not _HUB_NAME.fullmatch(name) or name.startswith(".") or path.suffix in _READERS:
+        raise KavaError(
+            f"{name!r} is neither a file, a folder nor a Hub name such as owner/name. "
             "Correct the path."
         )
-    return _read_dataset(location, hub_config)
+    commit = commit_of(name, location.revision)
+    # By its commit where that is known: what is recorded is then what was read.
+    found = read_dataset(name, config, commit or location.revision)
+    return {split: SplitRows(rows, dataset=name, commit=commit) for split, rows in found.items()}
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for split, names in _SPLITS.items():
+    for split, names in SPLIT_NAMES.items():
         found = [
             file
             for file in sorted(folder.iterdir())
@@ -234,48 +236,6 @@ def _readable(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
         yield from rows
     except OSError as error:
         raise KavaError(f"{path} cannot be read: {error.strerror}. Correct the path.") from None
-
-
-def _read_dataset(name: str, config: str | None) -> dict[str, Iterator[Row]]:
-    """What `datasets` reads, streamed: a Hub name, or the folder of a downloaded dataset."""
-    from datasets import load_dataset
-
-    def failed(error: Exception) -> KavaError:
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        expected = (
-            f"Expected train.jsonl (or .json, .csv, .parquet, .txt; and test.…) or a dataset in "
-            f"{name}"
-            if Path(name).is_dir()
-            else f"{name!r} is no local path, and it was looked for on the Hub"
-        )
-        return KavaError(
-            f"{expected}: {type(error).__name__}: {reason}. Correct the path, or try again with a "
-            "network."
-        )
-
-    def rows(split: str) -> Iterator[Row]:
-        number = 0
-        try:
-            for fields in found[split]:
-                yield Row(dict(fields), f"{name} [{split}] row {number}", number)
-                number += 1
-        except KavaError:
-            raise
-        except Exception as error:  # transports and file formats fail each in their own way
-            raise KavaError(
-                f"{name} [{split}] row {number} cannot be read: {type(error).__name__}: {error}. "
-                "Try again, or get the dataset again."
-            ) from None
-
-    try:
-        found = load_dataset(name, config, streaming=True)
-    except Exception as error:  # the library raises what its transports raise: no common class
-        raise failed(error) from None
-    given = {split: [n for n in found if n in names] for split, names in _SPLITS.items()}
-    splits = {split: rows(names[0]) for split, names in given.items() if names}
-    if not splits:
-        raise KavaError(f"{name}: expected splits such as train or test, found {sorted(found)}.")
-    return splits
 
 
 def _json(raw: bytes, place: str) -> Any:

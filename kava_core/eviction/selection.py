@@ -1,13 +1,7 @@
-"""What all policies share: the check of the scores, the best M per head, temporal order.
-
-A policy is a frozen dataclass in a file of its own: its fields are its settings, and it overrides
-`score`, the one method that differs. To add one, write the file and list it in `__init__.py`; the
-tests walk over that list.
-"""
+"""From scores to slots: the check of the scores, the best M per head, temporal order."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -15,23 +9,10 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.batch import CacheBatch
+from kava_core.eviction.policies.base import Policy
 
 PADDING = torch.iinfo(torch.int64).min
 SELECT_ELEMENTS = 1 << 24  # scores ranked at a time
-
-
-class Policy(ABC):
-    """Says how much each token of a trace is worth keeping."""
-
-    @abstractmethod
-    def score(self, batch: CacheBatch) -> Tensor:
-        """[T, L', H] float32, the higher the better, finite.
-
-        A token's score may depend on its own record only, and bit by bit so: whatever reduces over
-        the tokens of a record is computed for each record on its own, because the order in which a
-        library adds up numbers changes with the shape it is given. Keys and values are widened to
-        float32 a piece at a time (`batch.pieces`), never as a whole.
-        """
 
 
 def score_all(policy: Policy, batch: CacheBatch) -> Tensor:

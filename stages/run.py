@@ -18,16 +18,22 @@ import click
 from kava_core.console import say
 from kava_core.settings import Evict, Generate, Pipeline, load_pipeline
 
+from .graph import check_tracked
+
 if TYPE_CHECKING:
     from kava_core.store import Codec
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stage's view of its pipeline."""
+    """A stage's view of its pipeline.
+
+    project: the folder of pipelines.yaml; data: the folder of the artefacts.
+    """
 
     name: str
     settings: Pipeline
+    project: Path
     data: Path
 
     def path(self, *parts: str) -> Path:
@@ -45,7 +51,22 @@ data_option = click.option(
 
 
 def stage(function: Callable[..., None]) -> click.Command:
-    """Make a click command of `function(run, …)`: options, settings, run log."""
+    """Make a click command of `function(run, …)`: options, settings, run log.
+
+    Where DVC tracks the pipeline, what it tracks must be what the stage is made from.
+    """
+
+    @functools.wraps(function)
+    def logged(run: Run, **options: Any) -> None:
+        check_tracked(run.project, run.name, run.settings, function.__name__)
+        with _logged(run, " ".join([function.__name__, *map(str, options.values())])):
+            function(run, **options)
+
+    return tool(logged)
+
+
+def tool(function: Callable[..., None]) -> click.Command:
+    """Make a click command of `function(run, …)` that makes no artefact: options and settings."""
 
     @click.option("--pipeline", help="Name of the pipeline; default: the active one of the file.")
     @click.option(
@@ -59,9 +80,7 @@ def stage(function: Callable[..., None]) -> click.Command:
     @functools.wraps(function)
     def command(pipeline: str | None, pipelines: Path, data: Path, **options: Any) -> None:
         name, settings = load_pipeline(pipelines, pipeline)
-        run = Run(name, settings, data)
-        with _logged(run, " ".join([function.__name__, *map(str, options.values())])):
-            function(run, **options)
+        function(Run(name, settings, pipelines.parent, data), **options)
 
     return click.command(function.__name__)(command)
 

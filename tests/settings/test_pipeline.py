@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava_core.errors import KavaError
-from kava_core.settings import Evict, Pipeline, Policy, Student, Training, load_pipeline
+from kava_core.eviction import POLICIES
+from kava_core.settings import Evict, Pipeline, Student, Training, load_pipeline
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PIPELINES = ROOT / "pipelines.yaml"
 TRAINING = {"steps": 10, "learning_rate": 0.001}
 SMALL: dict[str, Any] = {
@@ -23,7 +25,10 @@ SMALL: dict[str, Any] = {
     "teacher": {"training": TRAINING},
     "generate": {},
     "evict": {"budget": 4},
-    "students": {"kava": {"training": TRAINING}, "no-cot": {"training": TRAINING}},
+    "students": {
+        "kava": {"reads": "kv_targets", "alpha_kv": 1.0, "training": TRAINING},
+        "no-cot": {"reads": "problems", "training": TRAINING},
+    },
     "evaluate": {},
     "report": {"title": "t"},
 }
@@ -51,7 +56,10 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     [
         # unknown keys
         ("evict.bugdet", 4, "evict.bugdet: no such setting"),
-        ("evict.lambda_", 0.1, "evict.lambda_: no such setting"),
+        ("evict.lambda", 0.1, "evict.lambda: no such setting"),
+        ("evict.policy", {"name": "rkv", "lambda_": 0.1}, "evict.policy.lambda_: no such setting"),
+        ("evict.policy", {"name": "crop", "lambda": 0.1}, "evict.policy.lambda: no such setting"),
+        ("fidelity.policies", [{"name": "rkv", "first": 1}], "fidelity.policies.0.first: no such"),
         ("students.kava.training.stesp", 4, "students.kava.training.stesp: no such setting"),
         ("distil", {}, "distil: no such setting"),
         # wrong types
@@ -60,8 +68,20 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("evict.budget", 8.5, "evict.budget: Input should be a valid integer, found 8.5"),
         ("evict.budget", True, "evict.budget: Input should be a valid integer, found True"),
         ("evict.budget", None, "evict.budget: Input should be a valid integer, found None"),
-        ("evict.lambda", True, "evict.lambda: should be a number, found True"),
-        ("evict.lambda", "much", "evict.lambda: Input should be a valid number"),
+        (
+            "evict.policy",
+            {"name": "rkv", "lambda": True},
+            "evict.policy.lambda: should be a number, found True",
+        ),
+        (
+            "evict.policy",
+            {"name": "rkv", "lambda": "much"},
+            "evict.policy.lambda: Input should be a valid number",
+        ),
+        ("evict.policy", {"name": "random", "seed": "7"}, "evict.policy.seed: Input should be a v"),
+        ("evict.policy", 3, "evict.policy: should be one of rkv, attention"),
+        ("evict.policy", None, "evict.policy: should be one of rkv, attention"),
+        ("evict.policy", {"lambda": 0.5}, "evict.policy: should be one of rkv, attention"),
         ("students.kava.projection", "yes", "students.kava.projection: Input should be a valid b"),
         ("students.kava.projection", 1, "students.kava.projection: Input should be a valid bool"),
         ("students.kava.training", 3, "students.kava.training: Input should be a valid dictionary"),
@@ -72,8 +92,12 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("prepare.synthetic.steps", [2, 0], "prepare.synthetic.steps.1: Input should be greater"),
         # impossible values
         ("evict.budget", 0, "evict.budget: Input should be greater than 0, found 0"),
-        ("evict.lambda", 1.5, "evict.lambda: Input should be less than or equal to 1, found 1.5"),
-        ("evict.policy", "rvk", "evict.policy: Input should be 'rkv', 'attention'"),
+        (
+            "evict.policy",
+            {"name": "rkv", "lambda": 1.5},
+            "evict.policy: policy rkv: expected `lambda` to be from 0 to 1, found 1.5",
+        ),
+        ("evict.policy", "snapkv", "evict.policy: should be one of rkv, attention"),
         ("evict.layers", {"last": 0}, "evict.layers: should be `all`"),
         ("evict.layers", [], "evict.layers: should be `all`"),
         ("evict.layers", [0, -1], "evict.layers: should be `all`"),
@@ -92,6 +116,9 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("students.kava.alpha_kv", -1, "students.kava.alpha_kv: Input should be greater than or"),
         ("students.kava.reasoning", "magic", "students.kava.reasoning: Input should be 'jacobi'"),
         ("students.a.b", {"training": TRAINING}, "students.a"),
+        ("students", {}, "students: Dictionary should have at least 1 item"),
+        ("students.kava.reads", "teacher_kv", "students.kava.reads: Input should be 'kv_targets'"),
+        ("students.no-cot.reads", None, "students.no-cot.reads: Input should be 'kv_targets'"),
         ("teacher.training", None, "teacher: a teacher from scratch needs `training`"),
         ("teacher.scratch.heads", 3, "teacher.scratch: hidden_size 128 must be an even multiple"),
         ("teacher.scratch.hidden_size", 4, "teacher.scratch: hidden_size 4 must be an even multi"),
@@ -126,11 +153,93 @@ def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
         load(tmp_path, settings)
 
 
-@pytest.mark.parametrize("weight", ["alpha_kv", "alpha_codi"])
-def test_a_student_without_latents_cannot_be_taught_by_targets(tmp_path: Path, weight: str) -> None:
-    student = {"training": TRAINING, "reasoning": "none", weight: 0.5}
-    with pytest.raises(KavaError, match=r"students\.no-cot: .*`reasoning: none` reads no targets"):
-        load(tmp_path, changed("students.no-cot", student))
+KAVA = {"reads": "kv_targets", "alpha_kv": 1.0, "training": TRAINING}
+NO_COT = {"reads": "problems", "training": TRAINING}
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "named"),
+    [
+        # without latents
+        ("students.no-cot", {**NO_COT, "alpha_kv": 0.5}, "alpha_kv"),
+        ("students.no-cot", {**NO_COT, "alpha_codi": 0.5}, "alpha_codi"),
+        ("students.no-cot", {**NO_COT, "reasoning": "sequential"}, "reasoning"),
+        ("students.no-cot", {**NO_COT, "iterations": 2}, "iterations"),
+        ("students.no-cot", {**NO_COT, "projection": False}, "projection"),
+        ("students.no-cot", {**NO_COT, "targets": "online"}, "targets"),
+        ("students.no-cot", {**NO_COT, "shard_window": 2}, "shard_window"),
+        # without Jacobi iterations
+        ("students.kava", {**KAVA, "reasoning": "sequential", "iterations": 2}, "iterations"),
+        (
+            "students.kava",
+            {**KAVA, "reasoning": "sequential", "per_position": False},
+            "per_position",
+        ),
+        # without the term
+        ("students.kava", {**KAVA, "alpha_kv": 0, "kv_distance": "mse"}, "kv_distance"),
+        ("students.kava", {**KAVA, "alpha_kv": 0, "kv_std": False}, "kv_std"),
+        ("students.kava", {**KAVA, "alpha_kv": 0, "fake_quantise": True}, "fake_quantise"),
+        ("students.kava", {**KAVA, "alpha_kv": 0, "targets": "online"}, "targets"),
+        ("students.kava", {**KAVA, "alpha_kv": 0, "layer_map": [0, 1]}, "layer_map"),
+        ("students.kava", {**KAVA, "codi_distance": "mse"}, "codi_distance"),
+        ("students.kava", {**KAVA, "codi_std": False}, "codi_std"),
+        ("students.kava", {**KAVA, "revision": "main"}, "revision"),
+        # the teacher's
+        ("teacher", {"training": TRAINING, "revision": "main"}, "revision"),
+        ("teacher", {"training": {**TRAINING, "lora": {}}}, r"training\.lora"),
+        (
+            "teacher",
+            {"training": TRAINING, "model": "somewhere", "scratch": {"layers": 3}},
+            "scratch",
+        ),
+        # caches and targets
+        ("evict", {"budget": 4, "share_size": 3}, "share_size"),
+        ("evict", {"budget": 4, "calibration_records": 3}, "calibration_records"),
+        ("evict", {"budget": 4, "calibration_percentile": 99}, "calibration_percentile"),
+        (
+            "evict",
+            {
+                "budget": 4,
+                "keys_bits": 8,
+                "values_bits": 8,
+                "endpoint_bits": 32,
+                "half": "float16",
+            },
+            "half",
+        ),
+        (
+            "generate",
+            {"keys_bits": 32, "values_bits": 4, "endpoint_bits": 8, "half": "float16"},
+            "half",
+        ),
+        ("fidelity", {"share_size": 3}, "share_size"),
+        ("fidelity", {"bits": [8, 4], "half": "float16"}, "half"),
+        ("evaluate", {"interpret_records": 0, "intervention_problems": 5}, "intervention_problems"),
+    ],
+)
+def test_a_setting_that_would_mean_nothing_is_an_error(
+    tmp_path: Path, section: str, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(KavaError, match=rf"pipelines\.small\.{section}: [^:]*{named}"):
+        load(tmp_path, changed(section, settings))
+
+
+def test_a_pipeline_without_fidelity_has_no_such_stage(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL).fidelity is None
+    assert load(tmp_path, changed("fidelity", {})).fidelity is not None
+
+
+def test_settings_are_read_without_torch() -> None:
+    """A look at the settings does not wait for torch, whatever policies they name."""
+    script = (
+        "import sys; from pathlib import Path; from kava_core.settings import load_pipeline; "
+        f"load_pipeline(Path({str(PIPELINES)!r})); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["a.b", "a/b", "..", "a b"])
@@ -185,8 +294,8 @@ pipelines:
     prepare: {source: synthetic, train: 8, validation: 4, test: 4}
     teacher: {training: &training {steps: 10, learning_rate: 1e-3}}
     generate: {}
-    evict: &evict {budget: 4, lambda: 0.5}
-    students: {kava: {training: {<<: *training, steps: 20}}}
+    evict: &evict {budget: 4, policy: {name: rkv, lambda: 0.5}}
+    students: {kava: {reads: kv_targets, training: {<<: *training, steps: 20}}}
     evaluate: {}
     report: {title: base}
   child:
@@ -197,7 +306,7 @@ pipelines:
     )
     name, child = load_pipeline(path)
     assert name == "child"
-    assert (child.evict.budget, child.evict.lambda_) == (8, 0.5)
+    assert (child.evict.budget, child.evict.policy) == (8, POLICIES["rkv"](lambda_=0.5))
     training = child.students["kava"].training
     assert (training.steps, training.learning_rate) == (20, 0.001)  # 1e-3 is text in YAML 1.1
     assert load_pipeline(path, "base")[1].evict.budget == 4
@@ -210,10 +319,19 @@ def test_settings_do_not_change_after_reading(tmp_path: Path) -> None:
         settings.evict.budget = 5  # type: ignore[misc]
 
 
-def test_policies_are_those_there_are() -> None:
-    from kava_core.eviction import POLICIES
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_bare_name_is_a_policy_at_its_defaults(name: str) -> None:
+    bare = Evict.model_validate({"budget": 4, "policy": name})
+    assert bare.policy == POLICIES[name]() and bare.policy.label == name
+    written = bare.model_dump(mode="json")["policy"]
+    assert (
+        written["name"] == name and Evict.model_validate({"budget": 4, "policy": written}) == bare
+    )
 
-    assert list(get_args(Policy)) == list(POLICIES)
+
+def test_a_policys_label_says_what_is_not_its_default() -> None:
+    chosen = Evict.model_validate({"budget": 4, "policy": {"name": "rkv", "lambda": 0.5}}).policy
+    assert chosen == POLICIES["rkv"](lambda_=0.5) and chosen.label == "rkv lambda=0.5"
 
 
 # --- valid settings survive YAML ------------------------------------------------------------------
@@ -240,23 +358,25 @@ layers = st.one_of(
     st.builds(lambda n: {"every": n}, numbers),
     st.lists(st.integers(0, 99), min_size=1, max_size=4),
 )
+policies = st.one_of(
+    st.sampled_from(list(POLICIES)),
+    st.builds(lambda share: {"name": "rkv", "lambda": share}, shares),
+    st.builds(lambda seed: {"name": "random", "seed": seed}, st.integers(-99, 99)),
+)
 evictions = st.fixed_dictionaries(
     {"budget": numbers},
     optional={
-        "policy": st.sampled_from(get_args(Policy)),
-        "lambda": st.none() | shares,
+        "policy": policies,
+        "budget_shape": st.sampled_from(["uniform", "pyramid"]),
         "layers": layers,
         "keys_bits": st.sampled_from([32, 16, 8, 4]),
-        "calibration_percentile": st.floats(51, 100),
     },
 )
 students = st.fixed_dictionaries(
-    {"training": trainings},
+    {"reads": st.just("kv_targets"), "training": trainings, "alpha_kv": st.floats(0.1, 1e9)},
     optional={
-        "reasoning": st.sampled_from(["jacobi", "sequential"]),
         "iterations": st.integers(0, 9),
         "projection": st.booleans(),
-        "alpha_kv": weights,
         "alpha_codi": weights,
         "kv_distance": st.sampled_from(["l1", "smooth_l1", "mse"]),
     },
@@ -274,21 +394,21 @@ def test_valid_settings_survive_yaml(
 ) -> None:
     given_settings = {
         **SMALL,
-        "teacher": {"training": training},
+        "teacher": {"training": {**training, "lora": None}},
         "evict": evict,
         "students": {"s-1_A": student},
         "report": {"title": title},
     }
     folder = tmp_path_factory.getbasetemp()
     read = load(folder, given_settings)
-    assert read.teacher.training == Training.model_validate(training)
+    assert read.teacher.training == Training.model_validate({**training, "lora": None})
     assert read.evict == Evict.model_validate(evict)
     assert read.students == {"s-1_A": Student.model_validate(student)}
     assert read.report.title == title
     for key, value in {**evict, **student}.items():
-        if key not in ("layers", "training"):
+        if key not in ("layers", "policy", "training"):
             section = read.evict if key in evict else read.students["s-1_A"]
-            assert getattr(section, "lambda_" if key == "lambda" else key) == value
+            assert getattr(section, key) == value
     # and once more, from what was read
     again = load(folder, read.model_dump(mode="json", by_alias=True))
     assert again == read
@@ -311,71 +431,7 @@ def test_the_active_pipeline_is_one_of_them() -> None:
     assert load_pipeline(PIPELINES)[0] == own()["pipeline"]
 
 
-def mappings(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.MappingNode]]:
-    """Every mapping under `node` that a key (not a merge) leads to, with its path."""
-    if isinstance(node, yaml.MappingNode):
-        yield path, node
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
-                yield from mappings(value, f"{path}.{key.value}")
-
-
-def shared_mappings(text: str) -> list[tuple[str, str]]:
-    """Pairs of paths at which one and the same mapping stands."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    first: dict[int, str] = {}
-    pairs = []
-    for path, node in mappings(root, ""):
-        if id(node) in first:
-            pairs.append((first[id(node)], path))
-        first.setdefault(id(node), path)
-    return pairs
-
-
-def inherited_sections(text: str) -> list[str]:
-    """Pipelines that take whole sections from a merge, and with them the sections' mappings."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    (pipelines,) = [value for key, value in root.value if key.value == "pipelines"]
-    return [
-        name.value
-        for name, pipeline in pipelines.value
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in pipeline.value)
-    ]
-
-
-def test_no_mapping_of_settings_stands_in_two_places() -> None:
-    """`dvc exp run -S` into a mapping that two places share would be lost, or change both."""
-    text = PIPELINES.read_text()
-    assert shared_mappings(text) == []
-    assert inherited_sections(text) == []
-
-
-def test_the_trap_is_seen_where_it_is() -> None:
-    shared = "a: {x: &s {n: 1}}\nb: {x: *s}"
-    assert shared_mappings(shared) == [(".a.x", ".b.x")]
-    assert shared_mappings("a: {x: &s {n: 1}}\nb: {x: {<<: *s}}") == []
-    assert inherited_sections("pipelines: {a: &a {x: {n: 1}}, b: {<<: *a}}") == ["b"]
-
-
-def merged_mappings(text: str) -> list[str]:
-    """Paths of mappings that a merge brings along whole: shared, though no alias is written."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    found = []
-    for path, node in mappings(root, ""):
-        written = {key.value for key, _ in node.value}
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                found += [
-                    f"{path}.{inner.value}"
-                    for source in sources
-                    for inner, below in source.value
-                    if isinstance(below, yaml.MappingNode) and inner.value not in written
-                ]
-    return found
-
-
-def test_no_merge_brings_a_mapping_along() -> None:
-    assert merged_mappings(PIPELINES.read_text()) == []
-    assert merged_mappings("a: &a {t: {n: 1}}\nb: {<<: *a}") == [".b.t"]
-    assert merged_mappings("a: &a {t: &t {n: 1}}\nb: {<<: *a, t: {<<: *t}}") == []
+def test_no_line_of_the_settings_file_says_another_ones_value() -> None:
+    """`dvc exp run -S` writes merged and aliased mappings out in full, for every pipeline."""
+    events = list(yaml.parse(PIPELINES.read_text(), Loader=yaml.SafeLoader))
+    assert not [event for event in events if isinstance(event, yaml.AliasEvent)]

@@ -12,13 +12,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, TraceForm, normalise_question
-from kava_core.problems.scenarios import SCENARIOS, STYLES, Scenario, Style, Wording
+from kava_core.problems.sources.base import GeneratedSource
+from kava_core.problems.sources.scenarios import SCENARIOS, STYLES, Scenario, Style, Wording
 from kava_core.problems.splits import ProblemSplits
 
-OPERATIONS = ("add", "subtract", "multiply", "divide")
+Operation = Literal["add", "subtract", "multiply", "divide"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 _SHORTEST, _LONGEST = 2, 8
 _ATTEMPTS = 2000  # draws without a new problem after which the space counts as exhausted
@@ -45,28 +48,31 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Generator:
+class Synthetic(GeneratedSource):
     """What the problems look like.
 
     `steps` is the least and the greatest number of steps (each length is equally likely);
     `operations` the ones to draw from; `max_value` bounds every value of the chain and
     `max_operand` what is added or subtracted; `factors` are those of multiplications and
     divisions; `distractors` is the probability that a problem has one sentence with a number that
-    does not matter. KavaError for settings that no problem can meet.
+    does not matter. KavaError for settings that no problem can meet, or that would change none.
     """
 
+    name = "synthetic"
+    forms = ("equations", "sentences")
+
     steps: tuple[int, int] = (2, 4)
-    operations: tuple[str, ...] = OPERATIONS
+    operations: tuple[Operation, ...] = OPERATIONS
     max_value: int = 99
     max_operand: int = 20
     factors: tuple[int, ...] = (2, 3)
     style: Style = "compact"
-    traces: TraceForm = "equations"
     distractors: float = 0.0
 
     def __post_init__(self) -> None:
         least, greatest = self.steps
-        unknown = [name for name in self.operations if name not in OPERATIONS]
+        scales = {"multiply", "divide"} & set(self.operations)
+        shifts = {"add", "subtract"} & set(self.operations)
         checks = [
             (
                 _SHORTEST <= least <= greatest <= _LONGEST,
@@ -74,23 +80,28 @@ class Generator:
                 list(self.steps),
             ),
             (
-                bool(self.operations) and not unknown,
+                bool(self.operations) and set(self.operations) <= set(OPERATIONS),
                 f"`operations` to name some of {', '.join(OPERATIONS)}",
                 list(self.operations),
             ),
             (self.max_value >= 4, "`max_value` to be at least 4", self.max_value),
             (self.max_operand >= 1, "`max_operand` to be at least 1", self.max_operand),
             (
+                bool(shifts) or self.max_operand == Synthetic.max_operand,
+                "`max_operand` only beside the operations add or subtract",
+                self.max_operand,
+            ),
+            (
                 bool(self.factors) and all(2 <= factor <= 9 for factor in self.factors),
                 "`factors` to be numbers from 2 to 9",
                 list(self.factors),
             ),
-            (self.style in STYLES, f"`style` to be one of {', '.join(STYLES)}", self.style),
             (
-                self.traces in ("equations", "sentences"),
-                "`traces` to be `equations` or `sentences`",
-                self.traces,
+                bool(scales) or self.factors == Synthetic.factors,
+                "`factors` only beside the operations multiply or divide",
+                list(self.factors),
             ),
+            (self.style in STYLES, f"`style` to be one of {', '.join(STYLES)}", self.style),
             (
                 0 <= self.distractors <= 1,
                 "`distractors` to be a probability from 0 to 1",
@@ -101,7 +112,9 @@ class Generator:
             if not holds:
                 raise KavaError(f"Expected {expected}, found {found}. Correct the setting.")
 
-    def splits(self, train: int, validation: int, test: int, *, seed: int) -> ProblemSplits:
+    def splits(
+        self, train: int, validation: int, test: int, *, seed: int, traces: TraceForm
+    ) -> ProblemSplits:
         """Draw the three splits; equal arguments give equal problems on every machine.
 
         No question stands in two splits, and none in one split twice. Nor does a chain (start and
@@ -119,7 +132,8 @@ class Generator:
             chains: set[tuple[Step, ...]] = set()
             problems = []
             for row in range(count):
-                problem, chain = self._new(rng, questions, held_out, f"synthetic-{split}-{row:06d}")
+                name = f"{self.name}-{split}-{row:06d}"
+                problem, chain = self._new(rng, questions, held_out, name, traces)
                 problems.append(problem)
                 chains.add(chain)
             held_out |= chains
@@ -132,6 +146,7 @@ class Generator:
         questions: set[str],
         held_out: set[tuple[Step, ...]],
         name: str,
+        traces: TraceForm,
     ) -> tuple[Problem, tuple[Step, ...]]:
         # The length is drawn once, outside the retries: the share of each length stays even when
         # short problems, of which there are fewer, must be drawn again more often.
@@ -140,7 +155,7 @@ class Generator:
             chain = self._chain(rng, length)
             if chain is None or chain in held_out:
                 continue
-            problem = self._tell(rng, chain, name)
+            problem = self._tell(rng, chain, name, traces)
             key = normalise_question(problem.question)
             if key not in questions:
                 questions.add(key)
@@ -179,7 +194,9 @@ class Generator:
             return [factor for factor in self.factors if value * factor <= self.max_value]
         return [factor for factor in self.factors if value % factor == 0]
 
-    def _tell(self, rng: random.Random, chain: tuple[Step, ...], name: str) -> Problem:
+    def _tell(
+        self, rng: random.Random, chain: tuple[Step, ...], name: str, traces: TraceForm
+    ) -> Problem:
         scenario: Scenario = rng.choice(SCENARIOS)
         wording: Wording = STYLES[self.style]
         teller = wording(rng, scenario)
@@ -190,9 +207,7 @@ class Generator:
             sentences.insert(rng.randint(1, len(sentences)), aside)
         sentences.append(teller.closing())
         steps = [
-            step.equation
-            if self.traces == "equations"
-            else teller.result(step.expression, step.result)
+            step.equation if traces == "equations" else teller.result(step.expression, step.result)
             for step in chain
         ]
         return Problem(
@@ -200,7 +215,7 @@ class Generator:
             question=" ".join(sentences),
             steps=tuple(steps),
             answer=str(chain[-1].result),
-            source="synthetic",
+            source=self.name,
             topic=scenario.name,
         )
 

@@ -1,0 +1,109 @@
+"""From a source to all problems of a pipeline: what is taught, and what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kava_core.answers import has_value
+from kava_core.errors import KavaError
+from kava_core.problems.load import Reading, ReadSet, load_splits, load_test_set
+from kava_core.problems.readers import Location
+from kava_core.problems.records import Problem
+from kava_core.problems.sources import GeneratedSource, RowSource, Source
+from kava_core.problems.splits import ProblemSplits, count_leaks
+
+
+@dataclass(frozen=True)
+class FurtherSet:
+    """A test set beside the source's own; `split` None: its `test`, or the only one it has."""
+
+    source: RowSource
+    location: Location
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many problems there shall be of each split; None takes all there is."""
+
+    train: int | None
+    validation: int
+    test: int | None
+
+
+def prepare_problems(
+    source: Source,
+    location: Location | None,
+    reading: Reading,
+    sizes: Sizes,
+    *,
+    seed: int = 0,
+    deduplicate: bool = False,
+    allow_leakage: bool = False,
+    test_sets: Mapping[str, FurtherSet] | None = None,
+) -> ProblemSplits:
+    """The problems of a source, generated or read from `location`, and its further test sets.
+
+    KavaError for rows that cannot be read, too few of them, a question that is taught and asked
+    (unless one of `deduplicate` and `allow_leakage` is set), and a split none of whose answers is a
+    number or a mathematical expression.
+    """
+    further = {
+        name: load_test_set(name, asked.source, asked.location, reading, split=asked.split)
+        for name, asked in (test_sets or {}).items()
+    }
+    problems = {name: found.problems for name, found in further.items()}
+    if isinstance(source, GeneratedSource):
+        splits = _generated(source, reading, sizes, seed)
+    elif isinstance(source, RowSource) and location is not None:
+        splits = load_splits(
+            source,
+            location,
+            reading,
+            train=sizes.train,
+            validation=sizes.validation,
+            test=sizes.test,
+            seed=seed,
+            deduplicate=deduplicate,
+            test_sets=problems,
+        )
+    else:
+        raise KavaError(f"Expected a path to read {source.name} from, found none. Set `path`.")
+    splits = _joined(splits, problems, further)
+    for name, found in {**splits.taught(), **splits.asked()}.items():
+        _check_answers(name, found)
+    return replace(splits, leaked=count_leaks(splits, allow_leakage))
+
+
+def _generated(source: GeneratedSource, reading: Reading, sizes: Sizes, seed: int) -> ProblemSplits:
+    if sizes.train is None or sizes.test is None:
+        raise KavaError(
+            f"Expected numbers of train and test problems to generate {source.name}, found none: "
+            "there is no end to them. Set `train` and `test`."
+        )
+    return source.splits(
+        sizes.train, sizes.validation, sizes.test, seed=seed, traces=reading.traces
+    )
+
+
+def _joined(
+    splits: ProblemSplits, problems: dict[str, list[Problem]], further: Mapping[str, ReadSet]
+) -> ProblemSplits:
+    return replace(
+        splits,
+        test_sets=problems,
+        dropped=splits.dropped
+        | {name: found.dropped for name, found in further.items() if found.dropped},
+        origins=splits.origins | {name: found.origin for name, found in further.items()},
+    )
+
+
+def _check_answers(name: str, problems: Sequence[Problem]) -> None:
+    """An answer that is mere text can only be compared letter by letter: not all of them may be."""
+    if not any(has_value(problem.answer) for problem in problems):
+        raise KavaError(
+            f"{name}: expected numbers or mathematical expressions as answers, found none in "
+            f"{len(problems)} problems (the first, {problems[0].id}, has "
+            f"{problems[0].answer!r:.60}). Correct what is read as the answer."
+        )

@@ -1,0 +1,289 @@
+"""The stages of a pipeline as DVC sees them: what each is made from, and what it makes.
+
+Every pipeline has a folder of its own, `pipelines/NAME/`, with the `dvc.yaml` that is written here
+and the lock that DVC keeps beside it; so a team has any number of pipelines reproduced at once, and
+`dvc status`, `dvc metrics show` and `dvc plots show` know them all. The `dvc.yaml` at the top has
+one stage, which shows the active pipeline's results and thereby runs what they need.
+
+A stage depends on exactly its own section of settings, on the artefacts and local files that it
+reads, and on its version (`kava_core.versions`), never on the text of the code. The students are
+those of the settings, whichever they are: DVC makes its stages of them itself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kava_core.errors import KavaError
+from kava_core.settings import Pipeline
+from kava_core.versions import VERSIONS
+
+FOLDER = Path("pipelines")
+VERSIONS_FILE = FOLDER / "versions.yaml"
+HEADER = (
+    "# Written by `kava sync` from pipelines.yaml: change the settings there, and run it again\n"
+    "# after adding or removing a local path or the section `fidelity`, or changing push_caches.\n"
+)
+TOP = (
+    "# `dvc repro` does the active pipeline of pipelines.yaml and shows its results.\n"
+    "# Its stages, and those of the other pipelines: pipelines/NAME/dvc.yaml.\n"
+)
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+Stage = dict[str, Any]
+
+
+def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
+    """The content of `pipelines/<name>/dvc.yaml`."""
+    data = f"data/{name}"
+
+    def stage(
+        command: str,
+        section: str,
+        deps: list[str],
+        outs: list[Any],
+        *,
+        also: tuple[str, ...] = (),
+        metrics: list[str] | None = None,
+    ) -> Stage:
+        """Paths are those below data/<name> unless they are the user's own."""
+        number = command.split(maxsplit=1)[0]
+        sections = [f"pipelines.{name}.{each}" for each in (section, *also)]
+        return {
+            "wdir": "../..",
+            "cmd": f"kava {command} --pipeline {name}",
+            "deps": deps,
+            "params": [{"pipelines.yaml": sections}, {VERSIONS_FILE.as_posix(): [number]}],
+            "outs": outs,
+            **({"metrics": metrics} if metrics else {}),
+        }
+
+    def made(*names: str) -> list[str]:
+        return [f"{data}/{each}" for each in names]
+
+    caches = f"{data}/teacher_kv"
+    asks_test = settings.fidelity is not None and settings.fidelity.split == "test"
+    students = stage(
+        "distill ${key}",
+        "students.${key}",
+        [*made("${item.reads}", "teacher"), *_local_models(settings)],
+        made("students/${key}", "curves/students/${key}"),
+    )
+    results = ["problems", "test_sets", "teacher", "teacher_kv", "kv_targets"]
+    results += ["fidelity"] if settings.fidelity else []
+    stages = {
+        "prepare": stage(
+            "prepare", "prepare", _local_problems(settings), made("problems", "test_sets")
+        ),
+        "teacher": stage(
+            "teacher",
+            "teacher",
+            [*made("problems"), *_local(settings.teacher.model)],
+            made("teacher", "curves/teacher"),
+        ),
+        "generate": stage(
+            "generate",
+            "generate",
+            made("problems", "teacher"),
+            [caches if settings.resources.push_caches else {caches: {"push": False}}],
+        ),
+        "evict": stage(
+            "evict",
+            "evict",
+            made("teacher_kv"),
+            made("kv_targets"),
+            metrics=made("eviction.json"),
+        ),
+        "fidelity": stage(
+            "fidelity",
+            "fidelity",
+            made("test_sets" if asks_test else "problems", "teacher"),
+            made("fidelity"),
+            metrics=made("measured/fidelity.json"),
+        ),
+        "distill": {"foreach": f"${{pipelines.{name}.students}}", "do": students},
+        "evaluate": stage(
+            "evaluate",
+            "evaluate",
+            made("problems", "test_sets", "teacher", "kv_targets", "students"),
+            made("evaluation"),
+            also=("students",),
+            metrics=made("measured/evaluation.json"),
+        ),
+        # Shows what was measured too, but depends on it through nothing: seconds rerun nothing.
+        "report": stage(
+            "report",
+            "report",
+            made(*results, "students", "evaluation", "curves"),
+            made("report", "costs"),
+        ),
+    }
+    if settings.fidelity is None:
+        del stages["fidelity"]
+    for each in stages.values():
+        if each.get("deps") == []:
+            del each["deps"]
+    below = f"../../{data}"
+    return {
+        "vars": ["../../pipelines.yaml:pipelines"],
+        "stages": stages,
+        "metrics": [
+            f"{below}/{file}"
+            for file in ("teacher/metrics.json", "evaluation/summary.json", "report/summary.json")
+        ],
+        "plots": _plots(below, settings),
+    }
+
+
+def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
+    """What `dvc plots` draws: files that the stages write for whatever students there are."""
+
+    def plot(title: str, file: str, x: str, y: str, template: str, **labels: str) -> dict[str, Any]:
+        return {title: {"x": x, "y": {f"{below}/{file}": y}, **labels, "template": template}}
+
+    found = [
+        plot(
+            "exact match of the systems",
+            "evaluation/plots/systems.json",
+            "exact_match",
+            "system",
+            "systems",
+            x_label="exact match, %",
+        ),
+        plot(
+            "exact match by number of steps",
+            "evaluation/plots/steps.json",
+            "steps",
+            "exact_match",
+            "steps",
+            x_label="steps of the gold trace",
+            y_label="exact match, %",
+        ),
+        plot(
+            "loss on the answer",
+            "report/losses.json",
+            "step",
+            "loss",
+            "losses",
+            y_label="cross-entropy of the answer, nats",
+        ),
+    ]
+    if settings.fidelity:
+        found += [
+            plot(
+                "exact match of compressed caches",
+                "fidelity/budgets.json",
+                "budget",
+                "exact_match",
+                "series",
+            ),
+            plot(
+                "KL of compressed caches to the full one",
+                "fidelity/budgets.json",
+                "budget",
+                "kl",
+                "series",
+            ),
+        ]
+    return found
+
+
+def _local_problems(settings: Pipeline) -> list[str]:
+    sources = [settings.prepare.path, *(s.path for s in settings.prepare.test_sets.values())]
+    return _local(*sources)
+
+
+def _local_models(settings: Pipeline) -> list[str]:
+    return _local(*(student.model for student in settings.students.values()))
+
+
+def _local(*paths: str | None) -> list[str]:
+    """The paths on this machine, there yet or not; a name on the Hub has a revision instead.
+
+    `name` and `owner/name` are the Hub's unless something here is called so.
+    """
+    here = {
+        path
+        for path in paths
+        if path is not None
+        and path != "scratch"
+        and (not HUB_NAME.fullmatch(path) or path.startswith("data/") or Path(path).exists())
+    }
+    return sorted(str(Path(path).expanduser()) for path in here)
+
+
+def top_file() -> dict[str, Any]:
+    """The content of the `dvc.yaml` at the top."""
+    return {
+        "vars": ["pipelines.yaml:pipeline"],
+        "stages": {
+            "show": {
+                "cmd": "kava show --pipeline ${pipeline}",
+                "deps": ["data/${pipeline}/report"],
+            }
+        },
+    }
+
+
+def as_yaml(content: Any, header: str) -> str:
+    """YAML as DVC writes it, below a comment."""
+    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
+    """Every file that follows from the settings: path below the project → text."""
+    files = {Path("dvc.yaml"): as_yaml(top_file(), TOP)}
+    for name, settings in pipelines.items():
+        files[FOLDER / name / "dvc.yaml"] = as_yaml(dvc_file(name, settings), HEADER)
+    versions = "# What each stage computes (kava_core/versions.py). Written by `kava sync`.\n"
+    files[VERSIONS_FILE] = as_yaml(VERSIONS, versions)
+    return files
+
+
+def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> None:
+    """KavaError if DVC would miss a change that matters to this stage.
+
+    project: the folder of pipelines.yaml. A pipeline without a dvc.yaml is not tracked at all, and
+    may be run by hand. What a person adds to the file is left alone.
+    """
+    path = project / FOLDER / name / "dvc.yaml"
+    if not path.is_file():
+        return
+    wrong = _missing(path, dvc_file(name, settings)["stages"].get(stage), stage)
+    versions = _read(project / VERSIONS_FILE) if (project / VERSIONS_FILE).is_file() else {}
+    if versions.get(stage) != VERSIONS[stage]:
+        wrong.append(f"version {VERSIONS[stage]}")
+    if wrong:
+        raise KavaError(
+            f"{path} does not track what stage {stage} is made from now: expected "
+            f"{', '.join(wrong)}. Run `kava sync`."
+        )
+
+
+def _missing(path: Path, wanted: Stage | None, stage: str) -> list[str]:
+    """What the stage in the file at `path` lacks of what it should track and make."""
+    found = (_read(path).get("stages") or {}).get(stage)
+    if wanted is None or not isinstance(found, dict):
+        return [f"stage {stage}"]
+    wanted, found = wanted.get("do", wanted), found.get("do", found)
+    lacking: list[str] = []
+    for kind in ("deps", "params", "outs", "metrics"):
+        there = [yaml.safe_dump(entry) for entry in found.get(kind) or []]
+        lacking += [
+            f"{kind}: {entry}"
+            for entry in wanted.get(kind) or []
+            if yaml.safe_dump(entry) not in there
+        ]
+    return lacking
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KavaError(f"{path} cannot be read: {error}. Run `kava sync`.") from None
+    return content if isinstance(content, dict) else {}

@@ -6,8 +6,9 @@ first asked for, so that `import kava_core` does not wait for torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from kava_core.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -25,20 +26,13 @@ if TYPE_CHECKING:
     from kava_core.models.latent import LatentReasoner
     from kava_core.store import TargetsStore, TeacherStore
 else:
-    _HOMES = {
-        "POLICIES": "kava_core.eviction",
-        "LatentReasoner": "kava_core.models.latent",
-        "TargetsStore": "kava_core.store",
-        "TeacherStore": "kava_core.store",
-        "evict": "kava_core.eviction",
-    }
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__ = lazily(
+        __name__,
+        {
+            "POLICIES": "kava_core.eviction",
+            "LatentReasoner": "kava_core.models.latent",
+            "TargetsStore": "kava_core.store",
+            "TeacherStore": "kava_core.store",
+            "evict": "kava_core.eviction",
+        },
+    )

@@ -2,18 +2,19 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIPELINE = $(shell sed -n 's/^pipeline: *//p' pipelines.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart repro test test-slow test-browser lint format environment clean
+.PHONY: smoke quickstart repro test test-slow test-browser lint format environment clean
+
+smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
+	dvc repro pipelines/smoke/dvc.yaml
+	kava show --pipeline smoke
 
 quickstart: environment repro  ## environment, then the whole pipeline, then its table
 
 repro:  ## the active pipeline of pipelines.yaml; does what is out of date
 	dvc repro
-	@echo
-	@cat data/$(PIPELINE)/report/table.txt
-	@echo "Report: data/$(PIPELINE)/report/index.html"
+	@kava show
 
 environment: $(VENV)/.installed
 

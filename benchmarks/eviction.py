@@ -37,7 +37,7 @@ from kava_core.eviction import POLICIES, CacheBatch, Policy, Targets, evict
 from kava_core.eviction.selection import score_all
 from kava_core.record import Record
 from kava_core.rotary import Rotary
-from kava_core.store import Codec, Geometry, finalise, write_teacher_shard
+from kava_core.store import Codec, Geometry, StoreSpec, finalise, write_teacher_shard
 from stages.evict import evict as stage
 
 LENGTHS = (64, 256, 1024, 4096)
@@ -206,12 +206,15 @@ def write_teacher_store(folder: Path, shards: int) -> None:
     geometry = Geometry.plain(
         layers=LAYERS, kv_heads=HEADS, head_dim=HEAD_DIM, hidden_size=HIDDEN_SIZE
     )
+    rotary = Rotary(torch.ones(LAYERS, HEAD_DIM // 2).double(), torch.ones(LAYERS).double())
+    spec = StoreSpec(geometry, Codec(), "pre_rope", rotary)
     generator = torch.Generator().manual_seed(0)
     for shard in range(shards):
         lengths = torch.randint(64, 193, (64,), generator=generator).tolist()
         shape = (sum(lengths), LAYERS, HEADS, HEAD_DIM)
         write_teacher_shard(
             folder,
+            spec,
             shard,
             [
                 Record(f"{shard}-{i}", [1] * 60, [1] * n, [1] * 4, [1] * 4, "random", "", 0, "")
@@ -221,18 +224,11 @@ def write_teacher_store(folder: Path, shards: int) -> None:
             values=torch.randn(shape, generator=generator),
             importance=torch.rand(shape[:3], generator=generator),
             endpoint=torch.randn(64, LAYERS + 1, HIDDEN_SIZE, generator=generator),
-            geometry=geometry,
-            codec=Codec(),
         )
-    rotary = Rotary(torch.ones(LAYERS, HEAD_DIM // 2).double(), torch.ones(LAYERS).double())
     finalise(
         folder,
-        "teacher_kv",
+        spec,
         shards=shards,
-        geometry=geometry,
-        codec=Codec(),
-        rotary_phase="pre_rope",
-        rotary=rotary,
         settings={},
         fingerprints=dict.fromkeys(("problems", "teacher", "tokenizer"), "0" * 64),
     )

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -25,12 +26,13 @@ from rich.table import Table
 
 from kava_core.models.loading import build_llama, load_model, load_tokenizer, save_model
 from kava_core.problems.folder import open_problems, write_problems
-from kava_core.problems.synthetic import Generator
+from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Generate
+from kava_core.targets.build import ShardCounts
+from kava_core.targets.generate import GenerateJob, teacher_spec
 from stages.cli import quiet
-from stages.generate import GenerateJob
 
 TARGET = 0.85
 EXAMPLES, BATCH = 32, 8
@@ -38,8 +40,8 @@ EXAMPLES, BATCH = 32, 8
 
 def build(folder: Path) -> tuple[GenerateJob, int]:
     """Problems and a teacher in `folder`; the job over them and the teacher's parameter count."""
-    generator = Generator(steps=(8, 8), style="prose", traces="sentences")
-    splits = generator.splits(EXAMPLES, 1, 1, seed=0)
+    source = Synthetic(steps=(8, 8), style="prose")
+    splits = source.splits(EXAMPLES, 1, 1, seed=0, traces="sentences")
     (folder / "problems").mkdir()
     write_problems(folder / "problems", splits, "sentences", {})
     texts = [p.question + " ".join(p.steps) for p in splits.train]
@@ -58,7 +60,13 @@ def build(folder: Path) -> tuple[GenerateJob, int]:
     save_model(folder / "teacher", model, tokenizer)
     (folder / "store").mkdir()
     settings = Generate(shard_size=EXAMPLES, batch_size=BATCH, threads=torch.get_num_threads())
-    job = GenerateJob(folder / "problems", folder / "teacher", folder / "store", settings)
+    job = GenerateJob(
+        folder / "problems",
+        folder / "teacher",
+        folder / "store",
+        settings,
+        teacher_spec(model, settings),
+    )
     return job, sum(p.numel() for p in model.parameters())
 
 
@@ -97,13 +105,13 @@ def main(as_json: bool, rounds: int) -> None:
         seconds: dict[str, list[float]] = {"stage": [], "forward": []}
         tokens = 0
         for turn in range(rounds + 1):
-            for what, call in (("forward", bare), ("stage", lambda: work(0))):
+            for what, call in (("forward", bare), ("stage", partial(work, 0))):
                 began = time.perf_counter()
                 result = call()
                 if turn:  # the first round warms up
                     seconds[what].append(time.perf_counter() - began)
-                if isinstance(result, dict):
-                    tokens = result["tokens"]
+                if isinstance(result, ShardCounts):
+                    tokens = result.tokens
     # Pair by pair, so that a machine that drifts drifts under both.
     pairs = zip(seconds["forward"], seconds["stage"], strict=True)
     ratio = statistics.median(forward / stage for forward, stage in pairs)

@@ -39,12 +39,14 @@ from kava_core.record import Record
 from kava_core.store import (
     Codec,
     Geometry,
+    StoreSpec,
     TargetsStore,
     finalise,
     write_targets_shard,
 )
 
 GEOMETRY = Geometry.plain(layers=16, kv_heads=8, head_dim=64, hidden_size=2048, slots=24)
+SPEC = StoreSpec(GEOMETRY, Codec())
 CEILING = "index_select from memory"
 BATCH = 32
 SHARD = 64
@@ -77,9 +79,7 @@ def shard_records(shard: int) -> list[Record]:
 
 
 def write_ours(folder: Path, shard: int, tensors: dict[str, Any]) -> None:
-    write_targets_shard(
-        folder, shard, shard_records(shard), **tensors, geometry=GEOMETRY, codec=Codec()
-    )
+    write_targets_shard(folder, SPEC, shard, shard_records(shard), **tensors)
 
 
 def our_store(folder: Path, data: dict[str, Tensor]) -> Read:
@@ -88,17 +88,7 @@ def our_store(folder: Path, data: dict[str, Tensor]) -> Read:
     for shard in range(shards):
         part = slice(shard * SHARD, (shard + 1) * SHARD)
         write_ours(folder, shard, {name: x[part] for name, x in data.items()})
-    finalise(
-        folder,
-        "kv_targets",
-        shards=shards,
-        geometry=GEOMETRY,
-        codec=Codec(),
-        rotary_phase="pre_rope",
-        rotary=None,
-        settings={},
-        fingerprints={},
-    )
+    finalise(folder, SPEC, shards=shards, settings={}, fingerprints={})
     store = TargetsStore.open(folder)
     buffer = store.buffer(BATCH)
     return lambda indices: store.batch(indices, out=buffer)

@@ -49,15 +49,16 @@ from kava_core.settings import Evict
 from kava_core.store import (
     Codec,
     ShardShuffleSampler,
+    StoreSpec,
     TargetsStore,
     finalise,
     write_targets_shard,
 )
+from kava_core.targets.generate import store_geometry
 from kava_core.targets.online import OnlineTargets
+from kava_core.targets.plan import Plan
 from kava_core.targets.rounding import Rounding
 from stages.cli import quiet
-from stages.evict import Plan
-from stages.generate import store_geometry
 
 TARGETS = {"online_frozen_vs_offline": 1.25, "joint_vs_offline": 1.7, "data_wait_share": 0.02}
 QUESTION, CHAIN, PROMPT, ANSWER, SLOTS, ITERATIONS = 64, 128, 4, 8, 24, 3
@@ -109,6 +110,7 @@ def write_store(folder: Path) -> None:
     """Targets of SHARDS · SHARD records in `folder`, in bfloat16, evicted by R-KV."""
     teacher = TeacherPass(to_device(model()))
     plan = Plan.of(Evict(budget=SLOTS), store_geometry(teacher.model.config))
+    spec = StoreSpec(plan.geometry, HALF, "pre_rope", teacher.rotary)
     online = OnlineTargets(teacher, HALF, plan.cut, Rounding(EXACT, {}))
     for shard in range(SHARDS):
         records = traces(shard * SHARD, SHARD)
@@ -117,18 +119,8 @@ def write_store(folder: Path) -> None:
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("keys", "values", "slot_counts", "slot_positions", "endpoint")
         }
-        write_targets_shard(folder, shard, records, geometry=plan.geometry, codec=HALF, **tensors)
-    finalise(
-        folder,
-        "kv_targets",
-        shards=SHARDS,
-        geometry=plan.geometry,
-        codec=HALF,
-        rotary_phase="pre_rope",
-        rotary=teacher.rotary,
-        settings={},
-        fingerprints={},
-    )
+        write_targets_shard(folder, spec, shard, records, **tensors)
+    finalise(folder, spec, shards=SHARDS, settings={}, fingerprints={})
 
 
 class JointPass(TeacherPass):
@@ -169,7 +161,8 @@ class Steps:
         online = None
         self.joint: JointPass | None = None
         if variant == "online":
-            online = OnlineTargets.like(store, TeacherPass(to_device(model())), HALF, plan.cut)
+            teacher = TeacherPass(to_device(model()))
+            online = OnlineTargets(teacher, HALF, plan.cut, Rounding.of(store))
         if variant == "joint":
             self.joint = JointPass(self.student.decoder)
             online = OnlineTargets(self.joint, EXACT, plan.cut, Rounding(EXACT, {}))

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-from pydantic import ValidationError
 
 from kava_core.artefacts import publish, work_folder, write_json
 from kava_core.errors import KavaError
 
 from .fitting import fit_settings, hold_out
-from .run import Run, stage, store_codec, torch_threads
+from .run import Run, stage, torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from kava_core.models.latent import LatentReasoner
     from kava_core.settings import Student
     from kava_core.store import TargetsStore
-    from kava_core.targets.online import OnlineTargets
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class DistillJob:
         from kava_core.models.loading import load_model, load_tokenizer, save_model
         from kava_core.parallel import group
         from kava_core.store.sampler import ShardShuffleSampler
+        from kava_core.targets.online import OnlineTargets
         from kava_core.targets.rounding import fake_quantisation
 
         settings, training = self.settings, self.settings.training
@@ -69,10 +68,12 @@ class DistillJob:
         with torch_threads(training.threads):
             model = _build(settings, load_model(self.start), tokenizer, store)
             _check_context(model, store, dataset, chains=settings.w_cot > 0)
-            match = rounding = adapters = None
+            match = online = rounding = adapters = None
             if store is not None:
                 kv, codi = settings.alpha_kv > 0, settings.alpha_codi > 0
                 match = Match.between(model, store, settings.layer_map, kv=kv, codi=codi)
+            if store is not None and settings.targets == "online":
+                online = OnlineTargets.of(store, Path(teacher))
             if store is not None and settings.fake_quantise:
                 rounding = fake_quantisation(store)
             if training.lora is not None:
@@ -85,7 +86,7 @@ class DistillJob:
                 student_terms(
                     _objective(settings, store, match),
                     match,
-                    _online(settings, store, teacher),
+                    online,
                     rounding,
                 ),
                 dataset,
@@ -206,34 +207,9 @@ def distill(run: Run, student: str) -> None:
     publish((job.output, output))
 
 
-def _online(settings: Student, store: TargetsStore | None, teacher: str) -> OnlineTargets | None:
-    """The frozen teacher and the store's own settings, where targets are made in the step."""
-    if store is None or settings.targets == "store":
-        return None
-    from kava_core.models.loading import DTYPES, load_model, to_device
-    from kava_core.models.teacher_pass import TeacherPass
-    from kava_core.settings import Evict, Generate
-    from kava_core.targets.online import OnlineTargets
-
-    from .evict import Plan
-
-    made = store.manifest.settings
-    try:
-        generate = Generate.model_validate(made.get("generate"))
-        evict = Evict.model_validate(made.get("evict"))
-    except ValidationError as error:
-        raise KavaError(
-            f"{store.path} does not say how it was made in words of this version ({error}). Make "
-            "it again, or use `targets: store`."
-        ) from None
-    model = to_device(load_model(teacher, DTYPES[generate.model_dtype]))
-    plan = Plan.of(evict, store.geometry)
-    return OnlineTargets.like(store, TeacherPass(model), store_codec(generate), plan.cut)
-
-
 def _check_budget(run: Run, store: TargetsStore) -> None:
     """KavaError if the targets have another number of slots than `evict` makes now."""
-    from .evict import Plan
+    from kava_core.targets.plan import Plan
 
     slots = Plan.of(run.settings.evict, store.geometry).geometry.slots
     if slots != store.geometry.slots:

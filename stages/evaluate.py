@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from kava_core.artefacts import publish, read_json, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
@@ -126,41 +124,30 @@ def _read_teacher(run: Run, folder: ProblemFolder, problems: list[Problem]) -> T
     from kava_core.latents.teacher import Truncation, readable
     from kava_core.models.loading import load_model, load_tokenizer, to_device
     from kava_core.problems.traces import TraceEncoder
-    from kava_core.settings import Evict
     from kava_core.store import TargetsStore
-
-    from .evict import Plan
+    from kava_core.targets.plan import Plan
+    from kava_core.targets.specs import latent_fraction
 
     settings = run.settings.evaluate
     thinking = [s for s in run.settings.students.values() if s.reads == "kv_targets"]
     if not (settings.interpret_records and thinking):
         return None
     store = TargetsStore.open(run.path("kv_targets"))
-    try:
-        evict = Evict.model_validate(store.manifest.settings.get("evict"))
-    except ValidationError as error:
-        raise KavaError(
-            f"{store.path} does not say how it was cut in words of this version ({error}). Make it "
-            "again, or set evaluate.interpret_records to 0."
-        ) from None
-    own = evict.budget
-    plans = {
-        m: Plan.of(evict.model_copy(update={"budget": m}), store.geometry)
-        for m in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own})
-    }
-    plan = plans[own]
+    plan = Plan.of_store(store)
+    own = plan.settings.budget
+    budgets = sorted({max(1, own // 4), max(1, own // 2), own, 2 * own})
     model = to_device(load_model(str(run.path("teacher"))))
     tokenizer = load_tokenizer(str(run.path("teacher")))
-    encoder = TraceEncoder(tokenizer, folder.traces, folder.latent_fraction)
+    encoder = TraceEncoder(tokenizer, folder.traces, latent_fraction(store))
     traces = encoder.encode_all([problem for problem in problems if problem.steps])
     return read_teacher(
         model,
         readable(traces, model, settings.interpret_records),
         tokenizer,
         Truncation(
-            policy=plan.policy,
-            layers=Layers(plan.layers, plan.groups, plan.share),
-            budgets={m: plan.budgets for m, plan in plans.items()},
+            policy=plan.settings.policy,
+            layers=Layers(plan.layers, plan.groups, plan.settings.share),
+            budgets={m: plan.with_budget(m).budgets for m in budgets},
             budget=own,
             phase=store.manifest.rotary.phase,
         ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kava_core.problems.synthetic import Generator
+
 from kava_core.answers import has_value
 from kava_core.artefacts import publish, work_folder
 from kava_core.console import say
@@ -14,7 +16,6 @@ from kava_core.problems.load import Limits, Reading, load_splits, load_test_set
 from kava_core.problems.records import Problem
 from kava_core.problems.sources import SOURCES, Source, Table
 from kava_core.problems.splits import ProblemSplits, count_leaks
-from kava_core.problems.synthetic import Generator
 from kava_core.settings import FileSource, Prepare
 
 from .run import Run, stage

@@ -11,17 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from kava_core.console import say
-from kava_core.settings import Evict, Generate, Pipeline, load_pipeline
+from kava_core.settings import Pipeline, load_pipeline
 
 from .graph import check_tracked
-
-if TYPE_CHECKING:
-    from kava_core.store import Codec
 
 
 @dataclass(frozen=True)
@@ -115,16 +112,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def store_codec(settings: Generate | Evict) -> Codec:
-    """The store's codec for the bits of a stage's settings."""
-    from kava_core.store import Codec
-
-    return Codec.from_bits(
-        keys=settings.keys_bits,
-        values=settings.values_bits,
-        endpoint=settings.endpoint_bits,
-        half=settings.half,
-        granularity=settings.granularity if isinstance(settings, Evict) else "token",
-    )

@@ -30,7 +30,7 @@ from kava_core.models.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
 from kava_core.rotary import rotate
-from kava_core.store.codec import Encoded, encode
+from kava_core.store.codec import EncodedTensor, encode
 from kava_core.store.layout import Codec
 
 
@@ -74,15 +74,15 @@ class Batch:
 class Compressed:
     """What is left of a batch's chains, encoded as a targets store would hold it.
 
-    keys, values: Encoded [B, L', H, M, D], pre-RoPE; positions: [B, L', H, M] int64 in the
+    keys, values: encoded [B, L', H, M, D], pre-RoPE; positions: [B, L', H, M] int64 in the
     teacher's sequence, ABSENT where a slot is empty (the filled ones come first); widths: the
     filled slots of each row, of the record that has most.
     tokens: [B], how many tokens of the chain a head sees, the mean over the teacher's L·H heads.
     bytes: [B], of keys, values, their scales and zero points, and 4 for each slot's position.
     """
 
-    keys: Encoded
-    values: Encoded
+    keys: EncodedTensor
+    values: EncodedTensor
     positions: Tensor
     widths: list[int]
     tokens: list[float]
@@ -301,7 +301,7 @@ def _ended(row: list[int], eos: int) -> list[int]:
     return row[: row.index(eos) + 1] if eos in row else row
 
 
-def _vector_bytes(encoded: Encoded) -> int:
+def _vector_bytes(encoded: EncodedTensor) -> int:
     """Bytes of one stored vector of D numbers, its own scale and zero point included."""
     parts = [encoded.codes]
     if encoded.scale is not None and encoded.zero is not None:

@@ -10,34 +10,38 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from kava_core.errors import KavaError
 
-ShardResult = dict[str, Any]
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-class Job(Protocol):
+class Job(Protocol[Result_co]):
     """A picklable description of the work; `threads` is the number of torch threads per worker."""
 
     @property
     def threads(self) -> int: ...
 
-    def open(self) -> Callable[[int], ShardResult]:
-        """Load what the worker needs once; the result works on one shard and returns its counts."""
+    def open(self) -> Callable[[int], Result_co]:
+        """Load what the worker needs once; the result works on one shard and says what it did.
+
+        What it returns is small: results go through Ray, work does not.
+        """
         ...
 
 
 def run_shards(
-    job: Job,
+    job: Job[Result],
     shards: Sequence[int],
     *,
     workers: int | None,
     cpus_per_worker: float = 1,
     gpus_per_worker: float = 0,
-) -> Iterator[tuple[int, ShardResult]]:
+) -> Iterator[tuple[int, Result]]:
     """Run `job` on every shard and yield (shard, result) as they finish, in any order.
 
     workers: None shares the cores (and GPUs) there are, as many as fit; 0 works in process.
@@ -53,7 +57,7 @@ def run_shards(
         yield from _on_ray(job, shards, workers, cpus_per_worker, gpus_per_worker)
 
 
-def _in_process(job: Job, shards: Sequence[int]) -> Iterator[tuple[int, ShardResult]]:
+def _in_process(job: Job[Result], shards: Sequence[int]) -> Iterator[tuple[int, Result]]:
     before = torch.get_num_threads()
     torch.set_num_threads(job.threads)
     try:
@@ -64,15 +68,15 @@ def _in_process(job: Job, shards: Sequence[int]) -> Iterator[tuple[int, ShardRes
         torch.set_num_threads(before)
 
 
-class _Worker:
+class _Worker(Generic[Result]):
     """The actor. Errors a person can mend travel as values, since Ray wraps exceptions."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job[Result]) -> None:
         torch.set_num_threads(job.threads)
         self.job = job
-        self.work: Callable[[int], ShardResult] | None = None
+        self.work: Callable[[int], Result] | None = None
 
-    def run(self, shard: int) -> tuple[int, ShardResult | None, str | None]:
+    def run(self, shard: int) -> tuple[int, Result | None, str | None]:
         try:
             self.work = self.work or self.job.open()
             return shard, self.work(shard), None
@@ -81,8 +85,8 @@ class _Worker:
 
 
 def _on_ray(
-    job: Job, shards: Sequence[int], workers: int | None, cpus: float, gpus: float
-) -> Iterator[tuple[int, ShardResult]]:
+    job: Job[Result], shards: Sequence[int], workers: int | None, cpus: float, gpus: float
+) -> Iterator[tuple[int, Result]]:
     import ray
     from ray.exceptions import RayError
     from ray.util import ActorPool

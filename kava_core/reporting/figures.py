@@ -299,8 +299,8 @@ def trace_lengths(targets: Targets) -> Figured:
     median = int(np.median(lengths))
     caption = (
         f"{len(lengths):,} traces of {lengths.min():,} to {lengths.max():,} tokens, median "
-        f"{median:,}. Eviction engages on {100 * targets.engaged:.1f} % of them: there it drops at "
-        "least one token of some layer and head."
+        f"{median:,}. Eviction engages on {targets.engaged_percent:.1f} % of (record, layer, "
+        "head): from these it really drops a token."
     )
     return finish("trace-lengths", "Trace lengths and the budget", caption, draw)
 

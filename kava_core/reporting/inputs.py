@@ -186,15 +186,15 @@ class Targets:
     """The targets store, seen from the traces.
 
     lengths: N_C per record [N]. smallest, largest: the fewest and most slots that any layer and
-    head keeps of a long enough trace. engaged: the share of records of which some layer and head
-    dropped a token.
+    head keeps of a long enough trace. engaged_percent: of (record, layer, head), from which a token
+    was really dropped.
     """
 
     manifest: Manifest
     lengths: np.ndarray
     smallest: int
     largest: int
-    engaged: float
+    engaged_percent: float
 
 
 @dataclass(frozen=True)
@@ -341,31 +341,19 @@ def _read_curve(path: Path) -> Curve:
 def _read_targets(folder: Path) -> Targets:
     if not folder.exists():
         raise KavaError(f"{folder} is missing. Run `kava evict` first.")
-    from kava_core.store.index import Index
+    from kava_core.store import TargetsStore
+    from kava_core.store.summary import EvictionCounts
 
-    manifest = load_manifest(folder, "kv_targets")
-    lengths = Index(folder, manifest).column("n_cot")
-    counts = np.concatenate([_slot_counts(folder / name) for name in manifest.shard_files()])
-    kept = counts.reshape(len(lengths), -1)  # [N, L'·H]
-    budgets = kept.max(0)
+    store = TargetsStore.open(folder, checksums=False)  # slot counts are a small part of the files
+    counts = [store.slot_counts(shard).max(0) for shard in range(len(store.sizes))]  # [L', H] each
+    budgets = np.max(counts, 0)
     return Targets(
-        manifest=manifest,
-        lengths=lengths,
+        manifest=store.manifest,
+        lengths=store.index.column("n_cot"),
         smallest=int(budgets.min()),
         largest=int(budgets.max()),
-        engaged=float((kept.min(1) < lengths).mean()),
+        engaged_percent=EvictionCounts.of(store).engaged_percent,
     )
-
-
-def _slot_counts(shard: Path) -> np.ndarray:
-    """[N, L', H] of one shard; the rest of the file is not read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(shard, framework="np") as tensors:
-            return np.asarray(tensors.get_tensor("slot_counts"))
-    except (SafetensorError, OSError) as error:
-        raise KavaError(f"{shard} cannot be read ({error}). Run `kava evict` again.") from None
 
 
 def _read_log(path: Path, students: Sequence[str]) -> list[StageRun]:

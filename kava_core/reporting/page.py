@@ -164,7 +164,7 @@ def summary(findings: Findings, comparisons: Sequence[Comparison]) -> dict[str, 
             }
             for c in comparisons
         },
-        "eviction_engages": findings.targets.engaged,
+        "engaged_percent": findings.targets.engaged_percent,
         "median_trace_tokens": float(_median(findings)),
         "sweet_spot": findings.truncation.spot if findings.truncation else None,
     }
@@ -212,7 +212,7 @@ def _facts(findings: Findings, comparisons: Sequence[Comparison]) -> list[tuple[
         (" and ".join(f"{n:,}" for n in sorted(tested)), "test problems"),
         (f"{geometry.model_layers} × {geometry.kv_heads}", "layers × KV heads"),
         (str(geometry.slots), "slots kept per layer and head (M)"),
-        (f"{100 * findings.targets.engaged:.0f} %", "of traces lose tokens to eviction"),
+        (f"{findings.targets.engaged_percent:.0f} %", "of (record, layer, head) lose tokens"),
         (readable_bytes(_bytes(manifest)), "of KV targets"),
     ]
 

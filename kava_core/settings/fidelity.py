@@ -7,8 +7,12 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from kava_core.eviction.policies.attention import Attention
+from kava_core.eviction.policies.crop import Crop
 from kava_core.eviction.policies.random import Random
+from kava_core.eviction.policies.redundancy import Redundancy
 from kava_core.eviction.policies.rkv import RKV
+from kava_core.eviction.policies.uniform import Uniform
+from kava_core.eviction.policies.value_norm import ValueNorm
 from kava_core.settings.base import Bits, Dtype, Half, Positive, Section, Weight, check_half
 from kava_core.settings.evict import BudgetShape, Layers, PolicyChoice
 
@@ -41,10 +45,18 @@ class Fidelity(Section):
 
     split: Literal["validation", "test"] = "validation"
     limit: Positive | None = 200
-    policies: tuple[PolicyChoice, ...] = (RKV(), Attention(), Random())
+    policies: tuple[PolicyChoice, ...] = (
+        RKV(),
+        Attention(),
+        Redundancy(),
+        Crop(),
+        Uniform(),
+        Random(),
+        ValueNorm(),
+    )
     budgets: tuple[Positive, ...] = (2, 4, 8, 16, 24, 32, 64, 128, 256)
     budget_shape: BudgetShape = "uniform"
-    bits: tuple[FidelityBits, ...] = (FidelityBits(keys=16, values=16),)
+    bits: tuple[FidelityBits, ...] = tuple(FidelityBits(keys=n, values=n) for n in (16, 8, 4))
     half: Half = "bfloat16"
     layers: Layers = "all"
     share: Literal["none", "selection", "merged"] = "none"

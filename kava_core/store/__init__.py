@@ -4,7 +4,7 @@ Two kinds: `teacher_kv`, the whole cache of every trace, and `kv_targets`, the s
 `docs/store-format.md` is the specification.
 """
 
-from kava_core.store.codec import Encoded, Ranges, calibrate, fake_quantise
+from kava_core.store.codec import EncodedTensor, Ranges, calibrate, fake_quantise
 from kava_core.store.layout import Codec, Geometry
 from kava_core.store.manifest import Expectation, Manifest, load_manifest
 from kava_core.store.read import (
@@ -16,6 +16,7 @@ from kava_core.store.read import (
     TeacherStore,
 )
 from kava_core.store.sampler import ShardShuffleSampler
+from kava_core.store.spec import StoreSpec
 from kava_core.store.write import (
     finalise,
     finished_shards,
@@ -26,12 +27,13 @@ from kava_core.store.write import (
 __all__ = [
     "Buffer",
     "Codec",
-    "Encoded",
+    "EncodedTensor",
     "Expectation",
     "Geometry",
     "Manifest",
     "Ranges",
     "ShardShuffleSampler",
+    "StoreSpec",
     "TargetTensors",
     "TargetsBatch",
     "TargetsStore",

@@ -23,7 +23,7 @@ ZERO_LIMIT = 32_000
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedTensor:
     """Numbers as they are stored; dim 0 runs over records (or tokens).
 
     codes: [..., D] float, uint8 codes, or [..., ⌈D/2⌉] uint8 with two 4-bit codes each.
@@ -41,22 +41,22 @@ class Encoded:
     def __len__(self) -> int:
         return self.codes.shape[0]
 
-    def __getitem__(self, part: slice) -> Encoded:
+    def __getitem__(self, part: slice) -> EncodedTensor:
         """The records (or tokens) of a slice, without copying."""
         if self.scale is None or self.zero is None or self.shared:
             return replace(self, codes=self.codes[part])
         return replace(self, codes=self.codes[part], scale=self.scale[part], zero=self.zero[part])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> EncodedTensor:
         """The same, on `device`, still encoded."""
 
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Encoded:
+    def pin_memory(self) -> EncodedTensor:
         """The same in pinned memory."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> EncodedTensor:
         if self.scale is None or self.zero is None:
             return replace(self, codes=change(self.codes))
         return replace(
@@ -226,7 +226,7 @@ def calibration_tensors(
     return tensors
 
 
-def encode(x: Tensor, encoding: str, shared: tuple[Tensor, Tensor] | None = None) -> Encoded:
+def encode(x: Tensor, encoding: str, shared: tuple[Tensor, Tensor] | None = None) -> EncodedTensor:
     """x [A, ..., D] as it will be stored.
 
     shared: scale and zero from the calibration file, [L', H, D] or [L'], dim 1 of x being L';
@@ -234,7 +234,7 @@ def encode(x: Tensor, encoding: str, shared: tuple[Tensor, Tensor] | None = None
     """
     length = x.shape[-1]
     if encoding in FLOAT_DTYPES:
-        return Encoded(x.to(FLOAT_DTYPES[encoding]).contiguous(), encoding, length)
+        return EncodedTensor(x.to(FLOAT_DTYPES[encoding]).contiguous(), encoding, length)
     bits = CODE_BITS[encoding]
     exact = x.float()
     if shared is None:
@@ -244,7 +244,7 @@ def encode(x: Tensor, encoding: str, shared: tuple[Tensor, Tensor] | None = None
         scale, zero = (spread(part, x.ndim) for part in shared)
         codes = encode_with(exact, scale, zero, bits)
     codes = codes if bits == 8 else pack(codes)
-    return Encoded(codes, encoding, length, scale, zero, shared is not None)
+    return EncodedTensor(codes, encoding, length, scale, zero, shared is not None)
 
 
 def spread(parameter: Tensor, ndim: int) -> Tensor:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch import Tensor
 
 Kind = Literal["teacher_kv", "kv_targets"]
+RotaryPhase = Literal["pre_rope", "post_rope"]
 Share = Literal["none", "selection", "merged"]
 Granularity = Literal["token", "channel", "tensor"]
 Encoding = Literal["float32", "bfloat16", "float16", "uint8", "uint4"]
@@ -28,13 +29,13 @@ FLOAT_DTYPES = {
 CODE_BITS = {"uint8": 8, "uint4": 4}
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """A frozen model that refuses unknown keys and never converts a wrong type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Geometry(Strict):
+class Geometry(StrictModel):
     """The shapes of a store.
 
     model_layers L, kv_heads H, head_dim D, hidden_size E: of the teacher.
@@ -100,7 +101,7 @@ class Geometry(Strict):
         return {layer: row for row, layers in enumerate(self.rows) for layer in layers}
 
 
-class Codec(Strict):
+class Codec(StrictModel):
     """How keys, values and endpoint states are written.
 
     Floats are stored as they are. `uint8` and `uint4` are affine codes, x ≈ (code − zero) · scale,

@@ -15,6 +15,7 @@ from pydantic import PositiveInt, StringConstraints, ValidationError
 import kava_core
 from kava_core.artefacts import canonical_json, read_json
 from kava_core.errors import KavaError
+from kava_core.rotary import Rotary
 from kava_core.store.checksum import checksum
 from kava_core.store.layout import (
     CALIBRATION_FILE,
@@ -23,7 +24,8 @@ from kava_core.store.layout import (
     Codec,
     Geometry,
     Kind,
-    Strict,
+    RotaryPhase,
+    StrictModel,
     shard_name,
 )
 
@@ -36,19 +38,34 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class RotaryInfo(Strict):
+class RotaryInfo(StrictModel):
     """Which keys are stored, and how the model would turn them (see `kava_core.rotary`).
 
     phase: `pre_rope`, keys as they are before the rotary embedding; `post_rope`, after it.
     inv_freq: [L][R/2], scaling: [L]; empty lists for a model without rotary embedding.
     """
 
-    phase: Literal["pre_rope", "post_rope"]
+    phase: RotaryPhase
     inv_freq: tuple[tuple[float, ...], ...] = ()
     scaling: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, phase: RotaryPhase, rotary: Rotary | None) -> Self:
+        if rotary is None:
+            return cls(phase=phase)
+        turn = rotary.to_json()
+        inv_freq = tuple(tuple(row) for row in turn["inv_freq"])
+        return cls(phase=phase, inv_freq=inv_freq, scaling=tuple(turn["scaling"]))
 
-class Statistics(Strict):
+    @property
+    def rotary(self) -> Rotary | None:
+        """The rotation of all L layers; None for a model without rotary embedding."""
+        if not self.scaling:
+            return None
+        return Rotary.from_json(self.model_dump(include={"inv_freq", "scaling"}))
+
+
+class Statistics(StrictModel):
     """Standard deviations over the whole store, of the numbers a reader gets.
 
     keys_std, values_std: [L'], over valid slots (or tokens), heads and dimensions.
@@ -60,7 +77,7 @@ class Statistics(Strict):
     endpoint_std: tuple[float, ...]
 
 
-class Drift(Strict):
+class Drift(StrictModel):
     """What quantisation changed, per cache row: [L'] each.
 
     *_relative_l2: ‖x − x̂‖ / ‖x‖ over the store.
@@ -74,14 +91,14 @@ class Drift(Strict):
     values_neighbour_changed: tuple[float, ...]
 
 
-class FileInfo(Strict):
+class FileInfo(StrictModel):
     """Checksum and length of one file."""
 
     blake3: Digest
     bytes: PositiveInt
 
 
-class Manifest(Strict):
+class Manifest(StrictModel):
     """The whole of manifest.json; nothing in it tells two identical runs apart."""
 
     format_version: Literal[2]
@@ -136,44 +153,21 @@ def software_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a run needs a store to be; None is not checked.
+    """What a run needs a store to be made with: fingerprints of its own teacher and tokenizer."""
 
-    teacher, tokenizer, problems, teacher_kv: fingerprints. model_layers L, kv_heads H, head_dim D,
-    hidden_size E, slots M, rotary_phase: as in the manifest.
-    """
-
-    teacher: str | None = None
-    tokenizer: str | None = None
-    problems: str | None = None
-    teacher_kv: str | None = None
-    model_layers: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    hidden_size: int | None = None
-    slots: int | None = None
-    rotary_phase: str | None = None
+    teacher: str
+    tokenizer: str
 
     def check(self, manifest: Manifest, path: Path) -> None:
         """KavaError naming both values where the store at `path` is not what is expected."""
-        for name in ("teacher", "tokenizer", "problems", "teacher_kv"):
-            expected, found = getattr(self, name), manifest.fingerprints.get(name)
-            if expected is not None and expected != found:
+        for name, expected in vars(self).items():
+            found = manifest.fingerprints.get(name)
+            if expected != found:
                 raise KavaError(
                     f"{path} was made with the {name} {found or '(not recorded)'}, this run has "
                     f"{expected}. Make the store again from this run's {name}, or point to the "
                     "store that belongs to it."
                 )
-        for name in ("model_layers", "kv_heads", "head_dim", "hidden_size", "slots"):
-            self._equal(path, name, getattr(self, name), getattr(manifest.geometry, name))
-        self._equal(path, "rotary phase", self.rotary_phase, manifest.rotary.phase)
-
-    @staticmethod
-    def _equal(path: Path, name: str, expected: Any, found: Any) -> None:
-        if expected is not None and expected != found:
-            raise KavaError(
-                f"{path} has {name} {found}, this run expects {expected}. Use a store that was "
-                "made for this model and these settings."
-            )
 
 
 def load_manifest(path: Path, kind: str | None = None) -> Manifest:

@@ -25,7 +25,7 @@ from torch import Tensor
 from kava_core.errors import KavaError
 from kava_core.record import Record
 from kava_core.store.checksum import file_checksum
-from kava_core.store.codec import Encoded, spread
+from kava_core.store.codec import EncodedTensor, spread
 from kava_core.store.index import Index
 from kava_core.store.layout import (
     CALIBRATION_FILE,
@@ -47,17 +47,17 @@ OPEN_FILES = 128
 class TeacherShard:
     """One shard of a teacher store, memory-mapped.
 
-    records: N. offsets: [N+1] int64, record n owns tokens offsets[n] … offsets[n+1]. keys, values:
-    Encoded [ΣN_C, L', H, D]. importance: [ΣN_C, L', H] float32. endpoint: Encoded [N, L+1, E].
+    records: N. offsets: [N+1] int64, record n owns tokens offsets[n] … offsets[n+1]. Encoded are
+    keys, values [ΣN_C, L', H, D] and endpoint [N, L+1, E]; importance: [ΣN_C, L', H] float32.
     Cut keys and values before decoding them (`shard.keys[a:b].dequantise(device)`).
     """
 
     records: list[Record]
     offsets: Tensor
-    keys: Encoded
-    values: Encoded
+    keys: EncodedTensor
+    values: EncodedTensor
     importance: Tensor
-    endpoint: Encoded
+    endpoint: EncodedTensor
 
     def __len__(self) -> int:
         return len(self.records)
@@ -83,14 +83,14 @@ class TargetTensors:
 class TargetsBatch:
     """A batch of targets as it is stored; B records.
 
-    indices: their places in the store. keys, values: Encoded [B, L', H, M, D]; endpoint: Encoded
+    indices: their places in the store. Encoded are keys, values [B, L', H, M, D] and endpoint
     [B, L+1, E]; slot_counts [B, L', H] and slot_positions [B, L', H, M] int32.
     """
 
     indices: list[int]
-    keys: Encoded
-    values: Encoded
-    endpoint: Encoded
+    keys: EncodedTensor
+    values: EncodedTensor
+    endpoint: EncodedTensor
     slot_counts: Tensor
     slot_positions: Tensor
 
@@ -226,7 +226,7 @@ class _Store(ABC):
             self._calibration = self._tensors(CALIBRATION_FILE, layout) if layout else {}
         return self._calibration
 
-    def _encoded(self, name: str, tensors: dict[str, Tensor], length: int) -> Encoded:
+    def _encoded(self, name: str, tensors: dict[str, Tensor], length: int) -> EncodedTensor:
         encoding = getattr(self.codec, name)
         codes, scale, zero = tensors[name], tensors.get(f"{name}_scale"), None
         shared = name in self.codec.calibrated
@@ -234,7 +234,7 @@ class _Store(ABC):
             scale, zero = (spread(self._shared()[f"{name}_{p}"], codes.ndim) for p in PARTS)
         elif scale is not None:
             scale, zero = scale[..., None], tensors[f"{name}_zero"][..., None]
-        return Encoded(codes, encoding, length, scale, zero, shared)
+        return EncodedTensor(codes, encoding, length, scale, zero, shared)
 
 
 PARTS = ("scale", "zero")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -11,6 +13,42 @@ from kava_core.store.manifest import KIND_NAMES, Manifest
 from kava_core.store.read import TargetsStore, TeacherStore
 
 BARS = 10
+
+
+@dataclass(frozen=True)
+class EvictionCounts:
+    """What eviction did to the traces of a whole store, counted per (record, cache row, head).
+
+    places: how many of these there are; engaged: those from which a token was really dropped.
+    tokens: of all traces, once per row and head; kept: those that fill a slot.
+    """
+
+    places: int
+    engaged: int
+    tokens: int
+    kept: int
+
+    @classmethod
+    def of(cls, store: TargetsStore) -> Self:
+        """Those of `store`, whose tensors are read shard by shard."""
+        places = engaged = tokens = kept = 0
+        for shard in range(len(store.sizes)):
+            counts = store.slot_counts(shard)  # [N, L', H]
+            n_cot = store.index.shard(shard)["n_cot"]
+            lengths = np.broadcast_to(n_cot[:, None, None], counts.shape)
+            places += counts.size
+            engaged += int((counts < lengths).sum())
+            tokens += int(lengths.sum(dtype=np.int64))
+            kept += int(counts.sum(dtype=np.int64))
+        return cls(places, engaged, tokens, kept)
+
+    @property
+    def engaged_percent(self) -> float:
+        return 100 * self.engaged / self.places
+
+    @property
+    def kept_percent(self) -> float:
+        return 100 * self.kept / self.tokens
 
 
 def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
@@ -36,7 +74,8 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
     ]
     if isinstance(store, TargetsStore):
         facts.append(("slots (M)", str(geometry.slots)))
-        facts.append(("eviction engaged", f"on {engaged(store):.1%} of the traces"))
+        share = EvictionCounts.of(store).engaged_percent
+        facts.append(("eviction engaged", f"on {share:.1f} % of (record, layer, head)"))
     if quantised:
         facts.append(("one scale per", codec.granularity))
     facts += drift_facts(manifest)
@@ -60,12 +99,6 @@ def drift_facts(manifest: Manifest) -> list[tuple[str, str]]:
             )
         )
     return facts
-
-
-def engaged(store: TargetsStore) -> float:
-    """The share of records of which some row and head keeps less than the whole trace."""
-    kept = [store.slot_counts(k).min((1, 2)) for k in range(len(store.sizes))]
-    return float((np.concatenate(kept) < store.index.column("n_cot")).mean())
 
 
 def length_histogram(store: TeacherStore | TargetsStore) -> list[tuple[int, int, int]]:

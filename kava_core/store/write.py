@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,40 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kava_core.artefacts import (
-    atomic_path,
-    canonical_json,
-    fingerprint,
-    read_json,
-    sync,
-    write_json,
-)
+from kava_core.artefacts import atomic_path, canonical_json, read_json, sync, write_json
 from kava_core.console import say
 from kava_core.errors import KavaError
 from kava_core.record import Record
-from kava_core.rotary import Rotary
 from kava_core.store.checksum import checksum, file_checksum
-from kava_core.store.codec import (
-    CODE_BITS,
-    Encoded,
-    Ranges,
-    calibration_tensors,
-    encode,
-)
+from kava_core.store.codec import EncodedTensor, encode
 from kava_core.store.drift import drift_sums, merge_drift
 from kava_core.store.index import index_columns, write_index
 from kava_core.store.layout import (
     CALIBRATION_FILE,
+    CODE_BITS,
     INDEX_FILE,
     MANIFEST_FILE,
-    Codec,
-    Geometry,
-    Kind,
     describe,
     right_slots,
     shard_name,
 )
-from kava_core.store.manifest import FileInfo, Manifest, load_manifest
+from kava_core.store.manifest import FileInfo, Manifest, RotaryInfo, load_manifest
+from kava_core.store.spec import StoreSpec
 from kava_core.store.summary import drift_facts
 from kava_core.store.tensor_file import flush, serialise, write_pieces
 
@@ -66,6 +52,7 @@ U = TypeVar("U")
 
 def write_teacher_shard(
     folder: Path,
+    spec: StoreSpec,
     shard: int,
     records: Sequence[Record],
     *,
@@ -73,33 +60,36 @@ def write_teacher_shard(
     values: Tensor,
     importance: Tensor,
     endpoint: Tensor,
-    geometry: Geometry,
-    codec: Codec,
-    ranges: Ranges | None = None,
 ) -> None:
     """Write shard `shard` of a teacher store into the working folder; repeating it is harmless.
 
     records: N traces, in order. keys, values: [ΣN_C, L', H, D] of their CoT tokens one after the
     other, any float dtype; importance: [ΣN_C, L', H] float; endpoint: [N, L+1, E] float.
-    ranges: needed by a quantised codec with granularity `channel` or `tensor`.
 
     KavaError names the record for a NaN, an infinity, or a span without tokens.
     """
-    keys, values, importance, endpoint = (x.cpu() for x in (keys, values, importance, endpoint))
-    lengths = [len(record.cot_ids) for record in records]
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    lead = (sum(lengths), len(geometry.rows), geometry.kv_heads)
+    geometry = spec.geometry
+    if geometry.slots:
+        raise ValueError(f"a teacher's shard needs a spec without slots, found {geometry.slots}")
+    offsets = torch.tensor([0, *(len(record.cot_ids) for record in records)]).cumsum(0)
+    lead = (int(offsets[-1]), len(geometry.rows), geometry.kv_heads)
+    importance = importance.cpu()
     _expect_shape(shard, "importance", importance, lead)
     _check_finite("importance", importance, records, offsets)
-    extra = {"importance": importance.float().contiguous(), "offsets": offsets}
-    _write(
-        "teacher_kv", folder, shard, records, keys, values, endpoint, extra, lead, offsets,
-        [lead[0] * geometry.kv_heads * geometry.head_dim] * lead[1], geometry, codec, ranges,
-    )  # fmt: skip
+    content = _Content(
+        keys=keys.cpu(),
+        values=values.cpu(),
+        endpoint=endpoint.cpu(),
+        as_is={"importance": importance.float().contiguous(), "offsets": offsets},
+        spans=offsets,
+        counts=[lead[0] * geometry.kv_heads * geometry.head_dim] * lead[1],
+    )
+    _write(folder, spec, shard, records, content, (*lead, geometry.head_dim))
 
 
 def write_targets_shard(
     folder: Path,
+    spec: StoreSpec,
     shard: int,
     records: Sequence[Record],
     *,
@@ -108,9 +98,6 @@ def write_targets_shard(
     slot_counts: Tensor,
     slot_positions: Tensor,
     endpoint: Tensor,
-    geometry: Geometry,
-    codec: Codec,
-    ranges: Ranges | None = None,
 ) -> None:
     """Write shard `shard` of a targets store into the working folder; repeating it is harmless.
 
@@ -121,27 +108,37 @@ def write_targets_shard(
 
     KavaError names the record for a NaN, an infinity, or impossible slots.
     """
-    keys, values, endpoint = (x.cpu() for x in (keys, values, endpoint))
-    slot_counts, slot_positions = slot_counts.cpu(), slot_positions.cpu()
+    geometry = spec.geometry
+    if not geometry.slots:
+        raise ValueError("a shard of targets needs a spec with slots, found none")
+    keys, values, slot_counts, slot_positions = (
+        x.cpu() for x in (keys, values, slot_counts, slot_positions)
+    )
     lead = (len(records), len(geometry.rows), geometry.kv_heads, geometry.slots)
     _expect_shape(shard, "slot_counts", slot_counts, lead[:-1])
     _expect_shape(shard, "slot_positions", slot_positions, lead)
     _check_slots(records, slot_counts, slot_positions)
-    _expect_shape(shard, "keys", keys, (*lead, geometry.head_dim))
-    _expect_shape(shard, "values", values, (*lead, geometry.head_dim))
-    invalid = slot_positions < 0  # [N, L', H, M]
-    if invalid.any():
-        keys = keys.masked_fill(invalid[..., None], 0)
-        values = values.masked_fill(invalid[..., None], 0)
-    extra = {
-        "slot_counts": slot_counts.to(torch.int32).contiguous(),
-        "slot_positions": slot_positions.to(torch.int32).contiguous(),
-    }
-    count = slot_counts.sum((0, 2)) * geometry.head_dim  # [L'] numbers in valid slots
-    _write(
-        "kv_targets", folder, shard, records, keys, values, endpoint, extra, lead,
-        torch.arange(len(records) + 1), count.tolist(), geometry, codec, ranges,
-    )  # fmt: skip
+    shape = (*lead, geometry.head_dim)
+    _expect_shape(shard, "keys", keys, shape)
+    _expect_shape(shard, "values", values, shape)
+    valid = slot_positions >= 0  # [N, L', H, M]
+    if not valid.all():
+        keys = keys.masked_fill(~valid[..., None], 0)
+        values = values.masked_fill(~valid[..., None], 0)
+    counts = slot_counts.sum((0, 2)) * geometry.head_dim  # [L']
+    content = _Content(
+        keys=keys,
+        values=values,
+        endpoint=endpoint.cpu(),
+        as_is={
+            "slot_counts": slot_counts.to(torch.int32).contiguous(),
+            "slot_positions": slot_positions.to(torch.int32).contiguous(),
+        },
+        spans=torch.arange(len(records) + 1),
+        counts=counts.tolist(),
+        valid=valid,
+    )
+    _write(folder, spec, shard, records, content, shape)
 
 
 def finished_shards(folder: Path) -> set[int]:
@@ -158,29 +155,23 @@ def finished_shards(folder: Path) -> set[int]:
 
 def finalise(
     folder: Path,
-    kind: Kind,
+    spec: StoreSpec,
     *,
     shards: int,
-    geometry: Geometry,
-    codec: Codec,
-    rotary_phase: str,
-    rotary: Rotary | None,
     settings: dict[str, Any],
     fingerprints: dict[str, str],
-    ranges: Ranges | None = None,
 ) -> Manifest:
     """Turn a working folder with shards 0 … shards − 1 into a store; returns its manifest.
 
-    rotary: how the model turns its keys, for all its L layers; None without rotary embedding.
     settings: those that shaped the content, as plain JSON. fingerprints: name → content hash of
     what the store was made from (`problems`, `teacher`, `tokenizer`, `teacher_kv`).
 
     Says what quantisation changed. A killed run may call it again. KavaError names shards that are
-    missing or were written with other settings, ids that occur twice, and a store without records.
+    missing or were written with another spec, ids that occur twice, and a store without records.
     """
     if (folder / MANIFEST_FILE).exists():  # written last: only the tidying is left
         _tidy(folder)
-        return load_manifest(folder, kind)
+        return load_manifest(folder, spec.kind)
     if shards < 1:
         raise KavaError(f"{folder}: a store needs records, found none. Check what went in.")
     missing = sorted(set(range(shards)) - finished_shards(folder))
@@ -189,13 +180,12 @@ def finalise(
             f"{folder} lacks {len(missing)} of {shards} shards, first {shard_name(missing[0])}. "
             "Run the stage again: it writes what is missing."
         )
-    spec = _spec(kind, geometry, codec, ranges)
     sides: list[dict[str, Any]] = []
 
     def columns() -> Iterator[dict[str, list[Any]]]:
         ids: set[str] = set()
         for shard in range(shards):
-            side = _side_record(folder, shard, spec)
+            side = _side_record(folder, shard, spec.fingerprint)
             rows = side.pop("columns")  # the bulk of it: one shard's at a time
             _check_ids(folder, rows["id"], ids)
             sides.append(side)
@@ -203,25 +193,19 @@ def finalise(
 
     write_index(folder / INDEX_FILE, columns())
     files = {shard_name(side["shard"]): _info(side) for side in sides}
-    shared = calibration_tensors(geometry, codec, ranges)
     names = [INDEX_FILE]
-    if shared:
+    if spec.calibration:
         with atomic_path(folder / CALIBRATION_FILE) as temporary:
-            write_pieces(temporary, serialise(shared))
+            write_pieces(temporary, serialise(spec.calibration))
         names.append(CALIBRATION_FILE)
     for name in names:
         file = folder / name
         files[name] = FileInfo(blake3=file_checksum(file), bytes=file.stat().st_size)
-    turn = rotary.to_json() if rotary is not None else {"inv_freq": [], "scaling": []}
     manifest = Manifest.build(
-        kind=kind,
-        geometry=geometry,
-        codec=codec,
-        rotary={
-            "phase": rotary_phase,
-            "inv_freq": tuple(tuple(row) for row in turn["inv_freq"]),
-            "scaling": tuple(turn["scaling"]),
-        },
+        kind=spec.kind,
+        geometry=spec.geometry,
+        codec=spec.codec,
+        rotary=RotaryInfo.of(spec.phase, spec.rotary),
         settings=settings,
         fingerprints=fingerprints,
         statistics={
@@ -236,54 +220,57 @@ def finalise(
     )
     write_json(folder / MANIFEST_FILE, manifest.to_json())
     for fact, value in drift_facts(manifest):
-        say(f"{kind}: {fact} by quantisation: {value}")
+        say(f"{spec.kind}: {fact} by quantisation: {value}")
     _tidy(folder)
     return manifest
 
 
+@dataclass(frozen=True)
+class _Content:
+    """The tensors of a shard of N records, on the CPU, before they are encoded.
+
+    keys, values: [ΣN_C, L', H, D] or [N, L', H, M, D]; endpoint: [N, L+1, E]. as_is: tensors that
+    are stored as they are. spans: [N+1], record n owns keys[spans[n]:spans[n+1]]. counts: [L']
+    numbers in valid slots, of keys as of values. valid: [N, L', H, M], None where there are no
+    slots.
+    """
+
+    keys: Tensor
+    values: Tensor
+    endpoint: Tensor
+    as_is: dict[str, Tensor]
+    spans: Tensor
+    counts: list[int]
+    valid: Tensor | None = None
+
+
 def _write(
-    kind: Kind,
     folder: Path,
+    spec: StoreSpec,
     shard: int,
     records: Sequence[Record],
-    keys: Tensor,
-    values: Tensor,
-    endpoint: Tensor,
-    extra: dict[str, Tensor],
-    lead: tuple[int, ...],
-    spans: Tensor,
-    counts: list[int],
-    geometry: Geometry,
-    codec: Codec,
-    ranges: Ranges | None,
+    content: _Content,
+    shape: tuple[int, ...],
 ) -> None:
-    """Encode, write and describe one shard.
-
-    spans: [N+1], record n owns keys[spans[n]:spans[n+1]]. counts: [L'] numbers in valid slots.
-    """
-    if not records:
-        raise KavaError(f"{folder / shard_name(shard)}: a shard needs at least one record.")
-    columns = index_columns(shard, records)
-    levels = geometry.model_layers + 1
-    _expect_shape(shard, "keys", keys, (*lead, geometry.head_dim))
-    _expect_shape(shard, "values", values, (*lead, geometry.head_dim))
-    _expect_shape(shard, "endpoint", endpoint, (len(records), levels, geometry.hidden_size))
-    own = torch.arange(len(records) + 1)
-    inputs = {"keys": (keys, spans), "values": (values, spans), "endpoint": (endpoint, own)}
-    calibration = calibration_tensors(geometry, codec, ranges)
-    encoded: dict[str, Encoded] = {}
-    tensors = dict(extra)
-    for name, (x, where) in inputs.items():
-        encoding = getattr(codec, name)
-        if encoding in CODE_BITS:  # a float is checked by its sums, after it is cast
-            _check_finite(name, x, records, where)
-        shared = None
-        if name in codec.calibrated:
-            shared = calibration[f"{name}_scale"], calibration[f"{name}_zero"]
-        encoded[name] = encode(x, encoding, shared)
-        tensors |= stored_tensors(name, encoded[name])
-    drift: dict[str, Any] | None = None
+    """Encode, write and describe one shard; shape: what keys and values must have."""
     file = folder / shard_name(shard)
+    if not records:
+        raise KavaError(f"{file}: a shard needs at least one record.")
+    columns = index_columns(shard, records)
+    levels, hidden_size = spec.geometry.model_layers + 1, spec.geometry.hidden_size
+    _expect_shape(shard, "keys", content.keys, shape)
+    _expect_shape(shard, "values", content.values, shape)
+    _expect_shape(shard, "endpoint", content.endpoint, (len(records), levels, hidden_size))
+    own = torch.arange(len(records) + 1)
+    inputs = {
+        "keys": (content.keys, content.spans),
+        "values": (content.values, content.spans),
+        "endpoint": (content.endpoint, own),
+    }
+    encoded = {name: _encode(name, x, where, spec, records) for name, (x, where) in inputs.items()}
+    tensors = dict(content.as_is)
+    for name, item in encoded.items():
+        tensors |= _stored_tensors(name, item)
     temporary, described = (
         file.with_name(f".{path.name}.{os.getpid()}.tmp")
         for path in (file, _side_path(folder, shard))
@@ -295,35 +282,27 @@ def _write(
         written = threads.submit(write_pieces, temporary, pieces)
         flushed = threads.submit(_after, written, flush, temporary)
         digest = threads.submit(_after, written, checksum, pieces)
-        sums = {}
         decoded = {name: item.dequantise() for name, item in encoded.items()}
-        if "slot_positions" in extra:
-            invalid = (extra["slot_positions"] < 0)[..., None]
-            for name in codec.calibrated:  # whose ranges may leave out the zeros put there
-                decoded[name] = decoded[name].masked_fill(invalid, 0)
+        if content.valid is not None:
+            for name in spec.codec.calibrated:  # whose ranges may leave out the zeros put there
+                decoded[name] = decoded[name].masked_fill(~content.valid[..., None], 0)
+        counts = {"endpoint": [len(records) * hidden_size] * levels}
+        sums = {}
         for name, (_, where) in inputs.items():
             total, squares = _sums(decoded[name])
             if not np.isfinite(squares).all():
                 _check_finite(name, decoded[name], records, where)
-            count = [len(records) * geometry.hidden_size] * levels if name == "endpoint" else counts
+            count = counts.get(name, content.counts)
             sums[name] = {"count": count, "sum": total.tolist(), "squares": squares.tolist()}
-        if codec.keys in CODE_BITS or codec.values in CODE_BITS:
-            valid = extra.get("slot_positions")
-            drift = {
-                name: drift_sums(
-                    inputs[name][0], decoded[name], spans, None if valid is None else valid >= 0
-                )
-                for name in ("keys", "values")
-            }
         side = {
-            "spec": _spec(kind, geometry, codec, ranges),
+            "spec": spec.fingerprint,
             "shard": shard,
             "records": len(records),
-            "trace_tokens": columns_total(columns),
+            "trace_tokens": sum(columns["n_cot"]),
             "blake3": digest.result(),
             "bytes": sum(len(piece) for piece in pieces),
             "sums": sums,
-            "drift": drift,
+            "drift": _drift(spec, content, decoded),
             "columns": columns,
         }
         write_pieces(described, [canonical_json(side).encode()])
@@ -333,6 +312,30 @@ def _write(
         # than writing the shard again; `finalise` makes them durable.
         temporary.replace(file)
         described.replace(_side_path(folder, shard))
+
+
+def _encode(
+    name: str, x: Tensor, spans: Tensor, spec: StoreSpec, records: Sequence[Record]
+) -> EncodedTensor:
+    encoding = getattr(spec.codec, name)
+    if encoding in CODE_BITS:  # a float is checked by its sums, after it is cast
+        _check_finite(name, x, records, spans)
+    if name not in spec.codec.calibrated:
+        return encode(x, encoding)
+    shared = spec.calibration[f"{name}_scale"], spec.calibration[f"{name}_zero"]
+    return encode(x, encoding, shared)
+
+
+def _drift(
+    spec: StoreSpec, content: _Content, decoded: dict[str, Tensor]
+) -> dict[str, dict[str, list[float]]] | None:
+    """What quantisation changes, as sums for the manifest; None if nothing is in codes."""
+    if not {spec.codec.keys, spec.codec.values} & CODE_BITS.keys():
+        return None
+    return {
+        name: drift_sums(getattr(content, name), decoded[name], content.spans, content.valid)
+        for name in ("keys", "values")
+    }
 
 
 @contextmanager
@@ -351,18 +354,13 @@ def _after(first: Future[None], call: Callable[[T], U], argument: T) -> U:
     return call(argument)
 
 
-def stored_tensors(name: str, item: Encoded) -> dict[str, Tensor]:
+def _stored_tensors(name: str, item: EncodedTensor) -> dict[str, Tensor]:
     """The tensors of `item` as a shard names them; a shared scale is not a shard's to keep."""
     tensors = {name: item.codes}
     if item.scale is not None and item.zero is not None and not item.shared:
         tensors[f"{name}_scale"] = item.scale.squeeze(-1)
         tensors[f"{name}_zero"] = item.zero.squeeze(-1)
     return tensors
-
-
-def columns_total(columns: dict[str, list[Any]]) -> int:
-    """ΣN_C of a shard."""
-    return sum(columns["n_cot"])
 
 
 def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -393,19 +391,6 @@ def _std(parts: list[dict[str, list[float]]]) -> tuple[float, ...]:
     return tuple(np.sqrt(np.maximum(variance, 0)).tolist())
 
 
-def _spec(kind: Kind, geometry: Geometry, codec: Codec, ranges: Ranges | None) -> str:
-    """A hash of what all shards of a store must share."""
-    shared = calibration_tensors(geometry, codec, ranges)
-    return fingerprint(
-        [
-            kind,
-            geometry.model_dump(mode="json"),
-            codec.model_dump(mode="json"),
-            {name: x.flatten().tolist() for name, x in shared.items()},
-        ]
-    )
-
-
 def _side_path(folder: Path, shard: int) -> Path:
     return (folder / shard_name(shard)).with_suffix(".json")
 
@@ -414,8 +399,8 @@ def _side_record(folder: Path, shard: int, spec: str) -> dict[str, Any]:
     side = read_json(_side_path(folder, shard))
     if side.get("spec") != spec:
         raise KavaError(
-            f"{folder / shard_name(shard)} was written with another geometry or codec than this "
-            f"run's. Delete {folder} and run the stage again."
+            f"{folder / shard_name(shard)} was written with another geometry or codec, other "
+            f"ranges or another rotation than this run's. Delete {folder} and run the stage again."
         )
     return side
 

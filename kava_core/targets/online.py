@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 
 from kava_core.eviction import CacheBatch, Targets
+from kava_core.models.loading import DTYPES, load_model, to_device
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
+from kava_core.settings import Generate
 from kava_core.store import Codec, TargetsStore, TargetTensors
 from kava_core.store.codec import encode
+from kava_core.targets.plan import Plan
 from kava_core.targets.rounding import Rounding
+from kava_core.targets.specs import store_codec, stored_settings
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,14 @@ class OnlineTargets:
     rounding: Rounding
 
     @classmethod
-    def like(
-        cls,
-        store: TargetsStore,
-        teacher: TeacherPass,
-        cache_codec: Codec,
-        cut: Callable[[CacheBatch], Targets],
-    ) -> OnlineTargets:
-        """Those of `store`: the teacher and the settings must be the ones it was made with."""
-        return cls(teacher, cache_codec, cut, Rounding.of(store))
+    def of(cls, store: TargetsStore, teacher: Path) -> Self:
+        """Those of `store`, by the settings it names, from its teacher's weights in a folder.
+
+        KavaError if the store does not say in words of this version how it was made.
+        """
+        generate, plan = stored_settings(store, Generate), Plan.of_store(store)
+        model = to_device(load_model(str(teacher), DTYPES[generate.model_dtype]))
+        return cls(TeacherPass(model), store_codec(generate), plan.cut, Rounding.of(store))
 
     @torch.no_grad()
     def __call__(self, records: Sequence[Record]) -> TargetTensors:

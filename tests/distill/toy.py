@@ -27,10 +27,12 @@ from kava_core.store import (
     Codec,
     Geometry,
     ShardShuffleSampler,
+    StoreSpec,
     TargetsStore,
     finalise,
     write_targets_shard,
 )
+from kava_core.store.layout import RotaryPhase
 from tests.tiny import COMMON, EOS, PROMPT, VOCABULARY, tiny_model
 
 FLOAT32 = Codec(keys="float32", values="float32", endpoint="float32")
@@ -103,10 +105,11 @@ def write_store(
     shard_size: int = 6,
     geometry: Geometry = PLAIN,
     codec: Codec = FLOAT32,
-    phase: str = "pre_rope",
+    phase: RotaryPhase = "pre_rope",
 ) -> TargetsStore:
     """A targets store of random numbers for `traces`; each layer has a spread of its own."""
     folder.mkdir(parents=True)
+    spec = StoreSpec(geometry, codec, phase, rotary_of(tiny_model("llama", torch.float32)))
     rows, slots = len(geometry.rows), geometry.slots
     generator = torch.Generator().manual_seed(7)
     spread = torch.arange(1.0, rows + 1)[:, None, None, None]
@@ -120,6 +123,7 @@ def write_store(
         levels = (len(records), geometry.model_layers + 1, geometry.hidden_size)
         write_targets_shard(
             folder,
+            spec,
             shard,
             records,
             keys=spread * torch.randn(lead, generator=generator),
@@ -127,17 +131,11 @@ def write_store(
             slot_counts=counts.contiguous(),
             slot_positions=torch.where(places < counts[..., None], places, -1),
             endpoint=torch.randn(levels, generator=generator),
-            geometry=geometry,
-            codec=codec,
         )
     finalise(
         folder,
-        "kv_targets",
+        spec,
         shards=len(shards),
-        geometry=geometry,
-        codec=codec,
-        rotary_phase=phase,
-        rotary=rotary_of(tiny_model("llama", torch.float32)),
         settings={},
         fingerprints={"problems": "p", "teacher": "t", "tokenizer": "k", "teacher_kv": "c"},
     )

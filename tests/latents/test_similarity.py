@@ -110,7 +110,7 @@ def test_a_cache_is_entirely_similar_to_itself(tmp_path: Path) -> None:
     """One record, whose own cache is written into the store as its target."""
     from kava_core.distill.batches import TargetsDataset
     from kava_core.models.phase import rotary_of
-    from kava_core.store import finalise, write_targets_shard
+    from kava_core.store import StoreSpec, finalise, write_targets_shard
 
     student, traces = toy_student().eval(), [replace(toy_traces(1)[0], cot_ids=[9] * 6)]
     batch = TargetsDataset(write_store(tmp_path / "any", traces), chains=False).__getitems__([0])
@@ -120,8 +120,10 @@ def test_a_cache_is_entirely_similar_to_itself(tmp_path: Path) -> None:
         )
     folder = tmp_path / "own"
     folder.mkdir()
+    spec = StoreSpec(PLAIN, FLOAT32, "pre_rope", rotary_of(student.decoder))
     write_targets_shard(
         folder,
+        spec,
         0,
         traces,
         keys=student.slot_keys(reasoning, "pre_rope").detach(),
@@ -129,17 +131,11 @@ def test_a_cache_is_entirely_similar_to_itself(tmp_path: Path) -> None:
         slot_counts=torch.full((1, 3, 2), 4),
         slot_positions=torch.arange(4).expand(1, 3, 2, 4).contiguous(),
         endpoint=reasoning.endpoint.detach(),
-        geometry=PLAIN,
-        codec=FLOAT32,
     )
     finalise(
         folder,
-        "kv_targets",
+        spec,
         shards=1,
-        geometry=PLAIN,
-        codec=FLOAT32,
-        rotary_phase="pre_rope",
-        rotary=rotary_of(student.decoder),
         settings={},
         fingerprints={"problems": "p", "teacher": "t", "tokenizer": "k", "teacher_kv": "c"},
     )

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kava_core.problems.files import plain_number, read_source
 
 from kava_core.errors import KavaError
-from kava_core.problems.files import plain_number, read_source
 
 
 def jsonl(path: Path, rows: list[dict[str, str]]) -> None:

@@ -17,8 +17,8 @@ import torch
 from kava_core.artefacts import write_json
 from kava_core.fidelity.results import Cell, Result, write_results
 from kava_core.record import Record
-from kava_core.store import Codec, Geometry, write_targets_shard
-from tests.store.make import finish
+from kava_core.store import Geometry, write_targets_shard
+from tests.store.make import finish, make_spec
 
 GEOMETRY = Geometry.plain(layers=2, kv_heads=2, head_dim=4, hidden_size=8, slots=8)
 # system → accuracy on 2-, 3- and 4-step problems, forward passes, tokens, milliseconds
@@ -340,7 +340,7 @@ def _targets(folder: Path, records: int) -> str:
         )
         for i in range(records)
     ]
-    codec = Codec(keys="float32", values="float32", endpoint="float32")
+    spec = make_spec(GEOMETRY)
     counts = torch.tensor([min(len(r.cot_ids), GEOMETRY.slots) for r in made])
     slots = torch.arange(GEOMETRY.slots)
     lead = (records, 2, 2, GEOMETRY.slots)
@@ -348,6 +348,7 @@ def _targets(folder: Path, records: int) -> str:
     folder.mkdir(parents=True)
     write_targets_shard(
         folder,
+        spec,
         0,
         made,
         keys=torch.randn(*lead, 4, generator=torch.Generator().manual_seed(0)),
@@ -355,10 +356,8 @@ def _targets(folder: Path, records: int) -> str:
         slot_counts=counts[:, None, None].expand(lead[:-1]),
         slot_positions=positions,
         endpoint=torch.ones(records, 3, 8) * torch.arange(1, records + 1)[:, None, None],
-        geometry=GEOMETRY,
-        codec=codec,
     )
-    return finish(folder, "kv_targets", 1, GEOMETRY, codec).digest
+    return finish(folder, spec, 1).digest
 
 
 def _log(path: Path) -> None:

@@ -45,7 +45,7 @@ class Project:
             text=True,
         )
         for name in filter(None, listed.stdout.split("\0")):
-            if (ROOT / name).is_file() and name != "dvc.lock":
+            if (ROOT / name).is_file() and Path(name).name != "dvc.lock":
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, path / name)
         project = cls(path)
@@ -74,7 +74,7 @@ class Project:
 
     def repro(self) -> set[str]:
         """`dvc repro`; the stages DVC says it ran (not those it restored or skipped)."""
-        return set(re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro")))
+        return ran(self.run("dvc", "repro"))
 
     def change(self, key: str, value: Any) -> None:
         """Set a dotted key of pipelines.yaml."""
@@ -86,6 +86,24 @@ class Project:
             section = section.setdefault(name, {})
         section[last] = value
         file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+    def drop(self, key: str) -> None:
+        """Remove a dotted key of pipelines.yaml."""
+        file = self.path / "pipelines.yaml"
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        section = settings
+        *path, last = key.split(".")
+        for name in path:
+            section = section[name]
+        del section[last]
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+    def change_line(self, before: str, after: str) -> None:
+        """Change one line of pipelines.yaml and leave the rest to the letter."""
+        file = self.path / "pipelines.yaml"
+        text = file.read_text(encoding="utf-8")
+        assert text.count(before) == 1
+        file.write_text(text.replace(before, after), encoding="utf-8")
 
     def kill_when(self, ready: Callable[[], bool], *arguments: str) -> None:
         """Start `kava …` and SIGKILL it and all its children once `ready()`; it must still run."""
@@ -104,6 +122,12 @@ class Project:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def ran(said: str) -> set[str]:
+    """The stages that DVC says it ran, without the file they stand in; not the final `show`."""
+    found = re.findall(r"Running stage '(?:pipelines/[^/]+/dvc\.yaml:)?([^']+)'", said)
+    return set(found) - {"show"}
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ def refused(output: str) -> str:
         ("evict.budgte", 4, "evict.budgte"),
         ("evict.budget", 0, "evict.budget"),
         ("evict.budget", "many", "evict.budget"),
-        ("evict.lambda", 1.5, "evict.lambda"),
+        ("evict.policy", {"name": "rkv", "lambda": 1.5}, "evict.policy"),
         ("evict.policy", "psychic", "evict.policy"),
         ("prepare.source", "web", "prepare.source"),
         ("teacher.scratch.heads", 5, "teacher.scratch"),

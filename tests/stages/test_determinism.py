@@ -54,7 +54,7 @@ def test_killed_with_sigkill_a_store_is_completed_and_only_the_rest_is_redone(
 
 def test_killed_with_sigkill_a_student_ends_with_the_same_weights(copy: Project) -> None:
     student = copy.path / DATA / "students/kava"
-    copy.change("pipelines.smoke.students.kava.training.save_every", 5)
+    copy.change("pipelines.smoke.cadence.save_every", 5)
     shutil.rmtree(student)
     copy.kava("distill", "kava")
     expected = digest(student)

@@ -69,25 +69,3 @@ def test_a_new_budget_reruns_eviction_and_what_follows_and_setting_it_back_runs_
     assert copy.repro() == set()
     again = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
     assert again == before
-
-
-def test_resources_rerun_nothing(copy: Project) -> None:
-    copy.change("pipelines.smoke.resources", {"workers": 1})
-    assert copy.repro() == set()
-
-
-@pytest.mark.slow
-def test_an_experiment_may_change_an_inherited_setting(copy: Project) -> None:
-    """`-S` into a section that takes its values from another by `<<` must not be lost."""
-    copy.run("git", "add", "-A")
-    copy.run("git", "commit", "-q", "-m", "Finish")
-    for key, value in (("evict.lambda", "0.5"), ("students.codi.iterations", "1")):
-        copy.run("dvc", "exp", "run", "-S", f"pipelines.yaml:pipelines.smoke.{key}={value}")
-    manifest = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
-    assert manifest["settings"]["evict"]["lambda"] == 0.5
-    students = copy.path / "data/smoke/students"
-    iterations = {
-        name: json.loads((students / name / "student.json").read_text())["settings"]["iterations"]
-        for name in ("kava", "codi", "pccot")
-    }
-    assert iterations == {"kava": 2, "codi": 1, "pccot": 2}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from kava_core.store import (
     Geometry,
     Manifest,
     Ranges,
+    StoreSpec,
     finalise,
     write_targets_shard,
     write_teacher_shard,
@@ -111,28 +111,23 @@ def targets_data(n: int, geometry: Geometry = TARGETS_GEOMETRY, seed: int = 0) -
     return TargetsData(records, keys * 3, values + 1, counts, positions, endpoint)
 
 
-def finish(
-    folder: Path,
-    kind: Any,
-    shards: int,
-    geometry: Geometry,
-    codec: Codec,
-    ranges: Ranges | None = None,
-) -> Manifest:
+def make_spec(
+    geometry: Geometry, codec: Codec = FLOAT32, ranges: Ranges | None = None
+) -> StoreSpec:
+    """A spec with a plausible rotation."""
+    frequencies = torch.full((geometry.model_layers, geometry.head_dim // 2), 0.1).double()
+    rotary = Rotary(frequencies, torch.ones(geometry.model_layers).double())
+    return StoreSpec(geometry, codec, "pre_rope", rotary, ranges)
+
+
+TEACHER = make_spec(GEOMETRY)
+TARGETS = make_spec(TARGETS_GEOMETRY)
+
+
+def finish(folder: Path, spec: StoreSpec, shards: int) -> Manifest:
     """`finalise` with plausible settings."""
-    frequencies = torch.full((geometry.model_layers, geometry.head_dim // 2), 0.1)
-    return finalise(
-        folder,
-        kind,
-        shards=shards,
-        geometry=geometry,
-        codec=codec,
-        rotary_phase="pre_rope",
-        rotary=Rotary(frequencies.double(), torch.ones(geometry.model_layers).double()),
-        settings={"budget": geometry.slots},
-        fingerprints=FINGERPRINTS,
-        ranges=ranges,
-    )
+    settings = {"budget": spec.geometry.slots}
+    return finalise(folder, spec, shards=shards, settings=settings, fingerprints=FINGERPRINTS)
 
 
 def make_teacher_store(
@@ -146,9 +141,10 @@ def make_teacher_store(
     """A teacher store with shards of these sizes; returns what went in."""
     folder.mkdir(parents=True)
     data = [teacher_data(n, geometry, 100 * seed + k) for k, n in enumerate(sizes)]
+    spec = make_spec(geometry, codec, ranges)
     for k, shard in enumerate(data):
-        write_teacher_shard(folder, k, **vars(shard), geometry=geometry, codec=codec, ranges=ranges)
-    finish(folder, "teacher_kv", len(sizes), geometry, codec, ranges)
+        write_teacher_shard(folder, spec, k, **vars(shard))
+    finish(folder, spec, len(sizes))
     return data
 
 
@@ -163,7 +159,8 @@ def make_targets_store(
     """A targets store with shards of these sizes; returns what went in."""
     folder.mkdir(parents=True)
     data = [targets_data(n, geometry, 100 * seed + k) for k, n in enumerate(sizes)]
+    spec = make_spec(geometry, codec, ranges)
     for k, shard in enumerate(data):
-        write_targets_shard(folder, k, **vars(shard), geometry=geometry, codec=codec, ranges=ranges)
-    finish(folder, "kv_targets", len(sizes), geometry, codec, ranges)
+        write_targets_shard(folder, spec, k, **vars(shard))
+    finish(folder, spec, len(sizes))
     return data

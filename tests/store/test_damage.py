@@ -23,6 +23,7 @@ from kava_core.store import (
     Ranges,
     TargetsStore,
     TeacherStore,
+    finalise,
     write_targets_shard,
     write_teacher_shard,
 )
@@ -33,7 +34,10 @@ from stages.store import store_group
 from tests.store.make import (
     FLOAT32,
     GEOMETRY,
+    TARGETS,
     TARGETS_GEOMETRY,
+    TEACHER,
+    make_spec,
     make_targets_store,
     make_teacher_store,
     targets_data,
@@ -407,15 +411,8 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("expected", "message"),
     [
-        (Expectation(teacher="other"), r"teacher tttttttt, this run has other"),
-        (Expectation(tokenizer="other"), r"tokenizer kkkkkkkk, this run has other"),
-        (Expectation(teacher_kv="other"), r"teacher_kv \(not recorded\), this run has other"),
-        (Expectation(model_layers=4), r"model_layers 3, this run expects 4"),
-        (Expectation(kv_heads=4), r"kv_heads 2, this run expects 4"),
-        (Expectation(head_dim=8), r"head_dim 6, this run expects 8"),
-        (Expectation(hidden_size=8), r"hidden_size 10, this run expects 8"),
-        (Expectation(slots=8), r"slots 4, this run expects 8"),
-        (Expectation(rotary_phase="post_rope"), r"pre_rope, this run expects post_rope"),
+        (Expectation("other", "kkkkkkkk"), r"teacher tttttttt, this run has other"),
+        (Expectation("tttttttt", "other"), r"tokenizer kkkkkkkk, this run has other"),
     ],
 )
 def test_a_store_that_is_not_what_the_run_expects(
@@ -424,8 +421,14 @@ def test_a_store_that_is_not_what_the_run_expects(
     make_targets_store(tmp_path / "store")
     with pytest.raises(KavaError, match=message):
         TargetsStore.open(tmp_path / "store", expected)
-    fits = Expectation(teacher="tttttttt", tokenizer="kkkkkkkk", model_layers=3, slots=4)
-    TargetsStore.open(tmp_path / "store", fits)
+    TargetsStore.open(tmp_path / "store", Expectation(teacher="tttttttt", tokenizer="kkkkkkkk"))
+
+
+def test_a_store_that_does_not_say_its_teacher_is_not_what_the_run_expects(tmp_path: Path) -> None:
+    write_teacher_shard(tmp_path, TEACHER, 0, **vars(teacher_data(1)))
+    finalise(tmp_path, TEACHER, shards=1, settings={}, fingerprints={})
+    with pytest.raises(KavaError, match=r"teacher \(not recorded\), this run has tttttttt"):
+        TeacherStore.open(tmp_path, Expectation(teacher="tttttttt", tokenizer="kkkkkkkk"))
 
 
 @pytest.mark.parametrize("name", ["keys", "values", "importance", "endpoint"])
@@ -440,7 +443,7 @@ def test_a_record_that_is_not_finite_is_named(
     getattr(data, name)[place].view(-1)[-1] = bad
     codec = FLOAT32.from_bits(keys=bits, values=bits, endpoint=bits)
     with pytest.raises(KavaError, match=rf"record '0-1' has a NaN or an infinity in its {name}"):
-        write_teacher_shard(tmp_path, 0, **vars(data), geometry=GEOMETRY, codec=codec)
+        write_teacher_shard(tmp_path, make_spec(GEOMETRY, codec), 0, **vars(data))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -449,7 +452,7 @@ def test_a_number_too_large_for_the_dtype_is_named(tmp_path: Path) -> None:
     data.endpoint[1, 0, 0] = 1e6
     codec = FLOAT32.from_bits(endpoint=16, half="float16")
     with pytest.raises(KavaError, match=r"record '0-1' has .* in its endpoint \(float16\)"):
-        write_targets_shard(tmp_path, 0, **vars(data), geometry=TARGETS_GEOMETRY, codec=codec)
+        write_targets_shard(tmp_path, make_spec(TARGETS_GEOMETRY, codec), 0, **vars(data))
 
 
 def test_wrong_shapes_and_dtypes_are_refused(tmp_path: Path) -> None:
@@ -463,7 +466,14 @@ def test_wrong_shapes_and_dtypes_are_refused(tmp_path: Path) -> None:
         fields = vars(targets_data(2))
         fields[name] = wrong(fields[name])
         with pytest.raises(KavaError, match=rf"shard 0: {name} must be"):
-            write_targets_shard(tmp_path, 0, **fields, geometry=TARGETS_GEOMETRY, codec=FLOAT32)
+            write_targets_shard(tmp_path, TARGETS, 0, **fields)
+
+
+def test_a_spec_of_the_other_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="spec without slots, found 4"):
+        write_teacher_shard(tmp_path, TARGETS, 0, **vars(teacher_data(2)))
+    with pytest.raises(ValueError, match="spec with slots, found none"):
+        write_targets_shard(tmp_path, TEACHER, 0, **vars(targets_data(2)))
 
 
 def test_impossible_slots_are_named(tmp_path: Path) -> None:
@@ -477,7 +487,7 @@ def test_impossible_slots_are_named(tmp_path: Path) -> None:
         data = targets_data(2)
         spoil(data.slot_counts, data.slot_positions)
         with pytest.raises(KavaError, match=r"record '0-1' .* has impossible slots"):
-            write_targets_shard(tmp_path, 0, **vars(data), geometry=TARGETS_GEOMETRY, codec=FLOAT32)
+            write_targets_shard(tmp_path, TARGETS, 0, **vars(data))
 
 
 def test_an_empty_trace_is_named(tmp_path: Path) -> None:
@@ -487,4 +497,4 @@ def test_an_empty_trace_is_named(tmp_path: Path) -> None:
     for name in ("keys", "values", "importance"):
         fields[name] = fields[name][:length]
     with pytest.raises(KavaError, match="record '0-1' has no tokens in cot_ids"):
-        write_teacher_shard(tmp_path, 0, **fields, geometry=GEOMETRY, codec=FLOAT32)
+        write_teacher_shard(tmp_path, TEACHER, 0, **fields)

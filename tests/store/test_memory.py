@@ -12,7 +12,7 @@ import pytest
 
 from kava_core.artefacts import read_json
 from kava_core.store import Codec, Geometry, write_targets_shard
-from tests.store.make import finish, targets_data
+from tests.store.make import finish, make_spec, targets_data
 
 LLAMA = Geometry.plain(layers=16, kv_heads=8, head_dim=64, hidden_size=2048, slots=24)
 SHARD = 32  # records, 27.8 MB in bfloat16
@@ -56,14 +56,14 @@ def repeat_shard(folder: Path, shards: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_flat_from_200_megabytes_to_4_gigabytes(tmp_path: Path) -> None:
-    data = targets_data(SHARD, LLAMA)
+    data, spec = targets_data(SHARD, LLAMA), make_spec(LLAMA, Codec())
     found = {}
     for shards in (8, 144):
         folder = tmp_path / str(shards)
         folder.mkdir()
-        write_targets_shard(folder, 0, **vars(data), geometry=LLAMA, codec=Codec())
+        write_targets_shard(folder, spec, 0, **vars(data))
         repeat_shard(folder, shards)
-        finish(folder, "kv_targets", shards, LLAMA, Codec())
+        finish(folder, spec, shards)
         output = subprocess.run(
             [sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True
         )

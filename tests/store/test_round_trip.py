@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from kava_core.store import (
 )
 from kava_core.store.write import PIECE
 from tests.store.make import (
-    FLOAT32,
     GEOMETRY,
-    TARGETS_GEOMETRY,
+    TARGETS,
+    TEACHER,
     finish,
+    make_spec,
     make_targets_store,
     make_teacher_store,
     targets_data,
@@ -98,7 +100,7 @@ def test_bytes_do_not_depend_on_who_wrote_the_shards(tmp_path: Path) -> None:
 
     def write(shard: int) -> None:
         data = targets_data((4, 3, 2)[shard], seed=shard)
-        write_targets_shard(many, shard, **vars(data), geometry=TARGETS_GEOMETRY, codec=FLOAT32)
+        write_targets_shard(many, TARGETS, shard, **vars(data))
 
     for shard in (2, 1, 2):  # any order; a repeated shard changes nothing
         write(shard)
@@ -107,10 +109,10 @@ def test_bytes_do_not_depend_on_who_wrote_the_shards(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     (many / ".shard-00001.safetensors.77.tmp").write_bytes(b"left by a killed writer")
-    finish(many, "kv_targets", 3, TARGETS_GEOMETRY, FLOAT32)
+    finish(many, TARGETS, 3)
     assert contents(many) == contents(tmp_path / "one")
     assert finished_shards(many) == {0, 1, 2}
-    finish(many, "kv_targets", 3, TARGETS_GEOMETRY, FLOAT32)  # repeating it is harmless
+    finish(many, TARGETS, 3)  # repeating it is harmless
     assert contents(many) == contents(tmp_path / "one")
 
 
@@ -172,16 +174,23 @@ def test_a_store_travels_to_another_process_by_its_path(tmp_path: Path) -> None:
 
 def test_finalise_names_what_is_missing(tmp_path: Path) -> None:
     data = teacher_data(2)
-    write_teacher_shard(tmp_path, 1, **vars(data), geometry=GEOMETRY, codec=FLOAT32)
+    write_teacher_shard(tmp_path, TEACHER, 1, **vars(data))
     with pytest.raises(KavaError, match=r"lacks 1 of 2 shards, first shard-00000"):
-        finish(tmp_path, "teacher_kv", 2, GEOMETRY, FLOAT32)
-    write_teacher_shard(tmp_path, 0, **vars(data), geometry=GEOMETRY, codec=FLOAT32)
+        finish(tmp_path, TEACHER, 2)
+    write_teacher_shard(tmp_path, TEACHER, 0, **vars(data))
     with pytest.raises(KavaError, match=r"two records have the id '0-0'"):
-        finish(tmp_path, "teacher_kv", 2, GEOMETRY, FLOAT32)
-    with pytest.raises(KavaError, match=r"shard-00000.* another geometry or codec"):
-        finish(tmp_path, "teacher_kv", 2, GEOMETRY, Codec())
+        finish(tmp_path, TEACHER, 2)
+    others = (
+        make_spec(GEOMETRY, Codec()),
+        make_spec(Geometry.plain(layers=3, kv_heads=2, head_dim=6, hidden_size=11)),
+        replace(TEACHER, phase="post_rope"),
+        replace(TEACHER, rotary=None),
+    )
+    for spec in others:
+        with pytest.raises(KavaError, match=r"shard-00000.* another geometry or codec"):
+            finish(tmp_path, spec, 2)
     with pytest.raises(KavaError, match="needs records, found none"):
-        finish(tmp_path, "teacher_kv", 0, GEOMETRY, FLOAT32)
+        finish(tmp_path, TEACHER, 0)
 
 
 def tensors_of(batch: TargetsBatch) -> list[torch.Tensor]:
@@ -230,4 +239,4 @@ def test_batches_reach_a_cuda_device_through_pinned_memory(tmp_path: Path, bits:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     data = teacher_data(1)
     with pytest.raises(KavaError, match=r"shard-00000\.safetensors.* cannot be written"):
-        write_teacher_shard(tmp_path / "no", 0, **vars(data), geometry=GEOMETRY, codec=FLOAT32)
+        write_teacher_shard(tmp_path / "no", TEACHER, 0, **vars(data))

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from kava_core.errors import KavaError
 from kava_core.store import Codec, TargetsStore, TeacherStore
 from kava_core.store.export import export
-from kava_core.store.summary import engaged, length_histogram, readable
+from kava_core.store.summary import EvictionCounts, length_histogram, readable
 from kava_core.store.verify import verify
 from stages.store import store_group
 from tests.store.make import make_targets_store, make_teacher_store
@@ -27,13 +27,17 @@ def test_inspect_says_what_a_store_is(tmp_path: Path) -> None:
         assert text in result.stdout
     lengths = [len(record.cot_ids) for shard in data for record in shard.records]
     store = TargetsStore.open(tmp_path / "store")
-    least = [int(counts.min()) for shard in data for counts in shard.slot_counts]
-    assert engaged(store) == sum(k < n for k, n in zip(least, lengths, strict=True)) / 7
+    kept = [counts.flatten().tolist() for shard in data for counts in shard.slot_counts]
+    counts = EvictionCounts.of(store)
+    assert counts.places == sum(map(len, kept)) == 7 * 3 * 2
+    assert counts.engaged == sum(k < n for row, n in zip(kept, lengths, strict=True) for k in row)
+    assert counts.kept == sum(map(sum, kept))
+    assert counts.tokens == 3 * 2 * sum(lengths)
     histogram = length_histogram(store)
     assert sum(count for _, _, count in histogram) == 7
     for first, last, count in histogram:
         assert count == sum(first <= n <= last for n in lengths)
-    assert f"on {engaged(store):.1%} of the traces" in result.stdout
+    assert f"on {counts.engaged_percent:.1f} % of (record, layer, head)" in result.stdout
 
 
 def test_inspect_of_a_teacher_store(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from kava_core.store import (
     Codec,
     Geometry,
     Ranges,
+    StoreSpec,
     TargetsStore,
     calibrate,
     finalise,
@@ -42,17 +42,16 @@ def kept(
         flat = [x.permute(0, 3, 1, 2, 4).flatten(0, 1) for x in (keys, values)]
         ranges = calibrate([(flat[0], flat[1])], codec.granularity, 95.0)  # clips one in twenty
     folder.mkdir()
-    common: dict[str, Any] = {"geometry": geometry, "codec": codec, "ranges": ranges}
+    rotary = rotary_of(tiny_model("llama", torch.float32))
+    spec = StoreSpec(geometry, codec, "pre_rope", rotary, ranges)
     write_targets_shard(
-        folder, 0, traces, keys=keys, values=values,
+        folder, spec, 0, traces, keys=keys, values=values,
         slot_counts=torch.full(keys.shape[:3], geometry.slots), slot_positions=places,
-        endpoint=torch.randn(len(keys), geometry.model_layers + 1, geometry.hidden_size), **common,
+        endpoint=torch.randn(len(keys), geometry.model_layers + 1, geometry.hidden_size),
     )  # fmt: skip
     finalise(
-        folder, "kv_targets", shards=1, rotary_phase="pre_rope", settings={},
-        rotary=rotary_of(tiny_model("llama", torch.float32)),
+        folder, spec, shards=1, settings={},
         fingerprints={"problems": "p", "teacher": "t", "tokenizer": "k", "teacher_kv": "c"},
-        **common,
     )  # fmt: skip
     return TargetsStore.open(folder)
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kava_core.problems.files import Row
 
 from kava_core.errors import KavaError
-from kava_core.problems.files import Row
 from kava_core.problems.records import TraceForm
 from kava_core.problems.sources import SOURCES, Source, Table
 from kava_core.problems.sources.base import NOTE, Draft, UnusableRow, sentences

@@ -10,11 +10,11 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kava_core.problems.synthetic import OPERATIONS, Generator
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, normalise_question
 from kava_core.problems.splits import ProblemSplits
-from kava_core.problems.synthetic import OPERATIONS, Generator
 
 EQUATION = re.compile(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}

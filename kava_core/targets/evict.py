@@ -1,0 +1,134 @@
+"""kv_targets ← teacher_kv: caches cut down to M slots per layer and head, without the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from kava_core.artefacts import work_folder
+from kava_core.eviction import CacheBatch
+from kava_core.settings import Evict, Resources
+from kava_core.store import (
+    Ranges,
+    StoreSpec,
+    TargetsStore,
+    TeacherStore,
+    calibrate,
+    write_targets_shard,
+)
+from kava_core.store.summary import EvictionCounts
+from kava_core.targets.build import Build, ShardCounts, build_store
+from kava_core.targets.plan import Plan
+from kava_core.targets.specs import store_codec
+
+
+@dataclass(frozen=True)
+class EvictJob:
+    """Shard k of the teacher store → shard k of the targets, in `folder`."""
+
+    teacher_kv: Path
+    folder: Path
+    plan: Plan
+    spec: StoreSpec
+
+    @property
+    def threads(self) -> int:
+        return self.plan.settings.threads
+
+    def open(self) -> Callable[[int], ShardCounts]:
+        store = TeacherStore.open(self.teacher_kv)
+
+        def work(number: int) -> ShardCounts:
+            shard = store.shard(number)
+            targets = self.plan.cut(cache_batch(store, number))
+            write_targets_shard(
+                self.folder,
+                self.spec,
+                number,
+                shard.records,
+                keys=targets.keys,
+                values=targets.values,
+                slot_counts=targets.slot_counts,
+                slot_positions=targets.slot_positions,
+                endpoint=shard.endpoint.dequantise(),
+            )
+            return ShardCounts(examples=len(shard), tokens=int(shard.offsets[-1]))
+
+        return work
+
+
+def build_kv_targets(
+    teacher_kv: Path, settings: Evict, output: Path, resources: Resources
+) -> Build:
+    """Cut the caches of a teacher store; the targets are built in the work of `output`.
+
+    KavaError names the setting that cannot be met by this teacher's layers.
+    """
+    store = TeacherStore.open(teacher_kv)
+    plan = Plan.of(settings, store.geometry)
+    plain = settings.model_dump(mode="json", by_alias=True)
+    fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
+    folder = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints}) / "output"
+    return build_store(
+        EvictJob(teacher_kv, folder, plan, targets_spec(plan, store)),
+        store.shards,
+        settings={**store.manifest.settings, "evict": plain},
+        fingerprints=fingerprints,
+        resources=resources.model_copy(update={"gpus_per_worker": 0}),  # it works on the CPU
+    )
+
+
+def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
+    """Of the targets of a teacher store, with ranges from its caches where the codec needs them."""
+    settings, rotary = plan.settings, store.manifest.rotary.rotary
+    ranges = calibrate_ranges(plan, store)
+    return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)
+
+
+def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
+    """The caches of all layers of a shard of a teacher store, as eviction takes them."""
+    shard = store.shard(number)
+    return CacheBatch.from_ragged(
+        shard.keys.dequantise(),
+        shard.values.dequantise(),
+        shard.importance,
+        shard.offsets,
+        [record.id for record in shard.records],
+        rotary=store.manifest.rotary.rotary,
+        cot_start=[len(record.question_ids) for record in shard.records],
+    )
+
+
+def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:
+    """Ranges for the targets, from those of the first records; None where tokens have their own."""
+    settings = plan.settings
+    if settings.granularity == "token":
+        return None
+    samples: list[tuple[Tensor, Tensor]] = []
+    seen = 0
+    for number in range(store.shards):
+        targets = plan.cut(cache_batch(store, number))
+        valid = (targets.slot_positions >= 0).all(dim=(1, 2))  # [B, M] filled in all rows, heads
+        keys, values = (x.permute(0, 3, 1, 2, 4)[valid] for x in (targets.keys, targets.values))
+        samples.append((keys, values))
+        seen += len(targets.lengths)
+        if seen >= settings.calibration_records:
+            break
+    return calibrate(samples, settings.granularity, settings.calibration_percentile)
+
+
+def eviction_metrics(store: TargetsStore) -> dict[str, float]:
+    """What eviction did, read from the finished store, so that a continued run counts alike.
+
+    engaged_percent: of (record, layer, head), those from which a token was really dropped;
+    kept_percent: of all tokens there, those that fill a slot; megabytes: of the store's files.
+    """
+    counts = EvictionCounts.of(store)
+    return {
+        "engaged_percent": counts.engaged_percent,
+        "kept_percent": counts.kept_percent,
+        "megabytes": sum(info.bytes for info in store.manifest.files.values()) / 1e6,
+    }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kava_core.evaluation.results import Examined
     from kava_core.latents.teacher import TeacherView
     from kava_core.models.latent import LatentReasoner
-    from kava_core.problems.folder import ProblemFolder
+    from kava_core.problems.folder import AskedFolder
     from kava_core.problems.records import Problem
 
 
@@ -33,16 +33,16 @@ def evaluate(run: Run) -> None:
     from kava_core.latents.interpret import interpret, write_insights
     from kava_core.latents.similarity import slot_similarity
     from kava_core.models.loading import load_tokenizer, to_device
-    from kava_core.problems.folder import open_problems
+    from kava_core.problems.folder import open_test_sets
     from kava_core.problems.traces import TraceEncoder
     from kava_core.store import TargetsStore
 
     settings = run.settings.evaluate
-    folder = open_problems(run.path("problems"))
+    folder = open_test_sets(run.path("test_sets"))
     encoder = TraceEncoder(load_tokenizer(str(run.path("teacher"))), folder.traces)
     test_sets = [
         ProblemSet.of(name, problems[: settings.limit], encoder)
-        for name, problems in folder.test_sets().items()
+        for name, problems in folder.load_all().items()
     ]
     _check_students(run)
     examined: dict[str, dict[str, Examined]] = {test_set.name: {} for test_set in test_sets}
@@ -114,7 +114,7 @@ def _system(run: Run, name: str, encoder: Any) -> LatentReasoner:
     )
 
 
-def _read_teacher(run: Run, folder: ProblemFolder, problems: list[Problem]) -> TeacherView | None:
+def _read_teacher(run: Run, folder: AskedFolder, problems: list[Problem]) -> TeacherView | None:
     """The teacher over the first test problems, its caches cut as the store's, and otherwise.
 
     None where latents are not looked into, or no student has any.

@@ -88,13 +88,18 @@ def fidelity(run: Run) -> None:
         tokenizer_fingerprint,
     )
     from kava_core.models.teacher_pass import check_lengths
-    from kava_core.problems.folder import open_problems
+    from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
     from kava_core.problems.traces import TraceEncoder
 
     settings = run.settings.fidelity
     if settings is None:
         raise KavaError(f"pipeline {run.name} has no section `fidelity`. Add one, or leave it out.")
-    source, teacher = open_problems(run.path("problems")), str(run.path("teacher"))
+    source: ProblemFolder | AskedFolder
+    if settings.split == "test":
+        source = open_test_sets(run.path("test_sets"))
+    else:
+        source = open_problems(run.path("problems"))
+    teacher = str(run.path("teacher"))
     tokenizer, config = load_tokenizer(teacher), load_config(teacher)
     plan = Plan.of(settings, config.num_hidden_layers)
     # Without steps there is no cache to compress.

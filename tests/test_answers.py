@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kava_core.answers import extract_answer, has_value, parse_number, same_answer
+from kava_core.answers import extract_answer, has_value, last_box, parse_number, same_answer
 
 SAME = [
     ("42", "42"),
@@ -175,6 +175,8 @@ def test_means_something_else(predicted: str | None, gold: str) -> None:
         ("so $x = \\boxed{\\frac{a}{b}}$ and that is 3", "\\frac{a}{b}"),
         ("first \\boxed{1}, then \\boxed{2}", "2"),
         ("\\boxed{1 and 17", "17"),
+        ("so $x = \\fbox{4}$ and not 3", "4"),
+        ("it is \\boxed 12. Not 3", "12"),
         ("He had 10, sold 9, so -3 remains", "-3"),
         ("it grew by 50% of 3/4", "3/4"),
         ("that is 1,250.50 dollars", "1250.5"),
@@ -244,3 +246,31 @@ def test_expressions_can_be_compared_outside_the_main_thread() -> None:
 )
 def test_an_answer_is_a_value_or_mere_text(text: str, value: bool) -> None:
     assert has_value(text) == value
+
+
+braces = st.recursive(
+    st.text("ab^ 1", max_size=4),
+    lambda inner: st.tuples(inner, inner, inner).map(lambda p: f"{p[0]}{{{p[1]}}}{p[2]}"),
+    max_leaves=12,
+)
+
+
+@given(braces.filter(lambda text: text.strip()), st.sampled_from(["\\boxed", "\\fbox"]))
+def test_a_box_holds_all_that_is_between_its_braces(content: str, box: str) -> None:
+    text = f"So \\boxed{{7}}, no: $x = {box}{{{content}}}$. Done {{}}."
+    assert last_box(text) == " ".join(content.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("\\boxed 3$", "3"),
+        ("\\boxed{a \\} b}", "a \\} b"),
+        ("\\boxed {12}", "12"),
+        ("\\boxed{}", ""),
+        ("\\boxed{1", None),
+        ("unboxed{1}", None),
+    ],
+)
+def test_boxes_in_their_odder_forms(text: str, content: str | None) -> None:
+    assert last_box(text) == content

@@ -11,7 +11,7 @@ from kava_core.errors import KavaError
 from kava_core.problems.readers import Location, read_source
 from kava_core.problems.records import Problem, TraceForm, normalise_question, trace_characters
 from kava_core.problems.rows import Row
-from kava_core.problems.sources import RowSource
+from kava_core.problems.sources import RowSource, Source
 from kava_core.problems.sources.base import Draft, UnusableRow
 from kava_core.problems.splits import ProblemSplits, cut_splits
 
@@ -118,13 +118,7 @@ def load_splits(
     With `deduplicate`, what is asked in test or in `test_sets` is left out of train and validation.
     KavaError for a malformed row (with its place), a split without a usable row, and too few rows.
     """
-    if reading.traces not in source.forms:
-        forms = " or ".join(source.forms)
-        raise KavaError(
-            f"prepare.traces: {source.name} has {forms}, found {reading.traces}. Correct it."
-            if forms
-            else f"prepare.source: {source.name} has no traces to teach. Make it a test set."
-        )
+    check_form(source, reading.traces)
     problems: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
     dropped: dict[str, dict[str, int]] = {}
     splits = read_source(location, source.hub_config)
@@ -154,6 +148,17 @@ def load_splits(
     )
     origins = {split: splits.get(split, splits["train"]).origin() for split in problems}
     return replace(cut, origins=origins)
+
+
+def check_form(source: Source, traces: TraceForm) -> None:
+    """KavaError if the source cannot be taught from, or not in the form `traces`."""
+    if traces not in source.forms:
+        forms = " or ".join(source.forms)
+        raise KavaError(
+            f"prepare.traces: {source.name} has {forms}, found {traces}. Correct it."
+            if forms
+            else f"prepare.source: {source.name} has no traces to teach. Make it a test set."
+        )
 
 
 def load_test_set(

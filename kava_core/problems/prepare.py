@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kava_core.answers import has_value
 from kava_core.errors import KavaError
-from kava_core.problems.load import Reading, ReadSet, load_splits, load_test_set
+from kava_core.problems.load import Reading, ReadSet, check_form, load_splits, load_test_set
 from kava_core.problems.readers import Location
 from kava_core.problems.records import Problem
 from kava_core.problems.sources import GeneratedSource, RowSource, Source
@@ -77,6 +77,7 @@ def prepare_problems(
 
 
 def _generated(source: GeneratedSource, reading: Reading, sizes: Sizes, seed: int) -> ProblemSplits:
+    check_form(source, reading.traces)
     if sizes.train is None or sizes.test is None:
         raise KavaError(
             f"Expected numbers of train and test problems to generate {source.name}, found none: "

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Where a pipeline's artefacts record what they were made with: section → file, keys in it.
 _RECORDS = {
-    "prepare": ("problems/problems.json", "settings"),
+    "prepare": ("test_sets/test_sets.json", "settings"),
     "teacher": ("teacher/teacher.json", "settings"),
     "targets": ("kv_targets/manifest.json", "settings"),
 }

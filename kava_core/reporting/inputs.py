@@ -98,15 +98,20 @@ class ProblemCounts(Found):
 
 
 class ProblemMetrics(Found):
-    """Counts of the three splits."""
+    """Counts of what is taught."""
 
     train: ProblemCounts
     validation: ProblemCounts
-    test: ProblemCounts
 
 
-class ProblemsFile(Found):
-    """How the problems were made."""
+class TestSetMetrics(Found):
+    """Counts of what is asked: `test` and the further test sets."""
+
+    test_sets: dict[str, ProblemCounts]
+
+
+class TestSetsFile(Found):
+    """How all problems were made."""
 
     settings: dict[str, Any]
 
@@ -228,7 +233,7 @@ class Findings:
     teacher_curves: Curves
     targets: Targets
     teacher_kv: Manifest | None
-    problems: ProblemMetrics
+    problems: dict[str, ProblemCounts]
     prepare: dict[str, Any]
     runs: list[StageRun]
 
@@ -246,6 +251,8 @@ def read_findings(folder: Path, students: Sequence[str], log: Path | None = None
     found = {name: _read_student(folder / "students" / name, name) for name in students}
     _check_targets(found, targets.manifest)
     teacher_kv = folder / "teacher_kv"
+    taught = read_checked(ProblemMetrics, folder / "problems/metrics.json", "prepare")
+    asked = read_checked(TestSetMetrics, folder / "test_sets/metrics.json", "prepare")
     return Findings(
         scores=scores,
         differences=read_checked(Differences, evaluation / "comparisons.json", "evaluate"),
@@ -258,8 +265,12 @@ def read_findings(folder: Path, students: Sequence[str], log: Path | None = None
         teacher_curves=_read_curves(folder / "teacher/live"),
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
-        problems=read_checked(ProblemMetrics, folder / "problems/metrics.json", "prepare"),
-        prepare=read_checked(ProblemsFile, folder / "problems/problems.json", "prepare").settings,
+        problems={
+            "train": taught.train,
+            "validation": taught.validation,
+            **asked.test_sets,
+        },
+        prepare=read_checked(TestSetsFile, folder / "test_sets/test_sets.json", "prepare").settings,
         runs=_read_log(log, students) if log is not None and log.is_file() else [],
     )
 

@@ -46,7 +46,7 @@ def compare(findings: Findings, teacher: Training | None) -> list[Comparison]:
     teacher: how the teacher was trained, None if it was taken as it is.
     """
     comparisons = []
-    own = findings.prepare.get("source")
+    own = findings.prepare["source"]["name"]
     test_sets = sorted(findings.scores, key=lambda name: (name != own, name))
     for number, test_set in enumerate(test_sets, start=1):
         systems = systems_of(findings, test_set, teacher)

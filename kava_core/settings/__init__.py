@@ -10,20 +10,18 @@ from kava_core.settings.evict import EveryLayer, Evict, LastLayers
 from kava_core.settings.fidelity import Fidelity, FidelityBits
 from kava_core.settings.generate import Generate
 from kava_core.settings.pipeline import Cadence, Pipeline, Resources, load_pipeline, read_document
-from kava_core.settings.prepare import Columns, FileSource, Prepare, Synthetic, TestSet
+from kava_core.settings.prepare import Prepare, TestSet
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Scratch, Teacher
 from kava_core.settings.training import HeldOut, LoRA, Training
 
 __all__ = [
     "Cadence",
-    "Columns",
     "Evaluate",
     "EveryLayer",
     "Evict",
     "Fidelity",
     "FidelityBits",
-    "FileSource",
     "Generate",
     "HeldOut",
     "LastLayers",
@@ -34,7 +32,6 @@ __all__ = [
     "Resources",
     "Scratch",
     "Student",
-    "Synthetic",
     "Teacher",
     "TestSet",
     "Training",

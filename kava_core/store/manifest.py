@@ -58,7 +58,7 @@ class RotaryInfo(StrictModel):
         return cls(phase=phase, inv_freq=inv_freq, scaling=tuple(turn["scaling"]))
 
     @property
-    def rotary(self) -> Rotary | None:
+    def rotation(self) -> Rotary | None:
         """The rotation of all L layers; None for a model without rotary embedding."""
         if not self.scaling:
             return None

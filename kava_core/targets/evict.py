@@ -83,7 +83,7 @@ def build_kv_targets(
 
 def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
     """Of the targets of a teacher store, with ranges from its caches where the codec needs them."""
-    settings, rotary = plan.settings, store.manifest.rotary.rotary
+    settings, rotary = plan.settings, store.manifest.rotary.rotation
     ranges = calibrate_ranges(plan, store)
     return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)
 
@@ -97,7 +97,7 @@ def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
         shard.importance,
         shard.offsets,
         [record.id for record in shard.records],
-        rotary=store.manifest.rotary.rotary,
+        rotary=store.manifest.rotary.rotation,
         cot_start=[len(record.question_ids) for record in shard.records],
     )
 

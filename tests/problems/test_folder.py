@@ -1,4 +1,4 @@
-"""The problems artefact: what was written is what is asked, test sets included."""
+"""The problem artefacts: what was written is what is taught and asked, each apart."""
 
 import json
 from dataclasses import replace
@@ -7,47 +7,103 @@ from pathlib import Path
 import pytest
 
 from kava_core.errors import KavaError
-from kava_core.problems.folder import open_problems, write_problems
+from kava_core.problems.folder import (
+    open_problems,
+    open_test_sets,
+    write_problems,
+    write_test_sets,
+)
 from kava_core.problems.records import Problem
-from kava_core.problems.synthetic import Generator
+from kava_core.problems.sources.synthetic import Synthetic
+from kava_core.problems.splits import ProblemSplits
 
-SPLITS = Generator().splits(6, 2, 3, seed=0)
+SPLITS = Synthetic().splits(6, 2, 3, seed=0)
 ASKED = [Problem("hard-000000", "How many?", (), "7", "gsm-hard", "sums")]
+WITH_HARD = replace(
+    SPLITS, test_sets={"hard": ASKED}, dropped={"hard": {"no answer": 2}}, leaked={"hard": 1}
+)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_problems(tmp_path, replace(SPLITS, test_sets={"hard": ASKED}), "equations", {})
-    return tmp_path
+def taught(path: Path, splits: ProblemSplits) -> Path:
+    path.mkdir(exist_ok=True)
+    write_problems(path, splits, "equations", {"seed": 0})
+    return path
 
 
-def test_test_sets_are_the_own_one_first_and_then_the_others(folder: Path) -> None:
-    opened = open_problems(folder)
-    assert opened.test_sets() == {"synthetic": SPLITS.test, "hard": ASKED}
-    assert list(opened.test_sets()) == ["synthetic", "hard"]
-    assert opened.load("train") == SPLITS.train
-    metrics = json.loads((folder / "metrics.json").read_text())
+def asked(path: Path, splits: ProblemSplits) -> Path:
+    path.mkdir(exist_ok=True)
+    write_test_sets(path, splits, "equations", {"seed": 0})
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_is_taught_is_read_as_it_was(tmp_path: Path) -> None:
+    opened = open_problems(taught(tmp_path, SPLITS))
+    assert (opened.load("train"), opened.load("validation")) == (SPLITS.train, SPLITS.validation)
+    assert opened.traces == "equations"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["train"]["problems"] == 6
+    assert metrics["dropped"] == {}
+
+
+def test_test_sets_are_the_own_one_first_and_then_the_others(tmp_path: Path) -> None:
+    opened = open_test_sets(asked(tmp_path, WITH_HARD))
+    assert opened.load_all() == {"synthetic": SPLITS.test, "hard": ASKED}
+    assert list(opened.load_all()) == ["synthetic", "hard"]
+    assert (opened.load(), opened.load("hard")) == (SPLITS.test, ASKED)
+    assert opened.traces == "equations"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["test_sets"]["hard"]["by_steps"] == {"0": 1}
+    assert metrics["test_sets"]["test"]["problems"] == 3
+    assert (metrics["dropped"], metrics["leaked"]) == ({"hard": {"no answer": 2}}, {"hard": 1})
 
 
-def test_a_further_test_set_changes_nothing_that_is_taught(folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    write_problems(other, SPLITS, "equations", {})
-    names = ("train", "validation", "test")
-    assert open_problems(other).fingerprint(*names) == open_problems(folder).fingerprint(*names)
-    assert open_problems(other).test_sets() == {"synthetic": SPLITS.test}
+def test_a_further_test_set_changes_nothing_that_is_taught(tmp_path: Path) -> None:
+    one, other = taught(tmp_path / "one", SPLITS), taught(tmp_path / "other", WITH_HARD)
+    assert contents(one) == contents(other)
+    without, with_hard = asked(tmp_path / "a", SPLITS), asked(tmp_path / "b", WITH_HARD)
+    assert open_test_sets(without).load_all() == {"synthetic": SPLITS.test}
+    prints = [open_test_sets(folder).fingerprint("test") for folder in (without, with_hard)]
+    assert prints[0] == prints[1]
 
 
-def test_an_empty_or_missing_test_set_is_refused(folder: Path) -> None:
-    write_problems(folder, replace(SPLITS, test_sets={"hard": []}), "equations", {})
+def test_a_fingerprint_names_problems_and_the_form_of_their_steps(tmp_path: Path) -> None:
+    opened = open_problems(taught(tmp_path, SPLITS))
+    assert replace(opened, traces="sentences").fingerprint("train") != opened.fingerprint("train")
+    before = opened.fingerprint("train"), opened.fingerprint("validation")
+    taught(tmp_path, replace(SPLITS, train=SPLITS.train[:5]))
+    assert opened.fingerprint("train") != before[0]
+    assert opened.fingerprint("validation") == before[1]
+
+
+def test_an_empty_or_missing_set_is_refused(tmp_path: Path) -> None:
+    asked(tmp_path, replace(SPLITS, test_sets={"hard": []}))
     with pytest.raises(KavaError, match="test set hard has no problems"):
-        open_problems(folder).test_sets()
-    (folder / "test_sets/hard.parquet").unlink()
-    with pytest.raises(KavaError, match=r"lacks test_sets/hard.parquet. Run `kava prepare`"):
-        open_problems(folder)
+        open_test_sets(tmp_path).load_all()
+    (tmp_path / "hard.parquet").unlink()
+    with pytest.raises(KavaError, match=r"lacks hard.parquet. Run `kava prepare`"):
+        open_test_sets(tmp_path)
+    (taught(tmp_path / "taught", SPLITS) / "train.parquet").unlink()
+    with pytest.raises(KavaError, match=r"lacks train.parquet. Run `kava prepare`"):
+        open_problems(tmp_path / "taught")
 
 
-def test_a_folder_can_name_no_file_outside_it(folder: Path) -> None:
-    about = json.loads((folder / "problems.json").read_text())
-    (folder / "problems.json").write_text(json.dumps(about | {"test_sets": ["../../hard"]}))
-    assert list(open_problems(folder).test_sets()) == ["synthetic", "hard"]
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    folders = taught(tmp_path / "taught", SPLITS), asked(tmp_path / "asked", SPLITS)
+    with pytest.raises(KavaError, match=r"test_sets.json is missing"):
+        open_test_sets(folders[0])
+    with pytest.raises(KavaError, match=r"problems.json is missing"):
+        open_problems(folders[1])
+    (folders[0] / "problems.json").write_text("{}")
+    with pytest.raises(KavaError, match=r"does not say how traces are written"):
+        open_problems(folders[0])
+
+
+def test_a_folder_can_name_no_file_outside_it(tmp_path: Path) -> None:
+    asked(tmp_path, WITH_HARD)
+    about = json.loads((tmp_path / "test_sets.json").read_text())
+    (tmp_path / "test_sets.json").write_text(json.dumps(about | {"test_sets": ["../../hard"]}))
+    assert list(open_test_sets(tmp_path).load_all()) == ["synthetic", "hard"]

@@ -21,16 +21,16 @@ from kava_core.models.students import open_student
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.folder import open_problems
 from kava_core.problems.records import Problem
-from kava_core.problems.synthetic import Generator
+from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
-from kava_core.store import TargetsStore
+from kava_core.store import TargetsStore, TeacherStore
 from tests.distill.toy import toy_objective
 from tests.evaluation.talker import make_encoder, make_talker, problems
 from tests.tiny import EOS, PROMPT, assert_near, pad, tiny_model, tiny_student, tiny_trace
 
-SPLITS = Generator(steps=(2, 5)).splits(40, 8, 8, seed=0)
+SPLITS = Synthetic(steps=(2, 5)).splits(40, 8, 8, seed=0)
 TOKENIZER = train_tokenizer((p.question + "".join(p.steps) for p in SPLITS.train), 320)
 WHOLE = TraceEncoder(TOKENIZER)
 
@@ -110,14 +110,13 @@ def test_the_gold_answer_is_behind_the_latents_and_what_was_written() -> None:
         assert row == pytest.approx(expected, abs=1e-4)
 
 
-TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "log_every": 2, "save_every": 4, "threads": 1}
+TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "threads": 1}
 PIPELINE: dict[str, Any] = {
     "prepare": {
-        "source": "synthetic",
+        "source": {"name": "synthetic", "steps": [2, 5]},
         "train": 24,
         "validation": 4,
         "test": 4,
-        "synthetic": {"steps": [2, 5]},
     },
     "teacher": {
         "scratch": {
@@ -135,11 +134,17 @@ PIPELINE: dict[str, Any] = {
     "generate": {"shard_size": 16, "batch_size": 8},
     "evict": {"budget": 4},
     "students": {
-        "kava": {"training": {**TRAINING, "steps": 3}, "alpha_kv": 1.0, "alpha_codi": 1.0},
-        "no-cot": {"training": {**TRAINING, "steps": 3}, "reasoning": "none"},
+        "kava": {
+            "reads": "kv_targets",
+            "alpha_kv": 1.0,
+            "alpha_codi": 1.0,
+            "training": {**TRAINING, "steps": 3},
+        },
+        "no-cot": {"reads": "problems", "training": {**TRAINING, "steps": 3}},
     },
     "evaluate": {"max_new_tokens": 4, "similarity_records": 8, "threads": 1},
     "report": {"title": "A test"},
+    "cadence": {"log_every": 2, "save_every": 4},
     "resources": {"workers": 0},
 }
 
@@ -148,10 +153,10 @@ def stages(folder: Path, fraction: float | None, *names: str) -> Path:
     """Run stages one after the other; the pipeline's folder."""
     from stages.cli import kava
 
-    prepare = PIPELINE["prepare"] | ({} if fraction is None else {"latent_fraction": fraction})
+    generate = PIPELINE["generate"] | ({} if fraction is None else {"latent_fraction": fraction})
     folder.mkdir(exist_ok=True)
     file = folder / "pipelines.yaml"
-    file.write_text(yaml.safe_dump({"pipelines": {"one": {**PIPELINE, "prepare": prepare}}}))
+    file.write_text(yaml.safe_dump({"pipelines": {"one": {**PIPELINE, "generate": generate}}}))
     options = ["--pipeline", "one", "--pipelines", str(file), "--data", str(folder / "data")]
     for name in names:
         result = CliRunner(catch_exceptions=False).invoke(kava, [*name.split(), *options])
@@ -203,8 +208,10 @@ def test_the_whole_trace_is_what_there_was_without_the_setting(tmp_path: Path) -
     assert "latent_fraction" not in store.manifest.settings
 
 
-def test_students_of_another_fraction_read_another_store(tmp_path: Path) -> None:
-    names = ("train",)
-    whole = open_problems(stages(tmp_path, 1.0, "prepare") / "problems").fingerprint(*names)
-    half = open_problems(stages(tmp_path, 0.5, "prepare") / "problems").fingerprint(*names)
-    assert whole != half
+def test_another_fraction_makes_another_store_of_the_same_problems(tmp_path: Path) -> None:
+    names = ("prepare", "teacher", "generate")
+    found = [stages(tmp_path / str(fraction), fraction, *names) for fraction in (0.5, 1.0)]
+    problems = [open_problems(data / "problems").fingerprint("train") for data in found]
+    stores = [TeacherStore.open(data / "teacher_kv").manifest.digest for data in found]
+    assert problems[0] == problems[1]
+    assert stores[0] != stores[1]

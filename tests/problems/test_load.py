@@ -1,6 +1,7 @@
 """From files to splits: every row is used, counted, or an error that names it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 
 from kava_core.errors import KavaError
 from kava_core.problems.load import Limits, Reading, load_splits, load_test_set
+from kava_core.problems.readers import Location
 from kava_core.problems.records import TraceForm, normalise_question
-from kava_core.problems.sources import SOURCES
+from kava_core.problems.sources.gsm8k import GSM8K
+from kava_core.problems.sources.gsm8k_aug import GSM8kAug
+from kava_core.problems.sources.gsm_hard import GSMHard
 from kava_core.problems.splits import ProblemSplits, count_leaks
 
 BOTH: tuple[TraceForm, ...] = ("equations", "sentences")
@@ -36,7 +40,7 @@ def load(
 ) -> ProblemSplits:
     drop_last_step = sizes.pop("drop_last_step", False)
     reading = Reading(traces, drop_last_step, limits or Limits())
-    return load_splits(SOURCES["gsm8k"], str(location), reading, **sizes)
+    return load_splits(GSM8K(), Location(str(location)), reading, **sizes)
 
 
 @pytest.fixture
@@ -48,7 +52,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_every_row_is_used_or_counted(folder: Path) -> None:
     splits = load(folder, train=10, validation=4, test=3)
-    assert {name: len(problems) for name, problems in splits.named().items()} == {
+    assert {
+        name: len(problems) for name, problems in (splits.taught() | splits.asked()).items()
+    } == {
         "train": 10,
         "validation": 4,
         "test": 3,
@@ -95,7 +101,7 @@ def test_a_validation_set_of_the_source_is_kept_in_its_order_and_out_of_train(fo
 def test_one_file_is_cut_into_three(folder: Path) -> None:
     path = folder / "train.jsonl"
     splits = load(path, validation=3, test=4)
-    assert [len(problems) for problems in splits.named().values()] == [13, 3, 4]
+    assert [len(problems) for problems in (splits.taught() | splits.asked()).values()] == [13, 3, 4]
     with pytest.raises(KavaError, match="no test problems"):
         load(path, validation=3)
 
@@ -139,13 +145,13 @@ def test_a_test_question_in_train_is_an_error_unless_allowed_or_taken_out(folder
     further = {"other": load(folder, validation=2).train[:3]}
     splits = load(folder, validation=2)
     with pytest.raises(KavaError, match="train or validation: 1 of test; the first is gsm8k-test-"):
-        count_leaks(splits, {}, allow=False)
+        count_leaks(splits, allow=False)
     with pytest.raises(KavaError, match="1 of test, 3 of other"):
-        count_leaks(splits, further, allow=False)
-    assert count_leaks(splits, further, allow=True) == {"test": 1, "other": 3}
+        count_leaks(replace(splits, test_sets=further), allow=False)
+    assert count_leaks(replace(splits, test_sets=further), allow=True) == {"test": 1, "other": 3}
 
     clean = load(folder, validation=2, deduplicate=True, test_sets=further)
-    assert count_leaks(clean, further, allow=False) == {"test": 0, "other": 0}
+    assert count_leaks(replace(clean, test_sets=further), allow=False) == {"test": 0, "other": 0}
     asked_anywhere = {normalise_question(p.question) for p in [*splits.test, *further["other"]]}
     taken_out = len(asked_anywhere & {normalise_question(row(n)["question"]) for n in range(20)})
     assert clean.dropped["train"]["question of a test set"] == taken_out
@@ -188,20 +194,19 @@ def test_too_few_rows_are_refused(folder: Path) -> None:
 
 
 def test_a_form_that_a_source_does_not_have_is_refused(tmp_path: Path) -> None:
-    for source, traces, words in (
-        ("gsm8k-aug", "sentences", "prepare.traces: gsm8k-aug has equations, found sentences"),
-        ("gsm-hard", "equations", "prepare.source: gsm-hard has no traces to teach"),
-    ):
-        with pytest.raises(KavaError, match=words):
-            load_splits(SOURCES[source], str(tmp_path), Reading(traces))  # type: ignore[arg-type]
+    location = Location(str(tmp_path))
+    with pytest.raises(KavaError, match=r"prepare.traces: gsm8k-aug has equations, found senten"):
+        load_splits(GSM8kAug(), location, Reading("sentences"))
+    with pytest.raises(KavaError, match=r"prepare.source: gsm-hard has no traces to teach"):
+        load_splits(GSMHard(), location, Reading("equations"))
 
 
 def test_a_test_set_takes_the_split_called_test_or_the_only_one(folder: Path) -> None:
     def read(location: Path, split: str | None = None) -> list[str]:
-        problems, _ = load_test_set(
-            "asked", SOURCES["gsm8k"], str(location), Reading("equations"), split=split
+        found = load_test_set(
+            "asked", GSM8K(), Location(str(location)), Reading("equations"), split=split
         )
-        return [problem.id for problem in problems]
+        return [problem.id for problem in found.problems]
 
     assert read(folder) == [f"asked-{n:06d}" for n in range(6)]
     assert len(read(folder, "train")) == len(read(folder / "train.jsonl")) == 21
@@ -211,11 +216,21 @@ def test_a_test_set_takes_the_split_called_test_or_the_only_one(folder: Path) ->
 
 def test_a_test_set_without_the_form_asked_for_brings_the_one_it_has(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("How many?||<<1+1=2>> #### 2\nAnd now?|| #### two\n")
-    problems, dropped = load_test_set(
-        "aug", SOURCES["gsm8k-aug"], str(tmp_path), Reading("sentences")
-    )
-    assert [problem.steps for problem in problems] == [("<<1+1=2>>",)]
-    assert dropped == {"answer is no number": 1}
+    location = Location(str(tmp_path))
+    found = load_test_set("aug", GSM8kAug(), location, Reading("sentences"))
+    assert [problem.steps for problem in found.problems] == [("<<1+1=2>>",)]
+    assert found.dropped == {"answer is no number": 1}
     (tmp_path / "test.txt").write_text("How many?||<<1+1=2>> #### two\nAnd now?|| ####\n")
     with pytest.raises(KavaError, match="1 with answer is no number, 1 with no answer"):
-        load_test_set("aug", SOURCES["gsm8k-aug"], str(tmp_path), Reading("equations"))
+        load_test_set("aug", GSM8kAug(), location, Reading("equations"))
+
+
+def test_what_each_split_was_read_from_is_recorded(folder: Path) -> None:
+    origins = load(folder, validation=4).origins
+    assert {split: list(found["files"]) for split, found in origins.items()} == {
+        "train": ["train.jsonl"],
+        "validation": ["train.jsonl"],  # cut from it
+        "test": ["test.jsonl"],
+    }
+    found = load_test_set("asked", GSM8K(), Location(str(folder)), Reading("equations"))
+    assert found.origin == origins["test"]

@@ -1,20 +1,20 @@
 """Rows from any file, and from a dataset as the Hub has it."""
 
 import csv
+import hashlib
 import json
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kava_core.problems.files import plain_number, read_source
 
 from kava_core.errors import KavaError
+from kava_core.problems.readers import Location, read_source
+from kava_core.problems.rows import Row
 
 
 def jsonl(path: Path, rows: list[dict[str, str]]) -> None:
@@ -42,6 +42,12 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, str]]], None]] = {
     ".parquet": table,
     ".csv": comma_separated,
 }
+
+
+def read(path: Path, split: str = "train") -> Iterator[Row]:
+    return read_source(Location(str(path)))[split].rows
+
+
 # A Unicode line end within a text is no line end of a file, and a lone surrogate is no text.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=12)
 rows = st.lists(st.fixed_dictionaries({"question": texts, "answer, n": texts}), min_size=1)
@@ -54,7 +60,7 @@ def test_every_kind_of_file_gives_the_rows_that_were_written(
 ) -> None:
     path = tmp_path_factory.mktemp("files") / f"train{ending}"
     WRITERS[ending](path, written)
-    found = list(read_source(str(path))["train"])
+    found = list(read(path))
     assert [row.fields for row in found] == written
     assert [row.number for row in found] == list(range(len(written)))
 
@@ -64,18 +70,18 @@ def test_a_folder_has_its_splits_by_name(tmp_path: Path) -> None:
     table(tmp_path / "dev.parquet", [{"a": "2"}])
     (tmp_path / "test.txt").write_text("one\n\ntwo\n")
     (tmp_path / "README.md").write_text("not a split")
-    found = {split: list(rows) for split, rows in read_source(str(tmp_path)).items()}
+    found = {split: list(r.rows) for split, r in read_source(Location(str(tmp_path))).items()}
     assert [row.fields for row in found["test"]] == [{"text": "one"}, {"text": "two"}]
     assert found["test"][1].place.endswith("test.txt:3")
     assert [len(rows) for rows in found.values()] == [1, 1, 2]
     jsonl(tmp_path / "valid.jsonl", [{"a": "3"}])
     with pytest.raises(KavaError, match=r"one file of validation.*dev.parquet, valid.jsonl"):
-        read_source(str(tmp_path))
+        read_source(Location(str(tmp_path)))
 
 
 def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"a": "1"}\nbroken\n')
-    found = read_source(str(tmp_path))["train"]
+    found = read(tmp_path)
     assert next(found).fields == {"a": "1"}
     with pytest.raises(KavaError, match=r"train.jsonl:2: expected JSON"):
         next(found)
@@ -88,7 +94,7 @@ def test_a_dataset_as_the_hub_has_it_is_streamed_through_the_same_library(tmp_pa
         table(
             tmp_path / f"data/{split}-00000-of-00001.parquet", [{"question": q} for q in questions]
         )
-    found = {split: list(rows) for split, rows in read_source(str(tmp_path)).items()}
+    found = {split: list(r.rows) for split, r in read_source(Location(str(tmp_path))).items()}
     assert [row.fields for row in found["train"]] == [{"question": "a"}, {"question": "b"}]
     assert found["train"][1].place == f"{tmp_path} [train] row 1"
     assert [row.fields for row in found["test"]] == [{"question": "c"}]
@@ -115,7 +121,7 @@ def test_a_broken_file_is_refused_with_its_place(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(KavaError, match=words):
-        list(read_source(str(tmp_path / name))["train"])
+        list(read(tmp_path / name))
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
@@ -126,24 +132,44 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
         (str(tmp_path), "Expected train.jsonl"),
     ):
         with pytest.raises(KavaError, match=words):
-            read_source(location)
+            read_source(Location(location))
 
 
-@given(st.one_of(st.integers(-(10**18), 10**18), st.floats(allow_nan=False, allow_infinity=False)))
-def test_a_number_is_written_in_digits_and_keeps_its_value(number: Any) -> None:
-    text = plain_number(number)
-    assert set(text) <= set("-0123456789.")
-    whole = number == int(number)  # then exactly the float, otherwise its shortest name
-    assert Fraction(text) == Fraction(number if whole else str(number))
+def test_what_was_read_is_named_by_its_content(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [{"a": "1"}, {"a": "2"}])
+    (tmp_path / "test.txt").write_text("one\n")
+    found = read_source(Location(str(tmp_path)))
+    before = {split: rows.origin() for split, rows in found.items()}
+    digest = hashlib.sha256(b"one\n").hexdigest()
+    assert before["test"] == {"files": {"test.txt": digest}}
+    assert read_source(Location(str(tmp_path / "test.txt")))["train"].origin() == before["test"]
+    jsonl(tmp_path / "train.jsonl", [{"a": "1"}])  # cut short
+    after = {split: rows.origin() for split, rows in read_source(Location(str(tmp_path))).items()}
+    assert after["train"] != before["train"]
+    assert after["test"] == before["test"]
 
 
-def test_numbers_of_rows_are_texts(tmp_path: Path) -> None:
-    def read(value: Any) -> str:
-        (tmp_path / "train.jsonl").write_text(json.dumps({"answer": value}))
-        return next(read_source(str(tmp_path))["train"]).number_text("answer")
+def test_a_downloaded_dataset_is_named_by_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/download.json").write_text("{}")
+    table(tmp_path / "data/train-00000-of-00001.parquet", [{"question": "a"}])
+    origin = read_source(Location(str(tmp_path)))["train"].origin()
+    assert list(origin["files"]) == ["data/train-00000-of-00001.parquet"]
 
-    cases = [(12.0, "12"), (-3, "-3"), (0.5, "0.5"), (1e21, "1" + "0" * 21), (None, ""), (" ", "")]
-    assert [read(value) for value, _ in cases] == [text for _, text in cases]
-    for value in (True, float("nan"), float("inf"), [1], {}):
-        with pytest.raises(KavaError, match=r"train.jsonl:1: expected a text or a number"):
-            read(value)
+
+@pytest.mark.parametrize("place", ["file", "folder", "dataset"])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(tmp_path: Path, place: str) -> None:
+    jsonl(tmp_path / ("rows.jsonl" if place == "dataset" else "train.jsonl"), [{"a": "1"}])
+    path = str(tmp_path / "train.jsonl" if place == "file" else tmp_path)
+    with pytest.raises(KavaError, match=r"found 'main' beside the local path .* Remove `revision`"):
+        read_source(Location(path, revision="main"))
+
+
+def test_a_configuration_of_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [{"a": "1"}])
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(KavaError, match=r"found 'main' beside the files .*`hub_config`"):
+            read_source(Location(str(path), hub_config="main"))
+        # A source's own configuration is for the Hub, and of no concern to files.
+        assert len(list(read_source(Location(str(path)), "main")["train"].rows)) == 1

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem
-from kava_core.problems.synthetic import Generator
+from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
 
-PROBLEMS = Generator(style="prose").splits(300, 0, 0, seed=0).train
+PROBLEMS = Synthetic(style="prose").splits(300, 0, 0, seed=0).train
 TEXTS = [text for p in PROBLEMS for text in (p.question + "\n", "".join(p.steps), ANSWER_PROMPT)]
 TOKENIZER = train_tokenizer(TEXTS, 600)
 
@@ -46,9 +46,9 @@ def test_any_text_survives_the_trained_tokenizer(text: str) -> None:
 def test_the_same_texts_give_the_same_tokenizer(tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "from kava_core.problems.synthetic import Generator\n"
+        "from kava_core.problems.sources.synthetic import Synthetic\n"
         "from kava_core.problems.tokenizer import train_tokenizer\n"
-        "train = Generator().splits(200, 0, 0, seed=0).train\n"
+        "train = Synthetic().splits(200, 0, 0, seed=0).train\n"
         "train_tokenizer((p.question for p in train), 500).save_pretrained(sys.argv[1])"
     )
     for seed in ("1", "2"):

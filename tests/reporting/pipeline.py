@@ -78,11 +78,12 @@ def make_pipeline(
     counts = {"problems": 60, "by_steps": {"2": 20, "3": 20, "4": 20}}
     _write(
         made.folder / "problems/metrics.json",
-        {"train": counts, "validation": counts, "test": counts, "dropped": {}},
+        {"train": counts, "validation": counts, "dropped": {}},
     )
+    _write(made.folder / "test_sets/metrics.json", {"test_sets": {"test": counts}, "dropped": {}})
     _write(
-        made.folder / "problems/problems.json",
-        {"traces": "equations", "settings": {"source": "synthetic", "seed": 7}},
+        made.folder / "test_sets/test_sets.json",
+        {"traces": "equations", "settings": {"source": {"name": "synthetic"}, "seed": 7}},
     )
     _log(made.log)
     return made

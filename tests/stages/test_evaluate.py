@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
-from kava_core.problems.folder import open_problems
-from kava_core.problems.records import save_problems
+from kava_core.problems.folder import open_test_sets
+from kava_core.problems.parquet import save_problems
 from stages.ask import ask
 from stages.distill import distill
 from stages.evaluate import evaluate
@@ -45,9 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bare = [{"q": f"mo has {i} cups . how many ?", "a": str(i)} for i in range(3, 10)]
     (home / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     table = {
-        "source": "table",
+        "source": {"name": "table", "question": "q", "answer": "a"},
         "path": str(home / "bare.jsonl"),
-        "columns": {"question": "q", "answer": "a"},
     }
     pipeline = {
         "prepare": {
@@ -180,8 +179,8 @@ def rewrite_test(home: Path, answer: str | None) -> None:
     """The test split with this answer throughout; None: no problems."""
     from dataclasses import replace
 
-    folder = open_problems(home / "data/tiny/problems")
-    problems = [] if answer is None else [replace(p, answer=answer) for p in folder.load("test")]
+    folder = open_test_sets(home / "data/tiny/test_sets")
+    problems = [] if answer is None else [replace(p, answer=answer) for p in folder.load()]
     save_problems(folder.path / "test.parquet", problems, steps=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import yaml
 from click.testing import CliRunner
 
 from kava_core.errors import KavaError
-from kava_core.problems.folder import open_problems
+from kava_core.problems.folder import open_problems, open_test_sets
+from kava_core.problems.sources import SOURCES
 from stages.prepare import prepare
 
 REST: dict[str, Any] = {
     "teacher": {"training": {"steps": 1, "learning_rate": 1e-3}},
     "generate": {},
     "evict": {"budget": 4},
-    "students": {},
+    "students": {"no-cot": {"reads": "problems", "training": {"steps": 1, "learning_rate": 1e-3}}},
     "evaluate": {},
     "report": {"title": "A test"},
 }
@@ -56,7 +58,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "table": [{"q": f"{n} and 1?", "s": "Add. | Ready.", "a": n + 1} for n in range(9)],
 }
 HARD = [{"input": f"{n}000 and 1?", "code": "", "target": n * 1000 + 1.0} for n in range(4)]
-COLUMNS = {"columns": {"question": "q", "steps": "s", "answer": "a"}, "separator": "|"}
+TABLE = {"name": "table", "question": "q", "steps": "s", "answer": "a", "separator": "|"}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -66,13 +68,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def run(folder: Path, **settings: Any) -> Path:
-    """The problems folder that these settings of `prepare` give."""
+    """The pipeline's folder that these settings of `prepare` give."""
     document = {"pipelines": {"one": {"prepare": settings, **REST}}}
     (folder / "pipelines.yaml").write_text(yaml.safe_dump(document))
     arguments = ["--pipeline", "one", "--pipelines", str(folder / "pipelines.yaml")]
     arguments += ["--data", str(folder / "data")]
     CliRunner(catch_exceptions=False).invoke(prepare, arguments)
-    return folder / "data/one/problems"
+    return folder / "data/one"
+
+
+def metrics(data: Path, folder: str) -> Any:
+    return json.loads((data / folder / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize("source", ROWS)
@@ -80,33 +86,31 @@ def test_every_source_becomes_problems_and_a_test_set_beside_them(
     tmp_path: Path, source: str
 ) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS[source])
-    own = COLUMNS if source == "table" else {}
     natural = source in ("gsm8k-aug-nl", "metamath", "math", "table")
-    folder = run(
+    data = run(
         tmp_path,
-        source=source,
+        source=TABLE if source == "table" else source,
         path=path,
         traces="sentences" if natural else "equations",
         validation=2,
         test=2,
         test_sets={"hard": {"source": "gsm-hard", "path": write(tmp_path / "hard.jsonl", HARD)}},
-        **own,
     )
-    problems = open_problems(folder)
-    assert [len(problems.load(name)) for name in ("train", "validation", "test")] == [5, 2, 2]
-    sets = problems.test_sets()
+    problems, asked = open_problems(data / "problems"), open_test_sets(data / "test_sets")
+    assert [len(problems.load(name)) for name in ("train", "validation")] == [5, 2]
+    sets = asked.load_all()
     assert {name: len(found) for name, found in sets.items()} == {source: 2, "hard": 4}
     assert [problem.answer for problem in sets["hard"]] == ["1", "1001", "2001", "3001"]
     assert all(len(p.steps) == (2 if natural else 1) for p in problems.load("train"))
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["leaked"] == {"test": 0, "hard": 0}
-    assert metrics["train"]["by_source"] == {source: 5}
+    assert metrics(data, "test_sets")["leaked"] == {"test": 0, "hard": 0}
+    assert metrics(data, "test_sets")["test_sets"]["hard"]["problems"] == 4
+    assert metrics(data, "problems")["train"]["by_source"] == {source: 5}
 
 
 def test_what_was_left_out_is_counted_in_the_metrics(tmp_path: Path) -> None:
     rows = [*ROWS["metamath"], {"query": "Hm?", "response": "I do not know."}]
     hard = [*HARD, {"input": "x?", "target": None}, {"input": "y" * 50, "target": 1}]
-    folder = run(
+    data = run(
         tmp_path,
         source="metamath",
         path=write(tmp_path / "rows.jsonl", rows),
@@ -117,9 +121,11 @@ def test_what_was_left_out_is_counted_in_the_metrics(tmp_path: Path) -> None:
         max_question_characters=40,
         test_sets={"hard": {"source": "gsm-hard", "path": write(tmp_path / "hard.jsonl", hard)}},
     )
-    assert json.loads((folder / "metrics.json").read_text())["dropped"] == {
-        "train": {"beyond the number asked for": 1, "no answer": 1},
-        "hard": {"no answer": 1, "question longer than 40 characters": 1},
+    assert metrics(data, "problems")["dropped"] == {
+        "train": {"beyond the number asked for": 1, "no answer": 1}
+    }
+    assert metrics(data, "test_sets")["dropped"] == {
+        "hard": {"no answer": 1, "question longer than 40 characters": 1}
     }
 
 
@@ -130,12 +136,137 @@ def test_a_leaked_question_is_an_error_unless_allowed_or_taken_out(tmp_path: Pat
     with pytest.raises(KavaError, match=r"1 of aug; the first is aug-000000.*`deduplicate`"):
         run(tmp_path, **settings, test_sets={"aug": aug})
     assert not (tmp_path / "data/one").exists()
-    folder = run(tmp_path, **settings, test_sets={"aug": aug}, allow_leakage=True)
-    assert json.loads((folder / "metrics.json").read_text())["leaked"] == {"test": 0, "aug": 1}
-    folder = run(tmp_path, **settings, test_sets={"aug": aug}, deduplicate=True)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["leaked"] == {"test": 0, "aug": 0}
-    assert metrics["dropped"] == {"train": {"question of a test set": 1}}
+    data = run(tmp_path, **settings, test_sets={"aug": aug}, allow_leakage=True)
+    assert metrics(data, "test_sets")["leaked"] == {"test": 0, "aug": 1}
+    assert metrics(data, "problems")["dropped"] == {}
+    data = run(tmp_path, **settings, test_sets={"aug": aug}, deduplicate=True)
+    assert metrics(data, "test_sets")["leaked"] == {"test": 0, "aug": 0}
+    assert metrics(data, "problems")["dropped"] == {"train": {"question of a test set": 1}}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_a_new_test_set_changes_not_one_byte_of_what_is_taught(
+    tmp_path: Path, deduplicate: bool
+) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS["gsm8k"])
+    settings = {"source": "gsm8k", "path": path, "validation": 2, "test": 2, "seed": 1}
+    settings["deduplicate"] = deduplicate
+    data = run(tmp_path, **settings)
+    taught, asked = contents(data / "problems"), contents(data / "test_sets")
+    hard = {"source": "gsm-hard", "path": write(tmp_path / "hard.jsonl", HARD)}
+    run(tmp_path, **settings, test_sets={"hard": hard})
+    assert contents(data / "problems") == taught
+    assert contents(data / "test_sets") != asked
+    assert (data / "test_sets/test.parquet").read_bytes() == asked["test.parquet"]
+
+
+def test_more_test_problems_of_a_source_that_has_some_change_nothing_that_is_taught(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "raw/train.jsonl", ROWS["gsm8k"][:6])
+    write(tmp_path / "raw/test.jsonl", ROWS["gsm8k"][6:])
+    settings = {"source": "gsm8k", "path": str(tmp_path / "raw"), "validation": 2}
+    taught = contents(run(tmp_path, **settings, test=1) / "problems")
+    assert contents(run(tmp_path, **settings, test=3) / "problems") == taught
+
+
+def test_an_input_that_was_cut_short_is_another_artefact(tmp_path: Path) -> None:
+    """Even where what is taken of it stays what it was."""
+    write(tmp_path / "raw/train.jsonl", ROWS["gsm8k"][:6])
+    test = Path(write(tmp_path / "raw/test.jsonl", ROWS["gsm8k"][6:]))
+    settings = {"source": "gsm8k", "path": str(tmp_path / "raw"), "validation": 2, "test": 2}
+    data = run(tmp_path, **settings)
+    taught, asked = contents(data / "problems"), contents(data / "test_sets")
+    read = json.loads(taught["problems.json"])["read"]
+    assert {name: list(found["files"]) for name, found in read.items()} == {
+        "train": ["train.jsonl"],
+        "validation": ["train.jsonl"],
+    }
+    assert list(json.loads(asked["test_sets.json"])["read"]) == ["test"]
+    write(test, ROWS["gsm8k"][6:8])
+    run(tmp_path, **settings)
+    assert contents(data / "problems") == taught
+    assert (data / "test_sets/test.parquet").read_bytes() == asked["test.parquet"]
+    assert (data / "test_sets/test_sets.json").read_bytes() != asked["test_sets.json"]
+
+
+def uneven(n: int) -> dict[str, str]:
+    """A row of GSM8K's; one in three has a longer question, every second a longer trace."""
+    question = f"{n} and 1?" if n % 3 else f"{n} and 1? Say why."
+    steps = [f"Add. {n}+1=<<{n}+1={n + 1}>>{n + 1}", *["So it is."] * (n % 2)]
+    return {"question": question, "answer": "\n".join([*steps, f"#### {n + 1}"])}
+
+
+# Each setting of a source that is read, with a value that must make a difference.
+DIFFERENCES: dict[str, Any] = {
+    "traces": "equations",
+    "train": 4,
+    "validation": 3,
+    "test": 3,
+    "seed": 5,
+    "drop_last_step": True,
+    "max_steps": 1,
+    "max_question_characters": 10,
+    "max_trace_characters": 15,
+    "test_sets": {"hard": {"source": "gsm-hard", "path": "hard.jsonl"}},
+}
+
+
+@pytest.mark.parametrize("setting", DIFFERENCES)
+def test_every_setting_changes_something(
+    tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "hard.jsonl", HARD)
+    path = write(tmp_path / "rows.jsonl", [uneven(n) for n in range(12)])
+    settings = {"source": "gsm8k", "path": path, "traces": "sentences", "validation": 2, "test": 2}
+    plain = parquet(run(tmp_path, **settings))
+    assert parquet(run(tmp_path, **(settings | {setting: DIFFERENCES[setting]}))) != plain
+
+
+# The same of every setting of a source's own.
+OF_SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"name": "synthetic"}, {"steps": [3, 5]}),
+    ({"name": "synthetic"}, {"operations": ["add", "subtract"]}),
+    ({"name": "synthetic"}, {"max_value": 50}),
+    ({"name": "synthetic"}, {"max_operand": 9}),
+    ({"name": "synthetic"}, {"factors": [2]}),
+    ({"name": "synthetic"}, {"style": "prose"}),
+    ({"name": "synthetic"}, {"distractors": 0.5}),
+    (TABLE, {"question": "q2"}),
+    (TABLE, {"answer": "b"}),
+    (TABLE, {"steps": "s2"}),
+    (TABLE, {"topic": "t"}),
+    (TABLE, {"separator": " "}),
+]
+
+
+def test_every_setting_of_every_source_is_tried() -> None:
+    tried = {(of["name"], name) for of, change in OF_SOURCES for name in change}
+    assert tried == {(k.name, field.name) for k in SOURCES.values() for field in fields(k)}
+
+
+@pytest.mark.parametrize(("source", "change"), OF_SOURCES)
+def test_every_setting_of_a_source_changes_something(
+    tmp_path: Path, source: dict[str, Any], change: dict[str, Any]
+) -> None:
+    rows = [row | {"q2": f"{row['q']} Hm?", "b": 3, "s2": "Think. | Go.", "t": "sums"}
+            for row in ROWS["table"]]  # fmt: skip
+    settings: dict[str, Any] = {"validation": 2, "test": 2}
+    if source["name"] == "table":
+        settings |= {"path": write(tmp_path / "rows.jsonl", rows), "traces": "sentences"}
+    else:
+        settings["train"] = 20
+    plain = parquet(run(tmp_path, source=source, **settings))
+    assert parquet(run(tmp_path, source=source | change, **settings)) != plain
+
+
+def parquet(data: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(data)): file.read_bytes() for file in data.rglob("*.parquet")}
 
 
 def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> None:
@@ -143,9 +274,8 @@ def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> Non
     with pytest.raises(KavaError, match=r"train: expected numbers .*found none in 5 problems"):
         run(
             tmp_path,
-            source="table",
+            source=TABLE,
             path=write(tmp_path / "rows.jsonl", rows),
-            **COLUMNS,
             validation=2,
             test=2,
         )
@@ -155,8 +285,28 @@ def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> Non
     ("settings", "words"),
     [
         ({"source": "gsm8k"}, "prepare: source gsm8k needs a `path`"),
-        ({"source": "gsm8k", "path": "x", **COLUMNS}, "prepare: `columns` belongs to"),
-        ({"source": "table", "path": "x"}, "prepare: `columns` belongs to"),
+        (
+            {"source": {"name": "gsm8k", "question": "q"}, "path": "x"},
+            "prepare.source.question: no such setting",
+        ),
+        ({"source": "table", "path": "x"}, "prepare.source.question: Field required"),
+        (
+            {"source": {**TABLE, "separator": ""}, "path": "x"},
+            "prepare.source: source table: Expected a text as `separator`",
+        ),
+        (
+            {"source": {"name": "synthetic", "steps": [2]}, "train": 1, "test": 1},
+            "prepare.source.steps.1: Field required",
+        ),
+        (
+            {"source": {"name": "synthetic", "steps": [2, 0]}, "train": 1, "test": 1},
+            "prepare.source: source synthetic: Expected `steps`",
+        ),
+        ({"source": "synthetic", "train": 1}, "source synthetic needs the numbers `train` and"),
+        (
+            {"source": "synthetic", "train": 1, "test": 1, "revision": "v2"},
+            "synthetic has no revision",
+        ),
         ({"source": "synthetic", "train": 1, "test": 1, "path": "x"}, "synthetic has no path"),
         (
             {"source": "gsm8k", "path": "x", "deduplicate": True, "allow_leakage": True},
@@ -164,7 +314,7 @@ def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> Non
         ),
         (
             {"source": "svamp", "path": "x", "test_sets": {"svamp": {"source": "svamp"}}},
-            "prepare.test_sets.svamp: source svamp needs a `path`",
+            "prepare.test_sets.svamp.path: Field required",
         ),
         (
             {
@@ -180,7 +330,7 @@ def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> Non
         ),
         (
             {"source": "svamp", "path": "x", "test_sets": {"s": {"source": "synthetic"}}},
-            "prepare.test_sets.s.source",
+            "prepare.test_sets.s.source: should be one of gsm8k",
         ),
     ],
 )

@@ -66,7 +66,7 @@ class GeneratedSource(Source):
 
     @abstractmethod
     def splits(
-        self, train: int, validation: int, test: int, *, seed: int, traces: TraceForm
+        self, train: int, validation: int, test: int, *, seed: int, traces: TraceForm = "equations"
     ) -> ProblemSplits:
         """Draw the three splits; equal arguments give equal problems on every machine.
 

@@ -113,7 +113,7 @@ class Synthetic(GeneratedSource):
                 raise KavaError(f"Expected {expected}, found {found}. Correct the setting.")
 
     def splits(
-        self, train: int, validation: int, test: int, *, seed: int, traces: TraceForm
+        self, train: int, validation: int, test: int, *, seed: int, traces: TraceForm = "equations"
     ) -> ProblemSplits:
         """Draw the three splits; equal arguments give equal problems on every machine.
 

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kava_core.problems.synthetic import OPERATIONS, Generator
 
 from kava_core.errors import KavaError
-from kava_core.problems.records import Problem, normalise_question
+from kava_core.problems.records import Problem, TraceForm, normalise_question
+from kava_core.problems.sources.synthetic import OPERATIONS, Operation, Synthetic
 from kava_core.problems.splits import ProblemSplits
 
 EQUATION = re.compile(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)")
@@ -24,17 +25,26 @@ ranges = st.tuples(st.integers(2, 8), st.integers(2, 8)).map(lambda pair: (min(p
 operations = st.sets(st.sampled_from(OPERATIONS)).map(
     lambda names: tuple(sorted(names | {"add", "subtract"}))
 )
-generators = st.builds(
-    Generator,
+
+
+def build(operations: tuple[Operation, ...], factors: set[int], **settings: Any) -> Synthetic:
+    """Factors are only taken where they are multiplied or divided by."""
+    used = {"multiply", "divide"} & set(operations)
+    given = {"factors": tuple(sorted(factors))} if used else {}
+    return Synthetic(operations=operations, **given, **settings)
+
+
+sources = st.builds(
+    build,
     steps=ranges,
     operations=operations,
     max_value=st.integers(50, 500),
     max_operand=st.integers(5, 100),
-    factors=st.sets(st.integers(2, 9), min_size=1).map(lambda factors: tuple(sorted(factors))),
+    factors=st.sets(st.integers(2, 9), min_size=1),
     style=st.sampled_from(("compact", "prose")),
-    traces=st.sampled_from(("equations", "sentences")),
     distractors=st.sampled_from((0.0, 0.5, 1.0)),
 )
+forms: st.SearchStrategy[TraceForm] = st.sampled_from(("equations", "sentences"))
 
 
 def everything(splits: ProblemSplits) -> list[Problem]:
@@ -48,11 +58,13 @@ def read(step: str) -> tuple[int, str, int, int]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(generators, st.integers(0, 2**32))
-def test_every_trace_is_true_dependent_and_within_bounds(generator: Generator, seed: int) -> None:
-    signs = {SIGNS[name] for name in generator.operations}
-    for problem in everything(generator.splits(20, 5, 5, seed=seed)):
-        assert generator.steps[0] <= len(problem.steps) <= generator.steps[1]
+@given(sources, st.integers(0, 2**32), forms)
+def test_every_trace_is_true_dependent_and_within_bounds(
+    source: Synthetic, seed: int, traces: TraceForm
+) -> None:
+    signs = {SIGNS[name] for name in source.operations}
+    for problem in everything(source.splits(20, 5, 5, seed=seed, traces=traces)):
+        assert source.steps[0] <= len(problem.steps) <= source.steps[1]
         previous = None
         for step in problem.steps:
             left, sign, right, result = read(step)
@@ -64,58 +76,56 @@ def test_every_trace_is_true_dependent_and_within_bounds(generator: Generator, s
             }[sign]
             assert exact == result
             assert sign in signs
-            assert 1 <= left <= generator.max_value
-            assert 1 <= result <= generator.max_value
+            assert 1 <= left <= source.max_value
+            assert 1 <= result <= source.max_value
             assert previous is None or left == previous
-            bound = generator.max_operand if sign in "+-" else max(generator.factors)
+            bound = source.max_operand if sign in "+-" else max(source.factors)
             assert 1 <= right <= bound
             previous = result
         assert problem.answer == str(previous)
 
 
 @settings(max_examples=30, deadline=None)
-@given(generators, st.integers(0, 2**32))
-def test_splits_share_no_question_and_no_held_out_chain(generator: Generator, seed: int) -> None:
-    splits = generator.splits(40, 15, 15, seed=seed)
+@given(sources, st.integers(0, 2**32), forms)
+def test_splits_share_no_question_and_no_held_out_chain(
+    source: Synthetic, seed: int, traces: TraceForm
+) -> None:
+    splits = source.splits(40, 15, 15, seed=seed, traces=traces)
     questions = [normalise_question(problem.question) for problem in everything(splits)]
     assert len(set(questions)) == len(questions) == 70
     chains = {
         name: {tuple(read(step) for step in problem.steps) for problem in problems}
-        for name, problems in splits.named().items()
+        for name, problems in (splits.taught() | splits.asked()).items()
     }
     assert not chains["test"] & chains["validation"]
     assert not (chains["test"] | chains["validation"]) & chains["train"]
 
 
 @settings(max_examples=20, deadline=None)
-@given(generators, st.integers(0, 2**32))
-def test_a_seed_determines_the_problems(generator: Generator, seed: int) -> None:
-    splits = generator.splits(10, 5, 5, seed=seed)
-    assert generator.splits(10, 5, 5, seed=seed) == splits
-    assert generator.splits(10, 5, 5, seed=seed + 1) != splits
-    more = generator.splits(30, 5, 5, seed=seed)
+@given(sources, st.integers(0, 2**32), forms)
+def test_a_seed_determines_the_problems(source: Synthetic, seed: int, traces: TraceForm) -> None:
+    splits = source.splits(10, 5, 5, seed=seed, traces=traces)
+    assert source.splits(10, 5, 5, seed=seed, traces=traces) == splits
+    assert source.splits(10, 5, 5, seed=seed + 1, traces=traces) != splits
+    more = source.splits(30, 5, 5, seed=seed, traces=traces)
     assert (more.test, more.validation) == (splits.test, splits.validation)
     assert more.train[:10] == splits.train
 
 
 @settings(max_examples=20, deadline=None)
-@given(generators, st.integers(0, 2**32))
-def test_the_form_of_the_traces_does_not_change_the_questions(
-    generator: Generator, seed: int
-) -> None:
-    forms = [
-        replace(generator, traces=form).splits(10, 0, 0, seed=seed).train
-        for form in ("equations", "sentences")
-    ]
-    assert [p.question for p in forms[0]] == [p.question for p in forms[1]]
-    assert [p.answer for p in forms[0]] == [p.answer for p in forms[1]]
+@given(sources, st.integers(0, 2**32))
+def test_the_form_of_the_traces_does_not_change_the_questions(source: Synthetic, seed: int) -> None:
+    equations = source.splits(10, 0, 0, seed=seed, traces="equations").train
+    sentences = source.splits(10, 0, 0, seed=seed, traces="sentences").train
+    assert [p.question for p in equations] == [p.question for p in sentences]
+    assert [p.answer for p in equations] == [p.answer for p in sentences]
 
 
 def test_the_problems_do_not_depend_on_pythons_hash_seed() -> None:
     script = (
-        "from kava_core.problems.synthetic import Generator\n"
+        "from kava_core.problems.sources.synthetic import Synthetic\n"
         "for style in ('compact', 'prose'):\n"
-        "    print(Generator(style=style, distractors=0.5).splits(30, 5, 5, seed=3))"
+        "    print(Synthetic(style=style, distractors=0.5).splits(30, 5, 5, seed=3))"
     )
     outputs = [
         subprocess.run(
@@ -131,21 +141,21 @@ def test_the_problems_do_not_depend_on_pythons_hash_seed() -> None:
 
 @pytest.mark.parametrize("style", ["compact", "prose"])
 def test_the_question_tells_every_number_of_the_chain_in_order(style: str) -> None:
-    generator = Generator(style=style, operations=("add", "subtract"))  # type: ignore[arg-type]
-    for problem in generator.splits(50, 0, 0, seed=0).train:
+    source = Synthetic(style=style, operations=("add", "subtract"))  # type: ignore[arg-type]
+    for problem in source.splits(50, 0, 0, seed=0).train:
         steps = [read(step) for step in problem.steps]
         numbers = [steps[0][0], *(right for _, _, right, _ in steps)]
         assert [int(number) for number in re.findall(r"\d+", problem.question)] == numbers
 
 
 def test_a_distractor_adds_one_number_that_the_trace_does_not_use() -> None:
-    without = Generator(operations=("add", "subtract"), style="prose")
+    without = Synthetic(operations=("add", "subtract"), style="prose")
     for problem in replace(without, distractors=1.0).splits(50, 0, 0, seed=0).train:
         assert len(re.findall(r"\d+", problem.question)) == len(problem.steps) + 2
 
 
 def test_each_length_is_equally_likely_and_each_scenario_is_told() -> None:
-    train = Generator(steps=(2, 5)).splits(4000, 0, 0, seed=0).train
+    train = Synthetic(steps=(2, 5)).splits(4000, 0, 0, seed=0).train
     lengths = [len(problem.steps) for problem in train]
     assert all(abs(lengths.count(length) - 1000) < 120 for length in (2, 3, 4, 5))
     assert len({problem.topic for problem in train}) >= 5
@@ -153,7 +163,7 @@ def test_each_length_is_equally_likely_and_each_scenario_is_told() -> None:
 
 
 def test_compact_questions_use_few_words() -> None:
-    train = Generator().splits(2000, 0, 0, seed=0).train
+    train = Synthetic().splits(2000, 0, 0, seed=0).train
     words = {word for p in train for word in p.question.split() if not word.isdigit()}
     assert len(words) < 60
 
@@ -168,19 +178,20 @@ def test_compact_questions_use_few_words() -> None:
         ({"operations": ("power",)}, "`operations`.*power"),
         ({"max_value": 1}, "`max_value`"),
         ({"max_operand": 0}, "`max_operand`"),
+        ({"operations": ("multiply",), "max_operand": 9}, "`max_operand` only beside"),
         ({"factors": (1,)}, "`factors`"),
+        ({"operations": ("add", "subtract"), "factors": (2,)}, "`factors` only beside"),
         ({"style": "verse"}, "`style`.*verse"),
-        ({"traces": "code"}, "`traces`"),
         ({"distractors": 1.5}, "`distractors`"),
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, object], words: str) -> None:
     with pytest.raises(KavaError, match=words):
-        Generator(**wrong)  # type: ignore[arg-type]
+        Synthetic(**wrong)  # type: ignore[arg-type]
 
 
 def test_too_many_problems_for_the_space_are_refused() -> None:
-    small = Generator(steps=(2, 2), operations=("multiply",), max_value=8)
+    small = Synthetic(steps=(2, 2), operations=("multiply",), max_value=8)
     with pytest.raises(KavaError, match="different problems of 2 steps"):
         small.splits(5000, 0, 0, seed=0)
     with pytest.raises(KavaError, match="different problems of 8 steps"):

@@ -1,18 +1,17 @@
-"""Every source: what a row of it becomes."""
+"""Every source that is read: what a row of it becomes."""
 
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kava_core.problems.files import Row
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources import SOURCES, Source, Table
+from kava_core.problems.rows import Row
+from kava_core.problems.sources import SOURCES, RowSource
 from kava_core.problems.sources.base import NOTE, Draft, UnusableRow, sentences
-from kava_core.problems.sources.boxed import last_box
-from kava_core.settings import FileSourceName
+from kava_core.problems.sources.table import Table
 
 TABLE = Table(question="q", answer="a", steps="s", topic="t", separator=" ; ")
 
@@ -188,8 +187,10 @@ MALFORMED = [
 ]
 
 
-def source(name: str) -> Source:
-    return TABLE if name == "table" else SOURCES[name]
+def source(name: str) -> RowSource:
+    made = TABLE if name == "table" else SOURCES[name]()
+    assert isinstance(made, RowSource)
+    return made
 
 
 @pytest.mark.parametrize(("name", "traces", "found", "draft"), READ)
@@ -209,9 +210,10 @@ def test_a_malformed_row_names_its_place(name: str, found: Row, words: str) -> N
         source(name).read(found, "equations")
 
 
-def test_settings_know_exactly_the_sources_there_are() -> None:
-    assert set(FileSourceName.__args__) == {*SOURCES, "table"}  # type: ignore[attr-defined]
-    assert {case[0] for case in READ} == {*SOURCES, "table"}
+def test_every_source_that_reads_rows_is_tried() -> None:
+    assert {case[0] for case in READ} == {
+        name for name, kind in SOURCES.items() if issubclass(kind, RowSource)
+    }
 
 
 @given(st.text(st.sampled_from("Aab 1.3?!\n<>=$\\x"), max_size=60))
@@ -230,35 +232,7 @@ def test_sentences_end_where_a_reader_would_say_so() -> None:
     )
 
 
-braces = st.recursive(
-    st.text("ab^ 1", max_size=4),
-    lambda inner: st.tuples(inner, inner, inner).map(lambda p: f"{p[0]}{{{p[1]}}}{p[2]}"),
-    max_leaves=12,
-)
-
-
-@given(braces.filter(lambda text: text.strip()), st.sampled_from(["\\boxed", "\\fbox"]))
-def test_a_box_holds_all_that_is_between_its_braces(content: str, box: str) -> None:
-    text = f"So \\boxed{{7}}, no: $x = {box}{{{content}}}$. Done {{}}."
-    assert last_box(text) == " ".join(content.split())
-
-
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        ("\\boxed 3$", "3"),
-        ("\\boxed{a \\} b}", "a \\} b"),
-        ("\\boxed {12}", "12"),
-        ("\\boxed{}", ""),
-        ("\\boxed{1", None),
-        ("unboxed{1}", None),
-    ],
-)
-def test_boxes_in_their_odder_forms(text: str, content: str | None) -> None:
-    assert last_box(text) == content
-
-
 def test_no_source_evaluates_anything() -> None:
     code = "__import__('os').abort()"
-    draft = SOURCES["gsm-hard"].read(row(input="Q?", code=code, target=1.0), "equations")
+    draft = source("gsm-hard").read(row(input="Q?", code=code, target=1.0), "equations")
     assert "abort" not in repr(draft)

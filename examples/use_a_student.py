@@ -20,7 +20,7 @@ def main(pipeline: Path, name: str, problems: int) -> None:
     student = LatentReasoner.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 
-    asked = pq.read_table(pipeline / "problems" / "test.parquet").slice(0, problems).to_pylist()
+    asked = pq.read_table(pipeline / "test_sets" / "test.parquet").slice(0, problems).to_pylist()
     # A question ends in a line end; what the student writes behind its latents is the answer.
     questions = tokenizer(
         [problem["question"] + "\n" for problem in asked], padding=True, return_tensors="pt"

@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from kava_core import POLICIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,7 +93,21 @@ def test_the_readme_has_the_numbers_of_the_results(picture: ModuleType) -> None:
     ]
 
 
-WORDS = {
+def test_measurements_stand_with_the_results_alone() -> None:
+    row = re.compile(r"^\|(?=(?:[^|\n]*\|)*?(?: [\d.,]+×? \|){3}).*$", re.M)
+    assert row.search(RESULTS)
+    for page in PAGES:
+        if page.name != "results.md":
+            assert not row.findall(page.read_text(encoding="utf-8")), page.name
+
+
+def test_the_readme_names_every_policy() -> None:
+    (line,) = re.findall(r"^\| `evict.policy` \|.*$", README, re.M)
+    for name in POLICIES:
+        assert f"`{name}`" in line
+
+
+WORDS: dict[str, Callable[[int, int], int]] = {
     "doubles them": lambda n, _: 2 * n,
     "triples them": lambda n, _: 3 * n,
     "gets": lambda n, m: n + m,

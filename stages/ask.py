@@ -24,16 +24,15 @@ def ask(student: Path, question: str, as_json: bool) -> None:
     """
     if not question.strip():
         raise KavaError("expected a question, found nothing. Put it in quotes behind the student.")
-    from kava_core.models.students import open_student
-
-    model = open_student(student)
     import torch
 
     from kava_core.evaluation.accuracy import read_answer
     from kava_core.models.loading import load_tokenizer, to_device
+    from kava_core.models.students import open_student
     from kava_core.problems.traces import TraceEncoder
 
-    encoder, model = TraceEncoder(load_tokenizer(str(student))), to_device(model)
+    model = to_device(open_student(student))
+    encoder = TraceEncoder(load_tokenizer(str(student)))
     ids = torch.tensor(encoder.encode_questions([question]), device=model.device)
     written = model.generate(ids, max_new_tokens=LONGEST)
     text = str(encoder.tokenizer.decode(written.tokens[0], skip_special_tokens=True))

@@ -8,7 +8,7 @@ from kava_core.artefacts import publish, read_json, work_folder, write_json
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
 
-from .run import Run, stage, torch_threads
+from .run import Run, stage
 
 if TYPE_CHECKING:
     from kava_core.evaluation.results import Examined
@@ -33,6 +33,7 @@ def evaluate(run: Run) -> None:
     from kava_core.latents.interpret import interpret, write_insights
     from kava_core.latents.similarity import slot_similarity
     from kava_core.models.loading import load_tokenizer, to_device
+    from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import open_test_sets
     from kava_core.problems.traces import TraceEncoder
     from kava_core.store import TargetsStore

@@ -13,7 +13,7 @@ from kava_core.console import progress, say
 from kava_core.errors import KavaError
 from kava_core.settings import Fidelity
 
-from .run import Run, stage, torch_threads
+from .run import Run, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +88,7 @@ def fidelity(run: Run) -> None:
         tokenizer_fingerprint,
     )
     from kava_core.models.teacher_pass import check_lengths
+    from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
     from kava_core.problems.traces import TraceEncoder
 

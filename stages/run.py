@@ -99,16 +99,3 @@ def _logged(run: Run, what: str) -> Iterator[None]:
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
     say(f"{what}: done in {seconds:.0f} s")
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Run with this many torch threads: results depend on it, so it is a tracked setting."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

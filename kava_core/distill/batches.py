@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from kava_core.models.batching import pad
 from kava_core.record import Record
 from kava_core.store import TargetsStore
 
 
-def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids → ids, mask [B, longest] int64; padding is 0, on the `left` or the `right`."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, span] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, span] = 1
-    return ids, mask
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of N records, [N] each; those of the answer count its prompt."""
+
+    question: np.ndarray
+    chain: np.ndarray
+    answer: np.ndarray
 
 
 def answer_batch(
@@ -70,6 +69,18 @@ class AnswerDataset(Dataset[dict[str, Any]]):
             else None,
         )
 
+    def lengths(self) -> Lengths:
+        """Of all records."""
+        return Lengths(
+            np.array([len(t.question_ids) for t in self.traces]),
+            np.array([len(t.cot_ids) for t in self.traces]),
+            np.array([len(t.answer_prompt_ids) + len(t.answer_ids) for t in self.traces]),
+        )
+
+    def name(self, index: int) -> str:
+        """The id of a record."""
+        return self.traces[index].id
+
 
 def writes_rest(store: TargetsStore) -> bool:
     """Whether latents stand for a part of each trace only, and the student writes the rest."""
@@ -115,6 +126,20 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         else:
             batch["targets"] = self.store.batch(indices)
         return batch
+
+    def lengths(self) -> Lengths:
+        """Of all records."""
+        index, shards = self.store.index, range(len(self.store.sizes))
+        prompts = [np.diff(index.shard(k)["answer_prompt_ids"][0]) for k in shards]
+        return Lengths(
+            index.column("n_question"),
+            index.column("n_cot"),
+            np.concatenate(prompts) + index.column("n_answer"),
+        )
+
+    def name(self, index: int) -> str:
+        """The id of a record."""
+        return self.store.index.record(index).id
 
 
 class ChainDataset(Dataset[dict[str, Any]]):

@@ -8,13 +8,17 @@ that no term depends on how a batch is cut over steps or processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kava_core.distill.match import Match
 from kava_core.models.latent import Reasoning
+from kava_core.settings import Student
+from kava_core.store import TargetsStore
 
 
 def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -120,6 +124,36 @@ class Objective:
                 + kv_loss(slot_values, batch["values"], mask, self.kv_distance, self.values_std)
             )
         return terms
+
+
+def objective_of(
+    settings: Student, store: TargetsStore | None, match: Match | None = None
+) -> Objective:
+    """The objective with the statistics of the whole store, never of a batch.
+
+    match: of the student with the store; None for one that has the teacher's layers.
+    """
+    plain = Objective(
+        alpha_kv=settings.alpha_kv if store else 0.0,
+        alpha_codi=settings.alpha_codi if store else 0.0,
+        w_cot=settings.w_cot,
+        kv_distance=settings.kv_distance,
+        codi_distance=settings.codi_distance,
+    )
+    if store is None:
+        return plain
+    statistics, match = store.manifest.statistics, match or Match.of(store)
+    return replace(
+        plain,
+        keys_std=_std(statistics.keys_std, match.rows) if settings.kv_std else None,
+        values_std=_std(statistics.values_std, match.rows) if settings.kv_std else None,
+        endpoint_std=_std(statistics.endpoint_std, match.levels) if settings.codi_std else None,
+    )
+
+
+def _std(values: Sequence[float], rows: Sequence[int]) -> Tensor:
+    # A row without any spread (a single record, a constant) is not scaled.
+    return torch.tensor([values[row] or 1.0 for row in rows])
 
 
 def _wide(x: Tensor, student: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.answers import extract_answer, same_answer
-from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.breakdown import accuracy_by
+from kava_core.models.batching import by_length, pad
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
@@ -65,12 +65,10 @@ def ask(
     if not problems:
         raise KavaError("there are no problems to evaluate on. Ask `prepare` for some.")
     questions = encoder.encode_questions([p.question for p in problems])
-    order = sorted(range(len(problems)), key=lambda i: (len(questions[i]), i))
     done: dict[int, Prediction] = {}
     device = system.device
     prompted = bool(system.config.answer_prompt_ids)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length([len(q) for q in questions], batch_size):
         began = time.perf_counter()
         ids, mask = pad([questions[i] for i in chosen], "left")
         result = system.generate(ids.to(device), mask.to(device), max_new_tokens=max_new_tokens)

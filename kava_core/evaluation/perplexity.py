@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
-from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import Prediction
+from kava_core.models.batching import by_length, pad
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
@@ -50,10 +50,8 @@ def gold_nll(
             answers = [chain + answer for chain, answer in zip(chains, answers, strict=True)]
         else:
             questions = [q + chain for q, chain in zip(questions, chains, strict=True)]
-    order = sorted(range(len(problems)), key=lambda i: (len(questions[i]), i))
     found: dict[int, list[float]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length([len(q) for q in questions], batch_size):
         ids, mask = (x.to(system.device) for x in pad([questions[i] for i in chosen], "left"))
         gold, kept = (x.to(system.device) for x in pad([answers[i] for i in chosen], "right"))
         logits = system(ids, mask, gold, kept).logits[:, :-1]  # [B, A, V]

@@ -10,13 +10,14 @@ from typing import Any
 
 from kava_core.answers import has_value
 from kava_core.artefacts import write_json
-from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import Prediction, ask, summarise
 from kava_core.evaluation.breakdown import accuracy_by, length_bin, operations
 from kava_core.evaluation.comparisons import compare
 from kava_core.evaluation.memory import peak_tensor_bytes
 from kava_core.evaluation.perplexity import gold_nll, perplexity
+from kava_core.models.batching import pad
+from kava_core.models.context import check_context, context_of
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
@@ -214,8 +215,7 @@ def _check_context(
 
     A model that rotates its keys can write on past its context.
     """
-    context = getattr(system.decoder.config, "max_position_embeddings", None)
-    if context is None:
+    if context_of(system.decoder.config) is None:
         return
     latents = system.config.latents
     around = (latents + 2 if latents else 0) + len(encoder.answer_prompt_ids)
@@ -227,10 +227,11 @@ def _check_context(
         if learned:
             chain = max_new_tokens if not system.config.answer_prompt_ids else 0
             written = max(max_new_tokens, chain + len(answer))
-        needed = len(question) + around + written
-        if needed > context:
-            raise KavaError(
-                f"test set {test_set.name}, problem {problem.id}: question and answer take {needed}"
-                f" positions and the model's context is {context}. Drop long problems in `prepare`"
-                + (", or lower evaluate.max_new_tokens." if learned else ".")
-            )
+        check_context(
+            system.decoder.config,
+            len(question) + around + written,
+            what=f"test set {test_set.name}, problem {problem.id}",
+            including="latents and answer",
+            remedy="Drop long problems in `prepare`"
+            + (", or lower evaluate.max_new_tokens." if learned else "."),
+        )

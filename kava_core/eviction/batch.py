@@ -37,6 +37,7 @@ class CacheBatch:
         chain-of-thought token; needed for post-RoPE keys only.
     step_ends:    where each record's steps end, as places in its trace after their last tokens;
         the last is N_C. Needed by policies that go by steps.
+    results:      the places in each record's trace of the tokens that state a step's result.
     budgets:      the slots to fill in each of the L' layers; `evict` sets it before scoring.
     """
 
@@ -49,6 +50,7 @@ class CacheBatch:
     rotary: Rotary | None = None
     cot_start: tuple[int, ...] | None = None
     step_ends: tuple[tuple[int, ...], ...] | None = None
+    results: tuple[tuple[int, ...], ...] | None = None
     budgets: tuple[int, ...] | None = None
 
     @classmethod
@@ -63,11 +65,13 @@ class CacheBatch:
         rotary: Rotary | None = None,
         cot_start: Tensor | Sequence[int] | None = None,
         step_ends: Sequence[Sequence[int]] | None = None,
+        results: Sequence[Sequence[int]] | None = None,
     ) -> CacheBatch:
         """A batch over tensors as a teacher shard holds them; nothing is copied.
 
-        keys, values [T, L, H, D], importance [T, L, H], offsets [B + 1], cot_start [B]; step_ends:
-        of each record. Raises KavaError for shapes that do not fit together and for an empty trace.
+        keys, values [T, L, H, D], importance [T, L, H], offsets [B + 1], cot_start [B]; step_ends,
+        results: of each record. Raises KavaError for shapes that do not fit together and for an
+        empty trace.
         """
         bounds = _integers(offsets)
         starts = None if cot_start is None else _integers(cot_start)
@@ -81,7 +85,10 @@ class CacheBatch:
         layers = tuple(range(keys.shape[1]))
         ends = None if step_ends is None else tuple(map(tuple, step_ends))
         _check_steps(ends, bounds, ids)
-        return cls(keys, values, importance, bounds, tuple(ids), layers, rotary, starts, ends)
+        stated = None if results is None else tuple(map(tuple, results))
+        return cls(
+            keys, values, importance, bounds, tuple(ids), layers, rotary, starts, ends, stated
+        )
 
     @classmethod
     def from_padded(
@@ -184,6 +191,27 @@ class CacheBatch:
             torch.tensor(sizes, device=device), output_size=self.offsets[-1]
         )
         return last - 1 - self.token_indices
+
+    @cached_property
+    def is_result(self) -> Tensor:
+        """[T] bool: the tokens that state a step's result.
+
+        KavaError if the batch came without them, naming a record that has none.
+        """
+        unknown = list(self.ids)
+        if self.results is not None:
+            unknown = [name for name, at in zip(self.ids, self.results, strict=True) if not at]
+        if self.results is None or unknown:
+            raise KavaError(
+                f"record {unknown[0]!r}: this policy keeps the results of steps, and the trace "
+                "does not say which of its tokens these are. Use `prepare.traces: equations` or "
+                "`results`, or another `policy`."
+            )
+        found = torch.zeros(self.offsets[-1], dtype=torch.bool, device=self.keys.device)
+        spans = zip(self.offsets, self.results, strict=False)
+        places = [first + i for first, at in spans for i in at]
+        found[places] = True
+        return found
 
     def empty_scores(self) -> Tensor:
         """[T, L', H] float32 to be filled."""

@@ -26,6 +26,7 @@ from kava_core.errors import KavaError
 from kava_core.evaluation.memory import PeakMemory
 from kava_core.eviction import CacheBatch, Policy, evict
 from kava_core.eviction.layers import Share
+from kava_core.models.batching import by_length, pad
 from kava_core.models.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
@@ -275,26 +276,18 @@ def alike(traces: Sequence[Record], batch_size: int) -> list[list[int]]:
     def length(trace: Record) -> int:
         return len(trace.question_ids) + len(trace.cot_ids)
 
-    by_steps: dict[int, list[int]] = {}
-    for i in sorted(range(len(traces)), key=lambda i: (traces[i].n_steps, length(traces[i]), i)):
-        by_steps.setdefault(traces[i].n_steps, []).append(i)
-    return [
-        chosen[first : first + batch_size]
-        for chosen in by_steps.values()
-        for first in range(0, len(chosen), batch_size)
-    ]
+    batches = []
+    for steps in sorted({trace.n_steps for trace in traces}):
+        those = [i for i, trace in enumerate(traces) if trace.n_steps == steps]
+        for chosen in by_length([length(traces[i]) for i in those], batch_size):
+            batches.append([those[i] for i in chosen])
+    return batches
 
 
 def _place(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
     """ids [B, N], padded on `side`, and their positions from 0, ABSENT for padding."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.full((len(rows), width), ABSENT)
-    for i, row in enumerate(rows):
-        first = width - len(row) if side == "left" else 0
-        ids[i, first : first + len(row)] = torch.tensor(row, dtype=torch.long)
-        positions[i, first : first + len(row)] = torch.arange(len(row))
-    return ids, positions
+    ids, mask = pad(rows, side)
+    return ids, (mask.cumsum(1) - 1).masked_fill(mask == 0, ABSENT)
 
 
 def _ended(row: list[int], eos: int) -> list[int]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kava_core.answers import same_answer
-from kava_core.distill.batches import pad
 from kava_core.errors import KavaError
 from kava_core.evaluation.accuracy import read_answer
 from kava_core.latents.student import latents_fed
+from kava_core.models.batching import by_length, pad
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
@@ -81,10 +81,9 @@ class _Asked:
         self.student, self.encoder, self.problems = student, encoder, problems
         self.max_new_tokens = max_new_tokens
         questions = encoder.encode_questions([p.question for p in problems])
-        order = sorted(range(len(problems)), key=lambda i: (len(questions[i]), i))
         self.batches = [
             (chosen, *pad([questions[i] for i in chosen], "left"))
-            for chosen in (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+            for chosen in by_length([len(q) for q in questions], batch_size)
         ]
         self.right: dict[tuple[int, str], bool] = {}
         self.longest = 0  # tokens of the longest answer that ended, its end included

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.distill.batches import pad
-from kava_core.models.capture import attention_weights, recording
+from kava_core.models.batching import pad
+from kava_core.models.capture import AttentionCall, recording
 from kava_core.models.latent import LatentReasoner, Reasoning
 from kava_core.record import Record
 
@@ -174,28 +174,20 @@ class _Watch:
             for handle in handles:
                 handle.remove()
 
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
+    def record(self, call: AttentionCall) -> None:
         calls = self.calls
         if not calls.slots:
             return
         at = (calls.iteration, slice(None), slice(calls.slots.start, calls.slots.stop))
         columns = slice(calls.first + calls.slots.start, calls.first + calls.slots.stop)
-        for norms, x in ((self.key_norms, key), (self.value_norms, value)):
+        for norms, x in ((self.key_norms, call.key), (self.value_norms, call.value)):
             norm = torch.linalg.vector_norm(x[:, :, columns].float(), dim=-1)  # [B, H, n]
-            norms[calls.iteration, :, layer, calls.slots.start : calls.slots.stop] = norm.mean(1)
-        total = key.shape[2]
+            fed = slice(calls.slots.start, calls.slots.stop)
+            norms[calls.iteration, :, call.layer, fed] = norm.mean(1)
+        total = call.key.shape[2]
         behind = total > calls.first + calls.latents  # the answer follows
-        rows = slice(calls.rows.start, query.shape[2] if behind else calls.rows.stop)
-        weights = attention_weights(query, key, rows, mask, scaling, softcap).mean(1)  # [B, R, S]
+        rows = slice(calls.rows.start, call.query.shape[2] if behind else calls.rows.stop)
+        weights = call.weights(rows).mean(1)  # [B, R, S]
         shares = weights.float() @ self.parts[:, :total] / self.layers  # [B, R, P]
         self.attention[at] += shares[:, : len(calls.slots)]
         if behind:

@@ -25,7 +25,7 @@ from kava_core.latents.student import (
     PROMPT,
     question_parts,
 )
-from kava_core.models.capture import attention_weights, shown_to
+from kava_core.models.capture import AttentionCall, shown_to
 from kava_core.models.slot_cache import ABSENT, SlotCache
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.record import Record
@@ -233,21 +233,12 @@ class _AnswerWatch:
         self.rows, self.labels = rows, labels
         self.total = torch.zeros(len(rows), len(PARTS), device=rows.device)
 
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
-        b, heads, s = key.shape[:3]
-        n = query.shape[2]
-        weights = attention_weights(query, key, slice(0, n), mask, scaling, softcap)
+    def record(self, call: AttentionCall) -> None:
+        b, heads, s = call.key.shape[:3]
+        n = call.query.shape[2]
+        weights = call.weights(slice(0, n))
         shared = weights.float().view(b, heads, -1, n, s).mean(2)  # over the heads of a group
-        parts = one_hot(self.labels(layer), len(PARTS) + 1)[..., :NOTHING].float()
+        parts = one_hot(self.labels(call.layer), len(PARTS) + 1)[..., :NOTHING].float()
         shares = (shared @ parts.expand(-1, heads, -1, -1)).mean(1)  # [B, N, P]
         mean = (shares * self.rows[..., None]).sum(1) / self.rows.sum(1, keepdim=True)
         self.total += mean

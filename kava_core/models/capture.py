@@ -5,110 +5,154 @@ A function registered with transformers' `AttentionInterface` computes attention
 model would (SDPA, or the architecture's own eager function where it caps its logits) and hands the
 post-RoPE queries, keys and values of each layer to the active `Recorder` on the way. The mask
 function is registered under the same name: without it transformers drops the padding mask. A
-recorder that wants attention weights makes them of what it is shown (`attention_weights`).
+recorder that wants attention weights makes them of what it is shown (`AttentionCall.weights`).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from kava_core.errors import KavaError
 
+MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}  # of the two kinds of attention there are
 
-class Recorder(Protocol):
-    """What the attention of a layer is shown to.
 
-    query [B, H_q, N, D], key and value [B, H, S, D] post-RoPE; mask as transformers hands it to the
-    attention function (see `attention_weights`); `scaling` and `softcap` are those the model
-    applies to its logits.
+@dataclass(frozen=True)
+class AttentionCall:
+    """What the attention of a layer was called with.
+
+    query [B, H_q, N, D], key and value [B, H, S, D] post-RoPE; mask [B or 1, H_q or 1, N, S], true
+    where a query may look or a number to add to the logit, None: the queries are the last N of S
+    and causal; scaling and softcap are those the model applies to its logits.
     """
 
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None: ...
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> AttentionCall:  # fmt: skip
+        """The call of a transformers attention function, whose keywords are `options`."""
+        scaling = options.get("scaling")
+        return cls(
+            layer=layer_of(module),
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=options.get("softcap"),
+        )
+
+    def weights(self, rows: slice) -> Tensor:
+        """The attention of some rows: [B, H_q, rows, S], in float32 or wider."""
+        b, hq, n, d = self.query.shape
+        h, s = self.key.shape[1:3]
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        picked = self.query[:, :, rows].to(wide)  # [B, H_q, R, D]
+        r = picked.shape[2]
+        keys = self.key.to(wide).transpose(2, 3)
+        logits = picked.reshape(b, h, hq // h * r, d) @ keys * self.scaling
+        logits = logits.view(b, hq, r, s)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        mask = self.mask
+        if mask is None:
+            column = torch.arange(s, device=self.key.device)
+            mask = (column <= column[s - n :, None])[None, None]
+        mask = mask[:, :, rows]
+        seen = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return seen.softmax(-1)
+
+
+class Recorder(Protocol):
+    """What the attention of every layer is shown to."""
+
+    def record(self, call: AttentionCall) -> None: ...
 
 
 _active: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
-def show(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Any
-) -> None:
-    """Hand what an attention function was called with to the active recorder, if there is one."""
-    recorder = _active.get()
-    if recorder is not None:
-        scaling = kwargs.get("scaling")
-        recorder.record(
-            int(module.layer_idx),  # type: ignore[arg-type]
-            query,
-            key,
-            value,
-            mask,
-            query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            kwargs.get("softcap"),
-        )
+def layer_of(module: nn.Module) -> int:
+    """The number of the layer that an attention module belongs to."""
+    return int(module.layer_idx)  # type: ignore[arg-type]
 
 
-def _sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    show(module, query, key, value, mask, kwargs)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+def register_attention(name: str, own_mask: Callable[[int, Tensor], Tensor] | None = None) -> None:
+    """Register `<name>_sdpa` and `<name>_eager` with transformers: the model's own functions, whose
+    calls are shown to the active recorder.
+
+    own_mask: (layer, query) → the mask, in place of transformers', which then makes none.
+    """
+
+    def register(kind: str) -> None:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+            **options: Any,
+        ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+            if own_mask is not None:
+                mask = own_mask(layer_of(module), query)
+            recorder = _active.get()
+            if recorder is not None:
+                recorder.record(AttentionCall.of(module, query, key, value, mask, options))
+            if kind == "sdpa":
+                return sdpa_attention_forward(module, query, key, value, mask, **options)
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            return eager(module, query, key, value, mask, **options)
+
+        AttentionInterface.register(f"{name}_{kind}", attend)
+        if own_mask is None:
+            AttentionMaskInterface.register(f"{name}_{kind}", MASKS[kind])
+
+    for kind in MASKS:
+        register(kind)
 
 
-def _eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    show(module, query, key, value, mask, kwargs)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, mask, **kwargs)
-
-
-for _name, _function, _mask in (
-    ("kava_sdpa", _sdpa, sdpa_mask),
-    ("kava_eager", _eager, eager_mask),
-):
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, _mask)
+@contextmanager
+def attending(config: PreTrainedConfig, name: str, *, to: str) -> Iterator[None]:
+    """Inside this context a model of this text configuration attends by functions registered under
+    `name`; KavaError, which says what they are wanted `to` do, if it uses attention of another
+    kind."""
+    before = config._attn_implementation
+    if before not in MASKS:
+        raise KavaError(f"the model uses {before} attention; load it with sdpa or eager to {to}.")
+    config._attn_implementation = f"{name}_{before}"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @contextmanager
 def recording(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
     """Inside this context every attention call of `model` is shown to `recorder`."""
     config = model.config.get_text_config()
-    before = config._attn_implementation
-    if before not in ("sdpa", "eager"):
-        raise KavaError(
-            f"the model uses {before} attention; load it with sdpa or eager to record its cache."
-        )
-    config._attn_implementation = f"kava_{before}"
-    try:
-        with shown_to(recorder):
-            yield
-    finally:
-        config._attn_implementation = before
+    with attending(config, "kava", to="record its cache"), shown_to(recorder):
+        yield
 
 
 @contextmanager
 def shown_to(recorder: Recorder) -> Iterator[None]:
-    """Inside this context attention functions that call `show` do so to `recorder`."""
+    """Inside this context calls of registered attention functions are shown to `recorder`."""
     token = _active.set(recorder)
     try:
         yield
@@ -116,31 +160,4 @@ def shown_to(recorder: Recorder) -> Iterator[None]:
         _active.reset(token)
 
 
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    rows: slice,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> Tensor:
-    """The attention of some rows of a recorded call: [B, H_q, rows, S], in float32 or wider.
-
-    query [B, H_q, N, D], key [B, H, S, D]; mask [B or 1, H_q or 1, N, S], true where a query may
-    look or a number to add to the logit; None: the queries are the last N of S and causal.
-    """
-    b, hq, n, d = query.shape
-    h, s = key.shape[1:3]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    picked = query[:, :, rows].to(wide)  # [B, H_q, R, D]
-    r = picked.shape[2]
-    logits = picked.reshape(b, h, hq // h * r, d) @ key.to(wide).transpose(2, 3) * scaling
-    logits = logits.view(b, hq, r, s)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if mask is None:
-        column = torch.arange(s, device=key.device)
-        mask = (column <= column[s - n :, None])[None, None]
-    mask = mask[:, :, rows]
-    seen = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    return seen.softmax(-1)
+register_attention("kava")

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from kava_core.errors import KavaError
+from kava_core.models.context import check_context
 from kava_core.models.loading import attention_implementation
 from kava_core.models.phase import rotary_of
 from kava_core.rotary import Rotary, unrotate
@@ -417,16 +418,15 @@ class LatentReasoner(PreTrainedModel):
 
     def _check_length(self, question_mask: Tensor) -> None:
         """KavaError if a question leaves no place for an answer in the decoder's context."""
-        context = getattr(self.decoder.config.get_text_config(), "max_position_embeddings", None)
-        if context is None:
-            return
         longest = int(question_mask.sum(1).max())
         thought = self.config.latents + 2 * self._eot_length + self._prompt_length
-        if longest + thought > context:
-            raise KavaError(
-                f"a question of {longest} tokens takes {longest + thought} positions with latents "
-                f"and answer prompt, and the model's context is {context}. Ask a shorter one."
-            )
+        check_context(
+            self.decoder.config,
+            longest + thought,
+            what=f"a question of {longest} tokens",
+            including="latents and answer prompt",
+            remedy="Ask a shorter one.",
+        )
 
     @property
     def latent_passes(self) -> int:

@@ -1,4 +1,8 @@
-"""Load, save and fingerprint causal language models and their tokenizers."""
+"""Load, save and fingerprint causal language models and their tokenizers.
+
+A model is named by a folder or a Hub id; `revision` is a branch, tag or commit of a Hub id, null
+for its main branch. A folder has none: a revision of one is an error.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -37,12 +43,13 @@ def attention_implementation(config: PreTrainedConfig) -> str:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
-def load_config(path: str) -> PreTrainedConfig:
+def load_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The text configuration of a model folder or Hub id; KavaError if there is none."""
+    _check_revision(path, revision)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **_at(revision))
     except (OSError, ValueError, KeyError) as error:
-        raise KavaError(f"no model configuration could be read from {path}: {error}") from None
+        raise _not_found("model configuration", path, revision, error) from None
     return config.get_text_config()
 
 
@@ -55,27 +62,33 @@ def cache_shape(config: PreTrainedConfig) -> tuple[int, int]:
     )
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    path: str, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> PreTrainedModel:
     """A causal LM from a folder or a Hub id, in evaluation mode, on the CPU.
 
     Remote code is never run: a model that needs it is refused by transformers and reported here.
     """
-    config = load_config(path)
+    config = load_config(path, revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention_implementation(config)
+            path,
+            dtype=dtype,
+            attn_implementation=attention_implementation(config),
+            **_at(revision),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise KavaError(f"no causal language model could be loaded from {path}: {error}") from None
+        raise _not_found("causal language model", path, revision, error) from None
     return model.eval()
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model; KavaError if there is none."""
+    _check_revision(path, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_at(revision))
     except (OSError, ValueError, KeyError) as error:
-        raise KavaError(f"no tokenizer could be loaded from {path}: {error}") from None
+        raise _not_found("tokenizer", path, revision, error) from None
     if tokenizer.eos_token_id is None:
         raise KavaError(f"the tokenizer of {path} has no end-of-sequence token; answers need one.")
     if tokenizer.pad_token_id is None:
@@ -124,23 +137,29 @@ def save_model(
         tokenizer.save_pretrained(folder)
 
 
-def model_fingerprint(path: str) -> str:
+def model_fingerprint(path: str, revision: str | None = None) -> str:
     """A hash of what the model computes: its weight files and its configuration.
 
     A Hub id is hashed by its resolved local files, so that the same weights have the same name
     wherever they came from.
     """
-    folder = _local_folder(path)
+    folder = _local_folder(path, revision)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise KavaError(f"{folder} holds no .safetensors weights. Save the model as safetensors.")
-    config: dict[str, Any] = load_config(path).to_dict()
+    config: dict[str, Any] = load_config(path, revision).to_dict()
     # Where a model was loaded from and by which version says nothing about what it computes.
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
         config.pop(name, None)
     return fingerprint(
         {"weights": {w.name: file_digest(w) for w in weights}, "config": fingerprint(config)}
     )
+
+
+def commit_of(path: str, revision: str | None = None) -> str | None:
+    """The commit that a Hub id stands for, by which its files are kept; None for a folder."""
+    folder = _local_folder(path, revision)
+    return folder.name if folder.parent.name == "snapshots" and str(folder) != path else None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -155,13 +174,38 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def _local_folder(path: str) -> Path:
+def _local_folder(path: str, revision: str | None) -> Path:
+    _check_revision(path, revision)
     if Path(path).is_dir():
         return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+        )
     except (OSError, ValueError, HFValidationError) as error:
-        raise KavaError(f"{path} is neither a folder nor a reachable Hub model: {error}") from None
+        raise _not_found("model", path, revision, error) from None
+
+
+def _at(revision: str | None) -> dict[str, Any]:
+    """The keywords of transformers' loaders that name a revision."""
+    return {} if revision is None else {"revision": revision}
+
+
+def _check_revision(path: str, revision: str | None) -> None:
+    if revision is not None and Path(path).is_dir():
+        raise KavaError(
+            f"{path} is a folder, which has no revision {revision!r}. Take `revision` out, or name "
+            "a model of the Hub."
+        )
+
+
+def _not_found(what: str, path: str, revision: str | None, error: Exception) -> KavaError:
+    at = "" if revision is None else f" at revision {revision}"
+    why = str(error).strip().splitlines()[0].rstrip(".")
+    if Path(path).is_dir():
+        return KavaError(f"no {what} could be loaded from {path}: {why}.")
+    return KavaError(
+        f"no {what} could be loaded from {path}{at}: {why}. Expected a folder, or a Hub id that is "
+        f"in this machine's cache or can be reached: without a network, run `hf download {path}` "
+        "where there is one, and set `model` to the folder."
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.capture import recording
+from kava_core.models.capture import AttentionCall, recording
 from kava_core.rotary import Rotary, unrotate
 
 PROBE_POSITIONS = (0, 1, 2, 7)
@@ -99,17 +99,8 @@ class _Probe:
             cos, sin = (x[:, 0].float().cpu() for x in pair)
             self.angles[int(module.layer_idx)] = (cos, sin)  # type: ignore[arg-type]
 
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
-        self.keys[layer] = key[:, :, 0].cpu()
+    def record(self, call: AttentionCall) -> None:
+        self.keys[call.layer] = call.key[:, :, 0].cpu()
 
 
 def _frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float]]:

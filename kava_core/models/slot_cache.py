@@ -8,8 +8,7 @@ sliding window only those less than a window away. A place without a token stand
 which no query has reached. Padding, slots that were not filled and evicted tokens are therefore one
 and the same thing, whatever the columns are.
 
-The attention function is registered with transformers' `AttentionInterface` and delegates to the
-model's own (SDPA, or the architecture's eager function where it caps its logits). No mask function
+The attention function delegates to the model's own (`kava_core.models.capture`). No mask function
 is registered under its name on purpose: transformers then builds no mask, and the one made here is
 the only one.
 """
@@ -17,20 +16,17 @@ the only one.
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
-from kava_core.errors import KavaError
-from kava_core.models.capture import show
+from kava_core.models.capture import attending, register_attention
+from kava_core.models.context import context_of
 from kava_core.models.teacher_pass import attention_windows
 
 ABSENT = 1 << 40  # a position after all positions
@@ -96,7 +92,7 @@ class SlotDecoder:
         self.model = model.eval()
         self.config = model.config.get_text_config()
         self.windows = attention_windows(self.config)
-        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context = context_of(self.config)
 
     @torch.no_grad()
     def feed(self, cache: SlotCache, ids: Tensor, positions: Tensor, logits: int) -> Tensor:
@@ -111,14 +107,18 @@ class SlotDecoder:
             torch.cat((places, positions[:, None].expand(-1, places.shape[1], -1)), dim=-1)
             for places in before
         ]
-        with _attending(self.config, _Places(positions, cache.positions, self.windows)):
-            output = self.model(
-                inputs_embeds=self.model.get_input_embeddings()(ids),
-                position_ids=positions.masked_fill(positions == ABSENT, 0),
-                past_key_values=cache.cache,
-                use_cache=True,
-                logits_to_keep=logits,
-            )
+        token = _active.set(_Places(positions, cache.positions, self.windows))
+        try:
+            with attending(self.config, "kava_slots", to="read from a compressed cache"):
+                output = self.model(
+                    inputs_embeds=self.model.get_input_embeddings()(ids),
+                    position_ids=positions.masked_fill(positions == ABSENT, 0),
+                    past_key_values=cache.cache,
+                    use_cache=True,
+                    logits_to_keep=logits,
+                )
+        finally:
+            _active.reset(token)
         return output.logits[:, -logits:]
 
     def greedy(
@@ -170,39 +170,8 @@ class _Places:
 _active: ContextVar[_Places] = ContextVar("places")
 
 
-def _sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    mask = _active.get().mask(int(module.layer_idx), query)  # type: ignore[arg-type]
-    show(module, query, key, value, mask, kwargs)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+def _own_mask(layer: int, query: Tensor) -> Tensor:
+    return _active.get().mask(layer, query)
 
 
-def _eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    mask = _active.get().mask(int(module.layer_idx), query)  # type: ignore[arg-type]
-    show(module, query, key, value, mask, kwargs)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, mask, **kwargs)
-
-
-AttentionInterface.register("kava_slots_sdpa", _sdpa)
-AttentionInterface.register("kava_slots_eager", _eager)
-
-
-@contextmanager
-def _attending(config: Any, places: _Places) -> Iterator[None]:
-    before = config._attn_implementation
-    if before not in ("sdpa", "eager"):
-        raise KavaError(
-            f"the model uses {before} attention; load it with sdpa or eager to read from a "
-            "compressed cache."
-        )
-    config._attn_implementation = f"kava_slots_{before}"
-    token = _active.set(places)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-        config._attn_implementation = before
+register_attention("kava_slots", _own_mask)

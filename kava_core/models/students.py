@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
-
-if TYPE_CHECKING:
-    from kava_core.models.latent import LatentReasoner
+from kava_core.models.latent import LatentReasoner
 
 
 def open_student(folder: Path) -> LatentReasoner:
@@ -29,10 +28,6 @@ def open_student(folder: Path) -> LatentReasoner:
             f"{folder} is no student: expected a config.json of a latent_reasoner, found {found}. "
             "Name a folder that `kava distill` made."
         )
-    from safetensors import SafetensorError
-
-    from kava_core.models.latent import LatentReasoner  # takes seconds, and is not always needed
-
     try:
         return LatentReasoner.from_pretrained(folder).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

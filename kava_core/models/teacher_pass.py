@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.capture import recording
+from kava_core.models.batching import by_length, pad
+from kava_core.models.capture import AttentionCall, recording
+from kava_core.models.context import check_context
 from kava_core.models.phase import rotary_of
 from kava_core.record import Record
 from kava_core.rotary import Rotary, unrotate
@@ -57,16 +59,17 @@ def attention_windows(config: Any) -> dict[int, int]:
 
 def check_lengths(traces: Sequence[Record], config: Any) -> None:
     """Refuse traces that the model cannot hold: past its context, or past a sliding window."""
-    context = getattr(config, "max_position_embeddings", None)
     windows = attention_windows(config)
     narrowest = min(windows.values(), default=None)
     for trace in traces:
         total = _length(trace)
-        if context is not None and total > context:
-            raise KavaError(
-                f"problem {trace.id} is {total} tokens long and the model's context is {context}. "
-                "Drop long problems in `prepare` or use a model with a longer context."
-            )
+        check_context(
+            config,
+            total,
+            what=f"problem {trace.id}",
+            including="its trace and answer",
+            remedy="Drop long problems in `prepare` or use a model with a longer context.",
+        )
         reach = total - len(trace.question_ids)
         if narrowest is not None and reach > narrowest:
             layer = next(i for i, w in windows.items() if w == narrowest)
@@ -95,15 +98,12 @@ class TeacherPass:
         sequences = [
             t.question_ids + t.cot_ids + t.answer_prompt_ids + t.answer_ids for t in traces
         ]
-        longest = max(map(len, sequences))
-        ids = torch.zeros(len(traces), longest, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
+        ids, _ = pad(sequences, "right")
         spans = _Spans.of(traces).to(device)
         recorder = _CoTRecorder(spans, self.model.config.get_text_config().num_hidden_layers)
         with recording(self.model, recorder):
             states = self._states(
-                ids.to(device), torch.arange(longest, device=device).expand(len(traces), -1)
+                ids.to(device), torch.arange(ids.shape[1], device=device).expand(len(traces), -1)
             )
         keys, values, importance = recorder.ragged()
         batch = torch.arange(len(traces), device=device)
@@ -136,11 +136,8 @@ def over(teacher: TeacherPass, traces: Sequence[Record], batch_size: int) -> Tea
 
     Which traces share a batch depends on the traces alone, so repeating it gives the same bytes.
     """
-    lengths = [_length(t) for t in traces]
-    order = sorted(range(len(traces)), key=lambda i: (lengths[i], i))
     pieces: list[TeacherCache] = [None] * len(traces)  # type: ignore[list-item]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length([_length(t) for t in traces], batch_size):
         cache = teacher([traces[i] for i in chosen])
         for row, i in enumerate(chosen):
             span = slice(int(cache.offsets[row]), int(cache.offsets[row + 1]))
@@ -207,29 +204,14 @@ class _CoTRecorder:
         self.layers: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
 
     @torch.no_grad()
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
+    def record(self, call: AttentionCall) -> None:
         spans = self.spans
         at = (spans.token_record, slice(None), spans.token_positions)
         importance = answer_importance(
-            query,
-            key,
-            spans.rows,
-            spans.row_mask,
-            spans.cot_start,
-            spans.cot_length,
-            scaling,
-            softcap,
+            call, spans.rows, spans.row_mask, spans.cot_start, spans.cot_length
         )
-        self.layers[layer] = (key[at], value[at], importance[at])  # [ΣN_C, H, …]
+        # [ΣN_C, H, …] each
+        self.layers[call.layer] = (call.key[at], call.value[at], importance[at])
 
     def ragged(self) -> tuple[Tensor, Tensor, Tensor]:
         """keys, values [ΣN_C, L, H, D] post-RoPE, importance [ΣN_C, L, H]."""
@@ -244,30 +226,24 @@ class _CoTRecorder:
 
 
 def answer_importance(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    row_mask: Tensor,
-    cot_start: Tensor,
-    cot_length: Tensor,
-    scaling: float,
-    softcap: float | None,
+    call: AttentionCall, rows: Tensor, row_mask: Tensor, cot_start: Tensor, cot_length: Tensor
 ) -> Tensor:
     """I_i of METHOD section 2 for every position of the sequence (0 outside the CoT).
 
-    query [B, H_q, S, D], key [B, H, S, D] post-RoPE; rows, row_mask [B, R]; cot_start, cot_length
-    [B] → [B, H, S] float32. Softmax over the CoT positions only, per query head and answer row; the
+    call: over whole sequences of S tokens; rows, row_mask [B, R]; cot_start, cot_length [B] →
+    [B, H, S] float32. Softmax over the CoT positions only, per query head and answer row; the
     maximum over the query heads of a group; the mean over the answer rows. Only R rows of the
     attention matrix are ever formed.
     """
+    query, key = call.query, call.key
     b, hq, s, d = query.shape
     h = key.shape[1]
     picked = query.gather(2, rows[:, None, :, None].expand(b, hq, rows.shape[1], d))
     picked = picked.view(b, h, hq // h * rows.shape[1], d)  # [B, H, g·R, D]
     wide = torch.promote_types(query.dtype, torch.float32)
-    logits = picked.to(wide) @ key.to(wide).transpose(2, 3) * scaling  # [B, H, g·R, S]
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    logits = picked.to(wide) @ key.to(wide).transpose(2, 3) * call.scaling  # [B, H, g·R, S]
+    if call.softcap is not None:
+        logits = torch.tanh(logits / call.softcap) * call.softcap
     position = torch.arange(s, device=key.device)
     inside = (position >= cot_start[:, None]) & (position < (cot_start + cot_length)[:, None])
     logits = logits.masked_fill(~inside[:, None, None], -torch.inf)

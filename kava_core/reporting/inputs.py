@@ -248,7 +248,7 @@ def read_findings(folder: Path, students: Sequence[str], log: Path | None = None
     scores = read_scores(evaluation)
     similarity = read_checked(dict[str, Similarity], evaluation / "similarity.json", "evaluate")
     targets = _read_targets(folder / "kv_targets")
-    found = {name: _read_student(folder / "students" / name, name) for name in students}
+    found = {name: _read_student(folder, name) for name in students}
     _check_targets(found, targets.manifest)
     teacher_kv = folder / "teacher_kv"
     taught = read_checked(ProblemMetrics, folder / "problems/metrics.json", "prepare")
@@ -262,7 +262,7 @@ def read_findings(folder: Path, students: Sequence[str], log: Path | None = None
         similarity=similarity,
         students=found,
         teacher_metrics=read_checked(TeacherMetrics, folder / "teacher/metrics.json", "teacher"),
-        teacher_curves=_read_curves(folder / "teacher/live"),
+        teacher_curves=_read_curves(folder / "curves/teacher"),
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
         problems={
@@ -305,13 +305,13 @@ def _read_predictions(path: Path) -> list[Prediction]:
 
 
 def _read_student(folder: Path, name: str) -> Student:
-    path = folder / "student.json"
+    """folder: of the pipeline's artefacts."""
+    path = folder / "students" / name / "student.json"
     stage = f"distill {name}"
     about: StudentFile = read_checked(StudentFile, path, stage)
     settings = checked(StudentSettings, about.settings, path, stage)
-    return Student(
-        name, settings, about.settings, about.fingerprints, _read_curves(folder / "live")
-    )
+    curves = _read_curves(folder / "curves/students" / name)
+    return Student(name, settings, about.settings, about.fingerprints, curves)
 
 
 def _check_targets(students: dict[str, Student], manifest: Manifest) -> None:

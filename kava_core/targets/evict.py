@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kava_core.artefacts import work_folder
 from kava_core.eviction import CacheBatch
+from kava_core.record import Record
 from kava_core.settings import Evict, Resources
 from kava_core.store import (
     Ranges,
@@ -99,7 +100,15 @@ def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
         [record.id for record in shard.records],
         rotary=store.manifest.rotary.rotation,
         cot_start=[len(record.question_ids) for record in shard.records],
+        step_ends=step_ends(shard.records),
+        results=[record.results for record in shard.records],
     )
+
+
+def step_ends(records: Sequence[Record]) -> list[list[int]] | None:
+    """Where the steps of each record's trace end; None if that is not known of all of them."""
+    ends = [record.step_ends for record in records]
+    return ends if all(ends) else None
 
 
 def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:

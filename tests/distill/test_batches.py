@@ -8,27 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-
-from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset, pad
 from kava_core.distill.teacher import chain_terms
+
+from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
 from tests.distill.toy import toy_traces, write_store
 from tests.tiny import tiny_model
 
 ORDER = [9, 2, 5, 0]
-
-
-def test_padding_stands_on_the_side_that_is_asked_for() -> None:
-    ids, mask = pad([[5, 6, 7], [8]], "left")
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    ids, mask = pad([[5, 6, 7], [8]], "right")
-    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert ids.dtype == mask.dtype == torch.int64
-
-
-def test_a_real_token_with_id_0_is_no_padding() -> None:
-    assert pad([[0, 0], [4, 0, 0]], "left")[1].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 def unpadded(batch: dict[str, Any], name: str) -> list[list[int]]:

@@ -149,7 +149,7 @@ def test_a_problem_beyond_the_context_is_named(encoder: TraceEncoder) -> None:
         LlamaConfig(**{**COMMON, "vocab_size": vocabulary, "max_position_embeddings": 16})
     )
     asked = LatentReasoner.plain(short, answer_prompt_ids=[], eos_token_id=encoder.eos)
-    with pytest.raises(KavaError, match=r"toy, problem p\d+: .* take \d+ .* context is 16"):
+    with pytest.raises(KavaError, match=r"toy, problem p\d+ takes \d+ positions .* context is 16"):
         examine(asked, encoder, test_set, batch_size=5, max_new_tokens=6)
 
 

@@ -43,6 +43,7 @@ def make_batch(
         rotary=rotary,
         cot_start=[5 + 3 * i for i in range(len(lengths))],
         step_ends=[[*range(3, n, 3), n] for n in lengths],
+        results=[[*range(1, n, 3)] or [0] for n in lengths],
     )
 
 
@@ -121,6 +122,8 @@ def scores(
             after = [min(e for e in batch.step_ends[record] if e > i) - 1 - i for i in range(n)]
             last = settings.get("last", 1)
             return [i - n * a if a < last else -math.inf for i, a in enumerate(after)]
+        case "results":
+            return [float(i) if i in batch.results[record] else -math.inf for i in range(n)]
         case "streaming":
             anchors = min(settings.get("first", 4), n)
             order = [*range(anchors), *range(n - 1, anchors - 1, -1)]

@@ -40,6 +40,7 @@ def alone(batch: CacheBatch, record: int) -> CacheBatch:
         rotary=batch.rotary,
         cot_start=[batch.cot_start[record]],
         step_ends=[batch.step_ends[record]],
+        results=[batch.results[record]],
     )
 
 
@@ -77,7 +78,7 @@ def test_the_best_slots_are_kept_in_temporal_order(
                 scores = naive.scores(name, settings, batch, record, layer, head, budget)
                 expected = naive.best(scores, budget)
                 count = len(expected)
-                assert count == min(last - first, budget) or name == "steps"
+                assert count == min(last - first, budget) or name in ("steps", "results")
                 kept = targets.slot_positions[at].tolist()
                 assert kept[count:] == [-1] * (max(budgets) - count)
                 kept = kept[:count]
@@ -111,7 +112,7 @@ def test_padding_is_never_selected_whatever_it_holds(name: str, settings: dict) 
         rotary=batch.rotary,
         cot_start=batch.cot_start,
     )
-    again = replace(again, step_ends=batch.step_ends)
+    again = replace(again, step_ends=batch.step_ends, results=batch.results)
     policy = POLICIES[name](**settings)
     expected, found = evict(batch, policy, [5, 5, 5]), evict(again, policy, [5, 5, 5])
     assert torch.equal(found.slot_positions, expected.slot_positions)
@@ -274,6 +275,14 @@ def test_steps_needs_to_know_where_steps_end() -> None:
     batch = replace(naive.make_batch([7]), step_ends=None)
     with pytest.raises(KavaError, match="does not say where they end"):
         evict(batch, POLICIES["steps"](), [2, 2, 2])
+
+
+@pytest.mark.parametrize("results", [None, [[2], []]])
+def test_results_must_be_known(results: list[list[int]] | None) -> None:
+    batch = replace(naive.make_batch([7, 4]), results=results)
+    name = "r1" if results else "r0"
+    with pytest.raises(KavaError, match=rf"record '{name}': this policy keeps the results"):
+        evict(batch, POLICIES["results"](), [2, 2, 2])
 
 
 @pytest.mark.parametrize("ends", [[], [3], [3, 3, 7], [5, 3, 7], [0, 7], [3, 8]])

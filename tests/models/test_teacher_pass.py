@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.capture import recording
+from kava_core.models.capture import AttentionCall, recording
 from kava_core.models.teacher_pass import (
     TeacherCache,
     TeacherPass,
@@ -168,17 +168,8 @@ class Keep:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
-        self.seen[layer] = (query, key, value)
+    def record(self, call: AttentionCall) -> None:
+        self.seen[call.layer] = (call.query, call.key, call.value)
 
 
 @torch.no_grad()
@@ -266,14 +257,11 @@ def test_importance_is_methods_formula_whatever_lies_outside_the_trace(
         outside[cots[b]] = False
         key[b, :, outside] = torch.nan
     got = answer_importance(
-        query,
-        key,
+        AttentionCall(0, query, key, key, None, 0.7, softcap),
         rows=torch.tensor([[8, 9, 10], [10, 10, 10]]),
         row_mask=torch.tensor([[True, True, True], [True, False, False]]),
         cot_start=torch.tensor([3, 1]),
         cot_length=torch.tensor([4, 8]),
-        scaling=0.7,
-        softcap=softcap,
     )
     assert got.dtype == torch.float32
     assert_near(got, torch.stack(expected), 1e-5)
@@ -308,7 +296,7 @@ def test_importance_is_exact_up_to_the_longest_trace_allowed(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_trace_beyond_the_context_is_refused_by_name(name: str) -> None:
     check_lengths([tiny_trace("fits", 480, 10, 19)], CONFIGS[name])  # 512
-    with pytest.raises(KavaError, match=r"problem p9 is 513 tokens .* context is 512"):
+    with pytest.raises(KavaError, match=r"problem p9 takes 513 positions .* context is 512"):
         check_lengths([tiny_trace("p9", 480, 10, 20)], CONFIGS[name])
 
 

@@ -70,7 +70,7 @@ def make_pipeline(
     for student in STUDENTS:
         _student(made.folder / "students" / student, student, digest)
     _write(made.folder / "teacher/teacher.json", {"settings": {"training": TRAINING}})
-    _curves(made.folder / "teacher/live", {"loss": (5.0, 0.02), "loss_chain": (5.0, 0.02)})
+    _curves(made.folder / "curves/teacher", {"loss": (5.0, 0.02), "loss_chain": (5.0, 0.02)})
     _write(
         made.folder / "teacher/metrics.json",
         {"n": 50, "exact_match_cot": 98.0, "exact_match_no_cot": 4.0},
@@ -311,7 +311,7 @@ def _student(folder: Path, name: str, digest: str) -> None:
     curves = {f"loss_{term}": terms[term] for term in used}
     curves["loss"] = (sum(terms[t][0] for t in used), sum(terms[t][1] for t in used))
     curves |= {f"gradient_share_{t}": (1 / len(used), 1 / len(used)) for t in used}
-    _curves(folder / "live", curves)
+    _curves(folder.parents[1] / "curves/students" / name, curves)
 
 
 def _curves(folder: Path, ends: dict[str, tuple[float, float]]) -> None:

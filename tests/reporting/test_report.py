@@ -151,7 +151,7 @@ def test_any_subset_of_systems_under_any_names_makes_a_page(own: Pipeline, tmp_p
     metrics = {"my $\\alpha$ <model>": score(12.0), "teacher-no-cot": score(0.0)}
     change_metrics(own, metrics)
     write_json(own.folder / "evaluation/similarity.json", {})
-    shutil.rmtree(own.folder / "teacher/live")
+    shutil.rmtree(own.folder / "curves/teacher")
     (tmp_path / "page").mkdir()
     folder = build(read_findings(own.folder, ["no-cot"]), tmp_path / "page")
     html = (folder / "index.html").read_text()
@@ -356,7 +356,7 @@ def test_a_file_with_wrong_content_is_explained(
 
 
 def test_a_curve_that_is_no_table_is_named_with_its_line(own: Pipeline) -> None:
-    curve = own.folder / "students/kava/live/plots/metrics/loss.tsv"
+    curve = own.folder / "curves/students/kava/plots/metrics/loss.tsv"
     curve.write_text("step\tloss\n10\t1.5\nten\t1.4\n")
     with pytest.raises(KavaError, match=r"loss\.tsv, line 3"):
         read_findings(own.folder, own.students)

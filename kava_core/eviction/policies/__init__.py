@@ -8,6 +8,7 @@ from kava_core.eviction.policies.crop import Crop
 from kava_core.eviction.policies.key_norm import KeyNorm
 from kava_core.eviction.policies.random import Random
 from kava_core.eviction.policies.redundancy import Redundancy
+from kava_core.eviction.policies.results import Results
 from kava_core.eviction.policies.rkv import RKV
 from kava_core.eviction.policies.steps import Steps
 from kava_core.eviction.policies.streaming import Streaming
@@ -27,6 +28,7 @@ POLICIES: dict[str, type[Policy]] = {
         ValueNorm,
         Streaming,
         Steps,
+        Results,
     )
 }
 

@@ -1,30 +1,11 @@
-"""Training settings as the library takes them."""
+"""Training records that are never trained on, but measured while a run goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kava_core.distill.fit import FitSettings
 from kava_core.errors import KavaError
-from kava_core.settings import Cadence, Training
-
-
-def fit_settings(training: Training, cadence: Cadence) -> FitSettings:
-    """The part of `training` that `fit` needs."""
-    return FitSettings(
-        steps=training.steps,
-        batch_size=training.batch_size,
-        accumulation=training.accumulation,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup=training.warmup,
-        max_grad_norm=training.max_grad_norm,
-        precision=training.precision,
-        log_every=cadence.log_every,
-        save_every=cadence.save_every,
-        seed=training.seed,
-        evaluate_every=training.held_out.every if training.held_out else 0,
-    )
+from kava_core.settings import Training
 
 
 def hold_out(sizes: Sequence[int], training: Training, path: str) -> tuple[list[int], range]:

@@ -1,0 +1,81 @@
+"""What a student is made from, and whether it belongs together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from kava_core.errors import KavaError
+from kava_core.models.loading import (
+    commit_of,
+    load_tokenizer,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from kava_core.problems.folder import open_problems
+from kava_core.settings import Evict, Student
+from kava_core.store import Expectation, TargetsStore
+from kava_core.targets.plan import Plan
+
+
+@dataclass(frozen=True)
+class StudentInputs:
+    """The folder of the teacher, that of what is read (kv_targets or problems), and the folder or
+    Hub id of the model that the student begins as. Paths are absolute: processes may start in
+    another folder.
+
+    commit: that of a model on the Hub. fingerprints: of all of these.
+    """
+
+    teacher: Path
+    source: Path
+    model: str
+    commit: str | None
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def checked(
+        cls, name: str, settings: Student, evict: Evict, *, teacher: Path, source: Path
+    ) -> Self:
+        """Those of the student called `name`.
+
+        KavaError if the targets were made with another teacher, or have another number of slots
+        than `evict` makes; if the model has another tokenizer than the teacher.
+        """
+        fingerprints = {
+            "teacher": model_fingerprint(str(teacher)),
+            "tokenizer": tokenizer_fingerprint(load_tokenizer(str(teacher))),
+        }
+        model, commit = str(teacher.absolute()), None
+        if settings.model is not None:
+            model = settings.model
+            if Path(model).is_dir():
+                model = str(Path(model).absolute())
+            fingerprints["model"] = model_fingerprint(model, settings.revision)
+            commit = commit_of(model, settings.revision)
+            found = tokenizer_fingerprint(load_tokenizer(model, settings.revision))
+            if found != fingerprints["tokenizer"]:
+                raise KavaError(
+                    f"the tokenizer of {model} is {found}, and the teacher's is "
+                    f"{fingerprints['tokenizer']}: they must be the same. Choose another "
+                    f"students.{name}.model."
+                )
+        if settings.reads == "kv_targets":
+            expected = Expectation(fingerprints["teacher"], fingerprints["tokenizer"])
+            store = TargetsStore.open(source, expected)
+            _check_budget(store, evict)
+            fingerprints["kv_targets"] = store.manifest.digest
+        else:
+            fingerprints["problems"] = open_problems(source).fingerprint("train")
+        return cls(teacher.absolute(), source.absolute(), model, commit, fingerprints)
+
+
+def _check_budget(store: TargetsStore, evict: Evict) -> None:
+    slots = Plan.of(evict, store.geometry).geometry.slots
+    if slots != store.geometry.slots:
+        raise KavaError(
+            f"{store.path} has {store.geometry.slots} slots per layer and head, and evict.budget "
+            f"{evict.budget} makes {slots}. Run `kava evict`, or set evict.budget to what the "
+            "targets have."
+        )

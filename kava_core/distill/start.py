@@ -1,0 +1,98 @@
+"""What a run starts from: a teacher before it learns, a student before it does."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kava_core.distill.batches import AnswerDataset, TargetsDataset, writes_rest
+from kava_core.errors import KavaError
+from kava_core.models.context import check_context
+from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import build_llama, load_model, load_tokenizer
+from kava_core.problems.folder import ProblemFolder
+from kava_core.problems.tokenizer import train_tokenizer
+from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
+from kava_core.settings import Student, Teacher
+from kava_core.store import TargetsStore
+
+
+def start_teacher(
+    settings: Teacher, problems: ProblemFolder
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that `settings` name, or one from scratch, with a tokenizer of the problems."""
+    if settings.model != "scratch":
+        return (
+            load_model(settings.model, revision=settings.revision),
+            load_tokenizer(settings.model, settings.revision),
+        )
+    texts = [
+        text
+        for p in problems.load("train")
+        for text in (p.question + "\n", "\n".join(p.steps), f"{ANSWER_PROMPT} {p.answer}")
+    ]
+    scratch = settings.scratch
+    tokenizer = train_tokenizer(texts, scratch.vocabulary)
+    assert settings.training is not None
+    model = build_llama(
+        tokenizer,
+        hidden_size=scratch.hidden_size,
+        layers=scratch.layers,
+        heads=scratch.heads,
+        kv_heads=scratch.kv_heads,
+        intermediate_size=scratch.intermediate_size,
+        context_length=scratch.context_length,
+        rope_theta=scratch.rope_theta,
+        seed=settings.training.seed,
+    )
+    return model, tokenizer
+
+
+def start_student(
+    settings: Student,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    store: TargetsStore | None,
+) -> LatentReasoner:
+    """The student that begins with the weights of `model`; without a store it has no latents.
+
+    KavaError if the model has no embeddings for all that the tokenizer knows.
+    """
+    encoder = TraceEncoder(tokenizer)
+    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if known < len(tokenizer):
+        raise KavaError(
+            f"the tokenizer has {len(tokenizer)} tokens, and {settings.model} has embeddings for "
+            f"{known}. Choose a model that knows all of them."
+        )
+    return LatentReasoner.from_teacher(
+        model,
+        latents=store.geometry.slots if store else 0,
+        iterations=settings.iterations,
+        reasoning=settings.reasoning,
+        projection=settings.projection,
+        per_position=settings.per_position,
+        answer_prompt_ids=[] if store and writes_rest(store) else encoder.answer_prompt_ids,
+        eos_token_id=encoder.eos,
+        seed=settings.training.seed,
+    )
+
+
+def check_records(student: LatentReasoner, dataset: AnswerDataset | TargetsDataset) -> None:
+    """KavaError naming the longest record if the student's context cannot hold it."""
+    lengths = dataset.lengths()
+    latents = student.config.latents + 2 if student.config.latents else 0  # and <bot>, <eot>
+    between = np.maximum(lengths.chain, latents) if dataset.chains else latents
+    needed = lengths.question + between + lengths.answer
+    longest = int(needed.argmax())
+    check_context(
+        student.decoder.config,
+        int(needed[longest]),
+        what=f"record {dataset.name(longest)}",
+        including="all that the student reads and writes "
+        f"({lengths.question[longest]} of them the question)",
+        remedy="Leave long problems out in `prepare`, or use a model with a longer one.",
+    )

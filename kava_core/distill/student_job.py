@@ -1,0 +1,181 @@
+"""The training of one student, in one process or several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from kava_core.artefacts import work_folder, write_json
+from kava_core.distill.adapters import add_lora, merge_lora
+from kava_core.distill.batches import AnswerDataset, TargetsDataset
+from kava_core.distill.callbacks import STOP_FILE, following
+from kava_core.distill.fit import fit
+from kava_core.distill.held_out import hold_out
+from kava_core.distill.inputs import StudentInputs
+from kava_core.distill.match import Match
+from kava_core.distill.objective import objective_of
+from kava_core.distill.projectors import add_projectors, drop_projectors
+from kava_core.distill.start import check_records, start_student
+from kava_core.distill.terms import Terms, student_terms
+from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import load_model, load_tokenizer, save_model
+from kava_core.parallel import group
+from kava_core.parallel.processes import run_processes
+from kava_core.parallel.threads import torch_threads
+from kava_core.problems.folder import open_problems
+from kava_core.problems.traces import TraceEncoder
+from kava_core.settings import Cadence, Resources, Student
+from kava_core.store import ShardShuffleSampler, TargetsStore
+from kava_core.targets.online import OnlineTargets
+from kava_core.targets.rounding import fake_quantisation
+
+
+@dataclass(frozen=True)
+class StudentJob:
+    """The training of the student called `name`, in `work`; what each of its processes runs."""
+
+    name: str
+    settings: Student
+    inputs: StudentInputs
+    work: Path
+    cadence: Cadence
+    loader_workers: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the student is built."""
+        return self.work / "student"
+
+    @property
+    def curves(self) -> Path:
+        """Where its loss curves are."""
+        return self.work / "curves"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    def __call__(self) -> None:
+        settings, training = self.settings, self.settings.training
+        tokenizer = load_tokenizer(str(self.inputs.teacher))
+        material = _Material.of(settings, self.inputs.source, tokenizer)
+        taught, held_out = hold_out(material.sizes, training, f"students.{self.name}.training")
+        with torch_threads(training.threads):
+            model = load_model(self.inputs.model, revision=settings.revision)
+            student = start_student(settings, model, tokenizer, material.store)
+            check_records(student, material.dataset)
+            match = _match(student, settings, material.store)
+            terms = self._terms(match, material.store)
+            adapters = None
+            if training.lora is not None:
+                adapters = add_lora(student, training.lora, seed=training.seed)
+            projected = match is not None and settings.model is not None and settings.alpha_kv > 0
+            if match is not None and projected:
+                add_projectors(student, match)
+            fit(
+                student,
+                terms,
+                material.dataset,
+                ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window),
+                training,
+                self.cadence,
+                folder=self.checkpoints,
+                curves=self.curves,
+                title=self.name,
+                loader_workers=self.loader_workers,
+                held_out=held_out,
+            )
+            if group.rank() > 0:
+                return
+            if projected:
+                drop_projectors(student)
+            if adapters is not None:
+                merge_lora(student, adapters)
+            self._save(student, tokenizer, material.traces)
+
+    def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:
+        online = rounding = None
+        if store is not None and self.settings.targets == "online":
+            online = OnlineTargets.of(store, self.inputs.teacher)
+        if store is not None and self.settings.fake_quantise:
+            rounding = fake_quantisation(store)
+        return student_terms(objective_of(self.settings, store, match), match, online, rounding)
+
+    def _save(
+        self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str
+    ) -> None:
+        self.folder.mkdir(exist_ok=True)
+        save_model(self.folder, student, tokenizer)
+        write_json(
+            self.folder / "student.json",
+            {
+                "name": self.name,
+                "settings": self.settings.model_dump(mode="json", by_alias=True),
+                "fingerprints": self.inputs.fingerprints,
+                "commit": self.inputs.commit,
+                "traces": traces,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What a student learns from; sizes: records per shard; traces: how their steps are written."""
+
+    store: TargetsStore | None
+    dataset: AnswerDataset | TargetsDataset
+    sizes: list[int]
+    traces: str
+
+    @classmethod
+    def of(cls, settings: Student, source: Path, tokenizer: PreTrainedTokenizerBase) -> _Material:
+        chains = settings.w_cot > 0
+        if settings.reads == "kv_targets":
+            store = TargetsStore.open(source)
+            dataset = TargetsDataset(store, chains, online=settings.targets == "online")
+            return cls(store, dataset, list(store.sizes), str(store.manifest.settings["traces"]))
+        problems = open_problems(source)
+        records = TraceEncoder(tokenizer, problems.traces).encode_all(problems.load("train"))
+        return cls(None, AnswerDataset(records, chains), [len(records)], problems.traces)
+
+
+def train_student(
+    name: str,
+    settings: Student,
+    inputs: StudentInputs,
+    output: Path,
+    cadence: Cadence,
+    resources: Resources,
+) -> StudentJob:
+    """Train a student to its end, in the work of `output`; what it was built in is the job's.
+
+    Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit` and
+    of what it starts from.
+    """
+    plain = settings.model_dump(mode="json", by_alias=True)
+    key = {"settings": plain, "inputs": inputs.fingerprints}
+    work = work_folder(output, "distill", key)
+    job = StudentJob(name, settings, inputs, work, cadence, resources.loader_workers)
+    if settings.processes == 1:
+        job()
+        return job
+    with following(job.curves, name, settings.training.steps):
+        run_processes(
+            job,
+            settings.processes,
+            folder=work / "ray",
+            stop_file=job.checkpoints / STOP_FILE,
+            threads=settings.training.threads,
+            cpus=resources.cpus_per_worker,
+            gpus=resources.gpus_per_worker,
+        )
+    return job
+
+
+def _match(student: LatentReasoner, settings: Student, store: TargetsStore | None) -> Match | None:
+    if store is None:
+        return None
+    kv, codi = settings.alpha_kv > 0, settings.alpha_codi > 0
+    return Match.between(student, store, settings.layer_map, kv=kv, codi=codi)

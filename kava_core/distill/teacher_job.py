@@ -1,0 +1,97 @@
+"""The training of a teacher, from scratch or from a model that is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kava_core.artefacts import work_folder, write_json
+from kava_core.distill.batches import ChainDataset
+from kava_core.distill.fit import fit
+from kava_core.distill.held_out import hold_out
+from kava_core.distill.start import start_teacher
+from kava_core.distill.terms import chain_terms
+from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
+from kava_core.models.teacher_pass import check_lengths
+from kava_core.problems.folder import ProblemFolder
+from kava_core.problems.traces import TraceEncoder
+from kava_core.settings import Cadence, Resources, Teacher
+from kava_core.store import ShardShuffleSampler
+
+
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """A teacher that has learnt, on its device, and where it is built.
+
+    encoder: with its tokenizer. about: what it was made from. curves: the folder of its loss
+    curves, empty for a model that is taken as it is.
+    """
+
+    model: PreTrainedModel
+    encoder: TraceEncoder
+    about: dict[str, Any]
+    folder: Path
+    curves: Path
+
+    def save(self, metrics: dict[str, float]) -> None:
+        """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
+        self.folder.mkdir(exist_ok=True)
+        save_model(self.folder, self.model, self.encoder.tokenizer)
+        write_json(self.folder / "metrics.json", metrics)
+        write_json(self.folder / "teacher.json", self.about)
+
+
+def train_teacher(
+    settings: Teacher,
+    problems: ProblemFolder,
+    output: Path,
+    cadence: Cadence,
+    resources: Resources,
+) -> TrainedTeacher:
+    """Train the teacher of `settings` on chains of thought, in the work of `output`.
+
+    Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit`, and
+    name a problem that the model cannot hold.
+    """
+    about = _made_from(settings, problems)
+    work = work_folder(output, "teacher", about)
+    curves = work / "curves"
+    curves.mkdir(exist_ok=True)
+    training = settings.training
+    model, tokenizer = start_teacher(settings, problems)
+    encoder = TraceEncoder(tokenizer, problems.traces)
+    if training is not None:
+        traces = encoder.encode_all(problems.load("train"))
+        check_lengths(traces, model.config.get_text_config())
+        taught, held_out = hold_out([len(traces)], training, "teacher.training")
+        fit(
+            model,
+            chain_terms,
+            ChainDataset(traces),
+            ShardShuffleSampler(taught, seed=training.seed),
+            training,
+            cadence,
+            folder=work / "checkpoints",
+            curves=curves,
+            title="teacher",
+            loader_workers=resources.loader_workers,
+            held_out=held_out,
+        )
+    return TrainedTeacher(to_device(model), encoder, about, work / "teacher", curves)
+
+
+def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:
+    """What determines a teacher; commit: of a model on the Hub."""
+    fingerprints = {"problems": problems.fingerprint("train", "validation")}
+    commit = None
+    if settings.model != "scratch":
+        fingerprints["model"] = model_fingerprint(settings.model, settings.revision)
+        commit = commit_of(settings.model, settings.revision)
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "fingerprints": fingerprints,
+        "commit": commit,
+    }

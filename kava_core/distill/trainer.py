@@ -1,0 +1,154 @@
+"""The Trainer with our loss: named terms, measured over all processes, and what they weigh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState
+
+from kava_core.console import say
+from kava_core.distill.callbacks import Window
+from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
+from kava_core.distill.terms import Batch, Terms
+from kava_core.errors import KavaError
+from kava_core.parallel import group
+from kava_core.store import ShardShuffleSampler
+
+LOWEST_SHARE = 0.01
+
+
+class TermsTrainer(Trainer):
+    """Minimises the sum of the terms, in the sampler's order.
+
+    shares_every: every so many steps (0: never) each term's share in the gradient is measured,
+    where there are several. held_out: indices of the dataset that `evaluate` measures.
+    """
+
+    model_accepts_loss_kwargs = False  # every term is a mean over records: plain averaging is right
+
+    def __init__(
+        self,
+        *,
+        terms: Terms,
+        sampler: ShardShuffleSampler,
+        window: Window,
+        shares_every: int,
+        held_out: Sequence[int],
+        **options: Any,
+    ) -> None:
+        self.terms = terms
+        self.sampler = sampler
+        self.window = window
+        self.shares_every = shares_every
+        self.held_out = held_out
+        self.warned: set[str] = set()
+        super().__init__(**options)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """End as the run did that wrote its last checkpoint; `train` would take one step more."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ShardShuffleSampler:
+        return self.sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        terms = self.terms(model, inputs)
+        if self.shares_every and len(terms) > 1 and self.state.global_step % self.shares_every == 0:
+            self._measure_shares(terms, model)
+        loss = torch.stack(list(terms.values())).sum()
+        # One exchange: the means over all processes, which are not finite if any process's is not.
+        values = group.mean(torch.stack([loss, *terms.values()]).detach()).tolist()
+        if not math.isfinite(values[0]):
+            self._give_up(model, values[0], loss, inputs["ids"])
+        window = self.window
+        for name, value in zip(("loss", *terms), values, strict=True):
+            window.sums[name] = window.sums.get(name, 0.0) + value
+        window.batches += 1
+        return (loss, None) if return_outputs else loss
+
+    def _give_up(self, model: nn.Module, value: float, own: Tensor, ids: list[str]) -> None:
+        """Save what the steps before this one gave, and say where it went wrong."""
+        step = self.state.global_step
+        saved = group.from_first(lambda: last_whole_checkpoint(Path(str(self.args.output_dir))))
+        if step > (step_of(saved) if saved else 0):
+            self.window.rewind()
+            self._save_checkpoint(model, trial=None)
+        bad = group.gather([] if torch.isfinite(own) else ids)
+        raise KavaError(
+            f"the loss became {value:g} at step {step + 1}, on the records "
+            f"{', '.join(name for names in bad for name in names)}. The state before that step is "
+            "saved. Lower the learning rate, or look at these records."
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process writes the Trainer's state next, which makes the checkpoint a whole one.
+        group.wait()
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The terms on the held-out records, logged as `eval_loss…`; draws no random numbers."""
+        assert self.model is not None
+        own = self.held_out[group.rank() :: group.size()]
+        step = self.args.per_device_train_batch_size
+        sums: dict[str, float] = {}
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for first in range(0, len(own), step):
+                indices = list(own[first : first + step])
+                batch = self.train_dataset.__getitems__(indices)  # type: ignore[union-attr]
+                terms = self.terms(self.model, send_to_device(batch, self.args.device))
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term) * len(indices)
+        self.model.train()
+        parts = [part for part in group.gather(sums) if part]  # a process may have no records
+        logs = {
+            f"eval_loss_{name}": sum(part[name] for part in parts) / len(self.held_out)
+            for name in parts[0]
+        }
+        logs["eval_loss"] = sum(logs.values())
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        norms = {}
+        for name, term in terms.items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            squares = [group.mean(g.float()).square().sum() for g in gradients if g is not None]
+            norms[name] = float(torch.stack(squares).sum().sqrt())
+        total = sum(norms.values()) or 1.0
+        self.window.shares = {name: norm / total for name, norm in norms.items()}
+        for name, share in self.window.shares.items():
+            if share < LOWEST_SHARE and name not in self.warned:
+                self.warned.add(name)
+                say(
+                    f"warning: the {name} term carries {share:.2%} of the gradient at step "
+                    f"{self.state.global_step}; at this weight it teaches next to nothing."
+                )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means of the window, which begins anew."""
+        window = self.window
+        if window.batches and "loss" in logs:
+            for name, total in window.sums.items():
+                logs["loss" if name == "loss" else f"loss_{name}"] = total / window.batches
+            for name, share in window.shares.items():
+                logs[f"gradient_share_{name}"] = share
+            window.sums, window.batches = {}, 0
+        super().log(logs, *args, **kwargs)

@@ -28,7 +28,7 @@ def main(pipeline: Path) -> None:
     print("tokens that the store keeps of it:")
     for row, heads in enumerate(batch.slot_positions[0].tolist()):
         for head, positions in enumerate(heads):
-            kept = [tokenizer.decode([record.cot_ids[i]]) for i in positions if i >= 0]
+            kept = tokenizer.batch_decode([[record.cot_ids[i]] for i in positions if i >= 0])
             print(f"  layer {store.geometry.layers[row]}, head {head}: {' '.join(kept)}")
 
     # The teacher's whole caches: other targets are a matter of milliseconds.
@@ -44,7 +44,7 @@ def main(pipeline: Path) -> None:
     print("\nof the same record, the last layer's first head would keep with two slots:")
     for name in ("rkv", "attention", "value_norm", "random"):
         positions = evict(caches, POLICIES[name](), budgets).slot_positions[0, -1, 0].tolist()
-        kept = [tokenizer.decode([record.cot_ids[i]]) for i in positions if i >= 0]
+        kept = tokenizer.batch_decode([[record.cot_ids[i]] for i in positions if i >= 0])
         print(f"  {name:<10} {' '.join(kept)}")
 
 

@@ -10,6 +10,7 @@ import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from packaging.requirements import Requirement
 
@@ -126,8 +127,14 @@ def test_it_opens_a_store(light: Light, finished: Project, tmp_path: Path) -> No
 
 def test_it_asks_a_student(light: Light, finished: Project, tmp_path: Path) -> None:
     script = shutil.copy2(ROOT / "examples" / "use_a_student.py", tmp_path)
-    shown = light.run("python", script, finished.path / "data/smoke", "--student", "kava")
-    assert "of 8 right; 4 latents" in shown
-    student = finished.path / "data/smoke/students/kava"
+    smoke = finished.path / "data/smoke"
+    shown = light.run("python", script, smoke, "--student", "kava")
+    rows = pq.read_table(smoke / "evaluation/predictions.parquet").to_pylist()
+    judged = [row for row in rows if row["system"] == "kava"][:8]
+    for row in judged:
+        assert f"{row['question']}\n    {row['text'].strip()} (" in shown
+    right = sum(row["correct"] for row in judged)
+    assert shown.endswith(f"\n{right} of 8 right; 4 latents\n")
+    student = smoke / "students/kava"
     asked = light.run("kava", "ask", student, "ian has 3 apples . sells 1 . how many now ?")
     assert "passes to read the question" in asked

@@ -180,7 +180,7 @@ def summary(findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
             }
             for c in comparisons
         },
-        "engaged_percent": findings.targets.engaged_percent,
+        "engaged_percent": findings.targets.eviction.engaged_percent,
         "median_trace_tokens": float(_median(findings)),
         "sweet_spot": findings.grid.spot if findings.grid else None,
     }
@@ -223,7 +223,7 @@ def _median(findings: PipelineFindings) -> float:
 def _facts(
     findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
 ) -> list[tuple[str, str]]:
-    manifest = findings.targets.manifest
+    manifest, eviction = findings.targets.manifest, findings.targets.eviction
     geometry = manifest.geometry
     tested = {c.systems[0].score.n for c in comparisons}
     return [
@@ -231,7 +231,7 @@ def _facts(
         (" and ".join(f"{n:,}" for n in sorted(tested)), "test problems"),
         (f"{geometry.model_layers} × {geometry.kv_heads}", "layers × KV heads"),
         (str(geometry.slots), "slots kept per layer and head (M)"),
-        (f"{findings.targets.engaged_percent:.0f} %", "of (record, layer, head) lose tokens"),
+        (f"{eviction.engaged_percent:.0f} %", "of (record, layer, head) lose tokens"),
         (readable_bytes(_bytes(manifest)), "of KV targets"),
     ]
 

@@ -21,7 +21,8 @@ from kava_core.fidelity.trial import Result
 from kava_core.findings.base import write_finding
 from kava_core.findings.fidelity import BatchCost, CachedAnswer
 from kava_core.record import Record
-from kava_core.store import Geometry, write_targets_shard
+from kava_core.store import Geometry, TargetsStore, write_targets_shard
+from kava_core.store.summary import eviction_findings
 from tests.store.make import finish, make_spec
 
 GEOMETRY = Geometry.plain(layers=2, kv_heads=2, head_dim=4, hidden_size=8, slots=8)
@@ -69,6 +70,8 @@ def make_pipeline(
     """Write everything that a report reads; the same arguments write the same files."""
     made = Pipeline(data, name)
     digest = _targets(made.folder / "kv_targets", records)
+    store = TargetsStore.open(made.folder / "kv_targets")
+    write_finding(made.folder / "eviction.json", eviction_findings(store))
     _evaluation(made.folder / "evaluation", problems, test_sets)
     write_json(made.folder / "evaluation/interpretability.json", _insights())
     _fidelity(made.folder)

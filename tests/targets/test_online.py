@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
-from kava_core.distill.student import student_terms
+from kava_core.distill.terms import student_terms
 from kava_core.eviction.policies.rkv import RKV
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model

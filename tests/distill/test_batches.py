@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from kava_core.distill.teacher import chain_terms
 
 from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
+from kava_core.distill.terms import chain_terms
 from tests.distill.toy import toy_traces, write_store
 from tests.tiny import tiny_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +13,10 @@ class Record:
     chain of thought starts at len(question_ids); the *endpoint* is the last token of the answer
     prompt, which follows the steps that latents do not stand for, if there are any. n_steps: the
     number of steps of the problem; answer: its text, "" in a store, which keeps the ids only.
+
+    step_ends: where each step of C ends, as places in cot_ids after its last token, so that the
+    last is N_C; results: the places in cot_ids of the tokens that state a step's result. Empty
+    where they are not known.
     """
 
     id: str
@@ -24,3 +28,5 @@ class Record:
     topic: str
     n_steps: int
     answer: str = ""
+    step_ends: list[int] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kava_core.artefacts import publish, work_folder
 from kava_core.console import say
-from kava_core.settings.prepare import Prepare, TestSet
 
 from .run import Run, stage
 
@@ -24,24 +23,24 @@ def prepare(run: Run) -> None:
     from kava_core.problems.prepare import FurtherSet, Sizes, prepare_problems
     from kava_core.problems.readers import Location
 
-    def location(of: Prepare | TestSet) -> Location | None:
-        return Location(of.path, of.hub_config, of.revision) if of.path is not None else None
-
     settings = run.settings.prepare
+    path, hub_config, revision = settings.path, settings.hub_config, settings.revision
     limits = Limits(
         settings.max_question_characters, settings.max_trace_characters, settings.max_steps
     )
     splits = prepare_problems(
         settings.source,
-        location(settings),
+        None if path is None else Location(path, hub_config, revision),
         Reading(settings.traces, settings.drop_last_step, limits),
         Sizes(settings.train, settings.validation, settings.test),
         seed=settings.seed,
         deduplicate=settings.deduplicate,
         allow_leakage=settings.allow_leakage,
         test_sets={
-            name: FurtherSet(further.source, location(further), further.split)
-            for name, further in settings.test_sets.items()
+            name: FurtherSet(
+                more.source, Location(more.path, more.hub_config, more.revision), more.split
+            )
+            for name, more in settings.test_sets.items()
         },
     )
     plain = settings.model_dump(mode="json")

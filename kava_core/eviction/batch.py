@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.policies.base import RotaryPhase
+from kava_core.record import Record
 from kava_core.rotary import Rotary, rotate
 
 # float32 elements of keys that are worked on at a time. On a CPU a piece should stay in the caches,
@@ -34,6 +36,9 @@ class CacheBatch:
     layers:       the L' layers that take part, as indices into L.
     rotary, cot_start: the rotation of all L layers and the position of each record's first
         chain-of-thought token; needed for post-RoPE keys only.
+    step_ends:    where each record's steps end, as places in its trace after their last tokens;
+        the last is N_C. Needed by policies that go by steps.
+    results:      the places in each record's trace of the tokens that state a step's result.
     budgets:      the slots to fill in each of the L' layers; `evict` sets it before scoring.
     """
 
@@ -45,6 +50,8 @@ class CacheBatch:
     layers: tuple[int, ...]
     rotary: Rotary | None = None
     cot_start: tuple[int, ...] | None = None
+    step_ends: tuple[tuple[int, ...], ...] | None = None
+    results: tuple[tuple[int, ...], ...] | None = None
     budgets: tuple[int, ...] | None = None
 
     @classmethod
@@ -58,11 +65,14 @@ class CacheBatch:
         *,
         rotary: Rotary | None = None,
         cot_start: Tensor | Sequence[int] | None = None,
+        step_ends: Sequence[Sequence[int]] | None = None,
+        results: Sequence[Sequence[int]] | None = None,
     ) -> CacheBatch:
         """A batch over tensors as a teacher shard holds them; nothing is copied.
 
-        keys, values [T, L, H, D], importance [T, L, H], offsets [B + 1], cot_start [B].
-        Raises KavaError for shapes that do not fit together and for an empty trace.
+        keys, values [T, L, H, D], importance [T, L, H], offsets [B + 1], cot_start [B]; step_ends,
+        results: of each record. Raises KavaError for shapes that do not fit together and for an
+        empty trace.
         """
         bounds = _integers(offsets)
         starts = None if cot_start is None else _integers(cot_start)
@@ -74,7 +84,39 @@ class CacheBatch:
                     "none. Remove the problem or give it a trace."
                 )
         layers = tuple(range(keys.shape[1]))
-        return cls(keys, values, importance, bounds, tuple(ids), layers, rotary, starts)
+        ends = None if step_ends is None else tuple(map(tuple, step_ends))
+        _check_steps(ends, bounds, ids)
+        stated = None if results is None else tuple(map(tuple, results))
+        return cls(
+            keys, values, importance, bounds, tuple(ids), layers, rotary, starts, ends, stated
+        )
+
+    @classmethod
+    def of_records(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        importance: Tensor | None,
+        offsets: Tensor | Sequence[int],
+        records: Sequence[Record],
+        rotary: Rotary | None,
+    ) -> CacheBatch:
+        """A batch over the whole caches of `records`, with all that they say of their traces.
+
+        Shapes and errors as in `from_ragged`.
+        """
+        ends = [record.step_ends for record in records]
+        return cls.from_ragged(
+            keys,
+            values,
+            importance,
+            offsets,
+            [record.id for record in records],
+            rotary=rotary,
+            cot_start=[len(record.question_ids) for record in records],
+            step_ends=ends if all(ends) else None,
+            results=[record.results for record in records],
+        )
 
     @classmethod
     def from_padded(
@@ -153,6 +195,51 @@ class CacheBatch:
         """[T] int64: each token's place in its own trace, from 0."""
         tokens = torch.arange(self.offsets[-1], device=self.keys.device)
         return tokens - self.per_token(self.offsets[:-1])
+
+    @cached_property
+    def tokens_to_step_end(self) -> Tensor:
+        """[T] int64: how many tokens of its step follow each token, 0 for the last.
+
+        KavaError if the batch came without the ends of steps.
+        """
+        if self.step_ends is None:
+            raise KavaError(
+                "this policy goes by the steps of a trace, and this teacher cache does not say "
+                "where they end. Run `kava generate` again, or set `policy` to one that does "
+                "without."
+            )
+        ends = [end for record in self.step_ends for end in record]
+        sizes = [
+            end - start
+            for record in self.step_ends
+            for start, end in zip((0, *record), record, strict=False)
+        ]
+        device = self.keys.device
+        last = torch.tensor(ends, device=device).repeat_interleave(
+            torch.tensor(sizes, device=device), output_size=self.offsets[-1]
+        )
+        return last - 1 - self.token_indices
+
+    @cached_property
+    def is_result(self) -> Tensor:
+        """[T] bool: the tokens that state a step's result.
+
+        KavaError if the batch came without them, naming a record that has none.
+        """
+        unknown = list(self.ids)
+        if self.results is not None:
+            unknown = [name for name, at in zip(self.ids, self.results, strict=True) if not at]
+        if self.results is None or unknown:
+            raise KavaError(
+                f"record {unknown[0]!r}: this policy keeps the results of steps, and the trace "
+                "does not say which of its tokens these are. Use `prepare.traces: equations` or "
+                "`results`, or another `policy`."
+            )
+        found = torch.zeros(self.offsets[-1], dtype=torch.bool, device=self.keys.device)
+        spans = zip(self.offsets, self.results, strict=False)
+        places = [first + i for first, at in spans for i in at]
+        found[places] = True
+        return found
 
     def empty_scores(self) -> Tensor:
         """[T, L', H] float32 to be filled."""
@@ -270,3 +357,20 @@ def _check_shapes(
             f"expected an id and a position for each of {len(offsets) - 1} records, found "
             f"{len(ids)} ids and {'no' if cot_start is None else len(cot_start)} positions."
         )
+
+
+def _check_steps(
+    step_ends: tuple[tuple[int, ...], ...] | None, offsets: tuple[int, ...], ids: Sequence[str]
+) -> None:
+    """KavaError naming the first record whose steps do not make up its trace."""
+    if step_ends is None:
+        return
+    lengths = [last - first for first, last in pairwise(offsets)]
+    if len(step_ends) != len(ids):
+        raise KavaError(f"expected the steps of {len(ids)} records, found {len(step_ends)}.")
+    for name, ends, length in zip(ids, step_ends, lengths, strict=True):
+        if not ends or ends[-1] != length or list(ends) != sorted(set(ends)) or ends[0] < 1:
+            raise KavaError(
+                f"record {name!r}: expected steps that end one after the other, the last with the "
+                f"trace of {length} tokens, found {list(ends)}. Run the generate stage again."
+            )

@@ -30,24 +30,34 @@ def score_all(policy: Policy, batch: CacheBatch) -> Tensor:
     return scores
 
 
-def select(scores: Tensor, lengths: Sequence[int], budgets: Sequence[int]) -> tuple[Tensor, Tensor]:
+def select_best(
+    scores: Tensor,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    keepable: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The budgets[l] best tokens of each record and head, in temporal order.
 
-    scores [T, L', H] float32 of records of `lengths` laid end to end; budgets: one per layer.
-    Returns positions [B, L', H, M] int32, the kept tokens' places in their trace, −1 after the last
-    (M is the largest budget), and counts [B, L'] int32 = min(N_C, budget). Of equal scores the
-    earlier token wins.
+    scores [T, L', H] float32 of records of `lengths` laid end to end; budgets: one per layer;
+    keepable [T] bool: the tokens to choose from, None: all. Returns positions [B, L', H, M] int32,
+    the kept tokens' places in their trace, −1 after the last (M is the largest budget), and counts
+    [B, L'] int32 = min(tokens to choose from, budget). Of equal scores the earlier token wins.
     """
     n_layers, heads = scores.shape[1:]
     width = max(budgets)
     device = scores.device
     sizes = torch.tensor(lengths, device=device)
     starts = sizes.cumsum(0) - sizes
-    counts = torch.minimum(sizes[:, None], torch.tensor(budgets, device=device))  # [B, L']
+    choices = sizes
+    if keepable is not None:
+        choices = torch.stack([part.sum() for part in keepable.split(list(lengths))])  # [B]
+    counts = torch.minimum(choices[:, None], torch.tensor(budgets, device=device))  # [B, L']
     positions = torch.full(
         (len(lengths), n_layers, heads, width), -1, dtype=torch.int32, device=device
     )
     ranks = _ranking_keys(scores, sizes, starts)
+    if keepable is not None:
+        ranks = ranks.masked_fill(~keepable[:, None, None], PADDING)
     for chosen in _similar_lengths(lengths, n_layers * heads):
         records = torch.tensor(chosen, device=device)
         longest = max(lengths[record] for record in chosen)

@@ -11,8 +11,8 @@ from torch import Tensor
 from kava_core.errors import KavaError
 from kava_core.eviction.batch import CacheBatch
 from kava_core.eviction.layers import Share, check_groups
-from kava_core.eviction.policies.base import Policy, RotaryPhase, check_phase
-from kava_core.eviction.selection import score_all, select
+from kava_core.eviction.policies.base import Policy, RotaryPhase, Selection, check_phase
+from kava_core.eviction.selection import score_all, select_best
 from kava_core.rotary import rotate
 
 
@@ -36,7 +36,7 @@ class Targets:
 
     @property
     def engaged(self) -> Tensor:
-        """[B, L', H] bool: eviction really dropped something there (N_C above the budget)."""
+        """[B, L', H] bool: a token was really dropped there."""
         return self.slot_counts < self.lengths[:, None, None]
 
 
@@ -45,6 +45,7 @@ def evict(
     policy: Policy,
     budgets: Sequence[int],
     *,
+    select: Selection = "head",
     share: Share = "none",
     groups: Sequence[Sequence[int]] | None = None,
     rotary_phase: RotaryPhase = "pre_rope",
@@ -52,14 +53,17 @@ def evict(
     """Keep the best slots of every record, layer and head; M is the largest budget.
 
     budgets: slots per chosen layer, or per group of layers where they share.
+    select:  "head": each layer (or group) and head chooses for itself, as in the paper. "record":
+             one choice for all of them, the best by the mean of all scores, so that a slot is one
+             token everywhere.
     share:   "selection": the layers of a group keep the same tokens, the best by the mean of their
              scores. "merged": and their keys and values become one cache (see `merge`).
     groups:  adjacent layers that share, as indices into the chosen layers (`group_layers`).
     rotary_phase: the keys of the result, as stored or rotated to their original positions.
 
     Scores are float32; keys and values are copied in their stored dtype, computed with in float32.
-    Raises KavaError for budgets below 1 or not one per layer or group, and for groups that do not
-    cover the layers.
+    Raises KavaError for budgets below 1 or not one per layer or group, for budgets that differ
+    where one choice serves all, and for groups that do not cover the layers.
     """
     units = check_groups(share, groups, len(batch.layers))
     _check_budgets(budgets, len(units))
@@ -67,8 +71,12 @@ def evict(
     unit_of = [unit for unit, group in enumerate(units) for _ in group]  # of each layer
     per_layer = tuple(budgets[unit] for unit in unit_of)
     scores = score_all(policy, replace(batch, budgets=per_layer))
-    positions, counts = select(_group_mean(scores, units), batch.lengths, budgets)
-    counts = counts[..., None].expand(-1, -1, scores.shape[2]).contiguous()
+    ranked, slots = _group_mean(scores, units), list(budgets)
+    if select == "record":
+        ranked, slots = _record_mean(ranked), _one_budget(budgets)
+    positions, counts = select_best(ranked, batch.lengths, slots, policy.keepable(batch))
+    positions = positions.expand(-1, len(units), scores.shape[2], -1).contiguous()
+    counts = counts[..., None].expand(-1, len(units), scores.shape[2]).contiguous()
     of_layer = positions[:, unit_of] if share != "none" else positions  # [B, layers, H, M]
     keys, values = _gather(batch.keys, batch, of_layer), _gather(batch.values, batch, of_layer)
     if rotary_phase == "post_rope":
@@ -120,6 +128,24 @@ def _group_mean(scores: Tensor, groups: list[list[int]]) -> Tensor:
             total = total + scores[:, layer]
         means.append(total / len(group))
     return torch.stack(means, dim=1)
+
+
+def _record_mean(scores: Tensor) -> Tensor:
+    """[T, L', H] → [T, 1, 1], added up row by row so that the order is always the same."""
+    rows = scores.flatten(1).unbind(1)
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return (total / len(rows))[:, None, None]
+
+
+def _one_budget(budgets: Sequence[int]) -> list[int]:
+    if len(set(budgets)) > 1:
+        raise KavaError(
+            f"expected one budget where `select: record` chooses for all layers, found "
+            f"{list(budgets)}. Set `budget_shape: uniform`, or `select: head`."
+        )
+    return [budgets[0]]
 
 
 def _gather(rows: Tensor, batch: CacheBatch, positions: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kava_core.artefacts import fingerprint, folder_fingerprint, read_json, write_json
 from kava_core.errors import KavaError
@@ -130,7 +130,7 @@ def _of(names: Iterable[str], found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _about(path: Path) -> dict[str, Any]:
     about = read_json(path)
-    if not isinstance(about, dict) or about.get("traces") not in ("equations", "sentences"):
+    if not isinstance(about, dict) or about.get("traces") not in get_args(TraceForm):
         raise KavaError(f"{path} does not say how traces are written. Run `kava prepare` again.")
     return about
 

@@ -12,7 +12,7 @@ from kava_core.problems.readers import Location, read_source
 from kava_core.problems.records import Problem, TraceForm, normalise_question, trace_characters
 from kava_core.problems.rows import Row
 from kava_core.problems.sources import RowSource, Source
-from kava_core.problems.sources.base import Draft, UnusableRow
+from kava_core.problems.sources.base import Draft, UnusableRow, result
 from kava_core.problems.splits import ProblemSplits, cut_splits
 
 
@@ -63,7 +63,7 @@ class Reading:
         reasons: Counter[str] = Counter()
         for row in rows:
             try:
-                draft = source.read(row, self.traces)
+                draft = self._draft(source, row)
             except UnusableRow as unusable:
                 reasons[str(unusable)] += 1
                 continue
@@ -80,6 +80,12 @@ class Reading:
                 continue
             found.append(problem)
         return found, reasons
+
+    def _draft(self, source: RowSource, row: Row) -> Draft:
+        if self.traces != "results":
+            return source.read(row, self.traces)
+        draft = source.read(row, "equations" if source.forms else self.traces)
+        return replace(draft, steps=tuple(map(result, draft.steps)))
 
     def _problem(self, source: RowSource, draft: Draft, name: str) -> Problem:
         return Problem(
@@ -152,7 +158,7 @@ def load_splits(
 
 def check_form(source: Source, traces: TraceForm) -> None:
     """KavaError if the source cannot be taught from, or not in the form `traces`."""
-    if traces not in source.forms:
+    if not source.gives(traces):
         forms = " or ".join(source.forms)
         raise KavaError(
             f"prepare.traces: {source.name} has {forms}, found {traces}. Correct it."
@@ -182,7 +188,7 @@ def load_test_set(
             f"prepare.test_sets.{name}: expected a split `{chosen}` in {location.path}, found "
             f"{', '.join(splits)}. Set `split`."
         )
-    if reading.traces not in source.forms and source.forms:
+    if not source.gives(reading.traces) and source.forms:
         reading = Reading(source.forms[0], reading.drop_last_step, reading.limits)
     problems, reasons = reading.problems(source, splits[chosen].rows, chosen, taught=False)
     _require(source, location, chosen, problems, reasons)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TraceForm = Literal["equations", "sentences"]
+TraceForm = Literal["equations", "sentences", "results"]
 
 
 @dataclass(frozen=True, slots=True)

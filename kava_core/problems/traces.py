@@ -12,7 +12,10 @@ writes, are the beginning of `answer_prompt_ids`: sequence and endpoint stay wha
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,15 +24,21 @@ from kava_core.problems.records import Problem, TraceForm
 from kava_core.record import Record
 
 ANSWER_PROMPT = "The answer is:"
+# Where a step states its result: behind the last "=", or it is nothing else.
+_STATED: dict[TraceForm, re.Pattern[str]] = {
+    "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
+    "results": re.compile(r"^\s*(.*?)\s*$"),
+}
 
 
 class TraceEncoder:
     """Turns problems into traces with one tokenizer.
 
-    Equations are joined without anything between them, sentences end in a line end each
-    (`traces`). The first `latent_fraction` of a problem's steps, rounded up, are C. `bos` stands
-    first in the question if the tokenizer has one and would put it there itself. KavaError if the
-    tokenizer has no end-of-sequence token, or cannot write the answer prompt.
+    Equations are joined without anything between them, sentences end in a line end each, a blank
+    stands before each result (`traces`). The first `latent_fraction` of a problem's steps, rounded
+    up, are C. `bos` stands first in the question if the tokenizer has one and would put it there
+    itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write the answer
+    prompt.
     """
 
     def __init__(
@@ -43,8 +52,9 @@ class TraceEncoder:
                 "Expected a tokenizer with an end-of-sequence token, found none: answers could "
                 "not end. Set the tokenizer's `eos_token`."
             )
-        if traces not in ("equations", "sentences"):
-            raise KavaError(f"Expected `traces` to be equations or sentences, found {traces!r}.")
+        if traces not in get_args(TraceForm):
+            forms = ", ".join(get_args(TraceForm))
+            raise KavaError(f"Expected `traces` to be one of {forms}, found {traces!r}.")
         self.tokenizer = tokenizer
         self.traces = traces
         self.latent_fraction = latent_fraction
@@ -65,9 +75,14 @@ class TraceEncoder:
 
     def cot_text(self, steps: Sequence[str]) -> str:
         """The chain of thought as it is tokenised."""
-        if self.traces == "equations":
-            return "".join(steps)
-        return "".join(step + "\n" for step in steps)
+        return "".join(self._step_texts(steps))
+
+    def _step_texts(self, steps: Sequence[str]) -> list[str]:
+        """Each step as it stands in the chain."""
+        before, after = {"equations": ("", ""), "sentences": ("", "\n"), "results": (" ", "")}[
+            self.traces
+        ]
+        return [f"{before}{step}{after}" for step in steps]
 
     def encode(self, problem: Problem) -> Record:
         """The trace of one problem; KavaError as `encode_all`."""
@@ -92,6 +107,7 @@ class TraceEncoder:
         latent = [problem.steps[:cut] for problem, cut in zip(problems, cuts, strict=True)]
         rest = [problem.steps[cut:] for problem, cut in zip(problems, cuts, strict=True)]
         cots = self.encode_chains(latent)
+        places = self._places(latent)
         prompts = [ids + self.answer_prompt_ids for ids in self.encode_chains(rest)]
         answers = self.encode_answers([problem.answer for problem in problems])
         written = [
@@ -109,9 +125,11 @@ class TraceEncoder:
                 topic=problem.topic,
                 n_steps=len(problem.steps),
                 answer=problem.answer,
+                step_ends=ends,
+                results=results,
             )
-            for problem, question, cot, prompt, answer in zip(
-                problems, questions, cots, prompts, answers, strict=True
+            for problem, question, cot, prompt, answer, (ends, results) in zip(
+                problems, questions, cots, prompts, answers, places, strict=True
             )
         ]
 
@@ -135,6 +153,43 @@ class TraceEncoder:
     def _latent_steps(self, problem: Problem) -> int:
         # Rounded first, or 0.6 of 5 steps would be 4 on some fractions' last bit.
         return math.ceil(round(self.latent_fraction * len(problem.steps), 9))
+
+    def _places(self, chains: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int]]]:
+        """Where steps end in the ids of chains, and which tokens state their results (`Record`).
+
+        A token that reaches over the end of a step belongs to that step. Both are empty where the
+        tokenizer does not say which characters a token stands for.
+        """
+        if not self.tokenizer.is_fast or not chains:
+            return [([], []) for _ in chains]
+        spans = self.tokenizer(
+            [self.cot_text(steps) for steps in chains],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )["offset_mapping"]
+        return [self._places_of(steps, of) for steps, of in zip(chains, spans, strict=True)]
+
+    def _places_of(
+        self, steps: Sequence[str], spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
+        """spans: of the chain's characters, of each token."""
+        starts = [start for start, _ in spans]
+        ends: list[int] = []
+        results: set[int] = set()
+        begin = 0
+        for text in self._step_texts(steps):
+            end = bisect_left(starts, begin + len(text))  # the tokens that begin before the end
+            if end > (ends[-1] if ends else 0):
+                ends.append(end)
+            stated = _STATED[self.traces].search(text) if self.traces in _STATED else None
+            if stated:
+                first, last = begin + stated.start(1), begin + stated.end(1)
+                results |= {i for i, (a, b) in enumerate(spans) if a < last and b > first}
+            begin += len(text)
+        return ends, sorted(results)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(

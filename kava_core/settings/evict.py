@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import (
     Field,
@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from kava_core.eviction.policies import POLICIES, Policy
-from kava_core.eviction.policies.base import RotaryPhase
+from kava_core.eviction.policies.base import RotaryPhase, Selection
 from kava_core.eviction.policies.rkv import RKV
 from kava_core.settings.base import (
     Bits,
@@ -61,20 +61,41 @@ Layers = Annotated[
 ]
 
 
+class Selecting(Protocol):
+    """A section that says who chooses, and how layers differ."""
+
+    @property
+    def select(self) -> Selection: ...
+    @property
+    def budget_shape(self) -> BudgetShape: ...
+    @property
+    def share(self) -> str: ...
+
+
+def check_select(section: Selecting) -> None:
+    """ValueError for settings of layers where one choice serves all of them."""
+    if section.select == "record" and section.budget_shape != "uniform":
+        raise ValueError("select: record chooses once for all layers: set budget_shape: uniform")
+    if section.select == "record" and section.share == "selection":
+        raise ValueError("share: selection means nothing at select: record, which all layers share")
+
+
 class Evict(Section):
     """From N_C tokens to M slots per layer and head.
 
     policy: what is kept, by name or with its settings (`kava_core.eviction.policies`). budget:
     slots per layer and head, on average over the layers; budget_shape: the same in all layers, or a
-    pyramid (M is the widest layer's). share: `share_size` adjacent layers keep the same tokens
-    (`selection`) or one merged cache (`merged`). granularity `channel` and `tensor` take their
-    ranges from `calibration_records` records, clipped to `calibration_percentile` per cent of the
-    numbers.
+    pyramid (M is the widest layer's). select: each layer and `head` chooses for itself, or the
+    `record` once for all, so that a slot is one token everywhere. share: `share_size` adjacent
+    layers keep the same tokens (`selection`) or one merged cache (`merged`). granularity `channel`
+    and `tensor` take their ranges from `calibration_records` records, clipped to
+    `calibration_percentile` per cent of the numbers.
     """
 
     policy: PolicyChoice = RKV()
     budget: Positive
     budget_shape: BudgetShape = "uniform"
+    select: Selection = "head"
     phase: RotaryPhase = "pre_rope"
     layers: Layers = "all"
     share: Literal["none", "selection", "merged"] = "none"
@@ -98,5 +119,6 @@ class Evict(Section):
                 f"{', '.join(ranges)}: means nothing at `granularity: token`, where every token "
                 "has its own range. Set `granularity`, or leave it out"
             )
+        check_select(self)
         check_half(self, {self.keys_bits, self.values_bits, self.endpoint_bits})
         return self

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from kava_core.eviction.policies.attention import Attention
+from kava_core.eviction.policies.base import Selection
 from kava_core.eviction.policies.crop import Crop
 from kava_core.eviction.policies.random import Random
 from kava_core.eviction.policies.redundancy import Redundancy
@@ -14,7 +15,7 @@ from kava_core.eviction.policies.rkv import RKV
 from kava_core.eviction.policies.uniform import Uniform
 from kava_core.eviction.policies.value_norm import ValueNorm
 from kava_core.settings.base import Bits, Dtype, Half, Positive, Section, Weight, check_half
-from kava_core.settings.evict import BudgetShape, Layers, PolicyChoice
+from kava_core.settings.evict import BudgetShape, Layers, PolicyChoice, check_select
 
 
 class FidelityBits(Section):
@@ -37,10 +38,10 @@ class FidelityBits(Section):
 class Fidelity(Section):
     """The teacher answers held-out problems from its compressed cache, for a grid of settings.
 
-    Every policy is tried with every budget and every bit width; layers, sharing and the budget's
-    shape over the layers are set as in `evict`, and the same for the whole grid. `limit` problems
-    of `split` are asked (null: all). within: how many points of exact match below the full cache
-    the recommended budget may lie.
+    Every policy is tried with every budget and every bit width; layers, sharing, who selects and
+    the budget's shape over the layers are set as in `evict`, and the same for the whole grid.
+    `limit` problems of `split` are asked (null: all). within: how many points of exact match below
+    the full cache the recommended budget may lie.
     """
 
     split: Literal["validation", "test"] = "validation"
@@ -56,6 +57,7 @@ class Fidelity(Section):
     )
     budgets: tuple[Positive, ...] = (2, 4, 8, 16, 24, 32, 64, 128, 256)
     budget_shape: BudgetShape = "uniform"
+    select: Selection = "head"
     bits: tuple[FidelityBits, ...] = tuple(FidelityBits(keys=n, values=n) for n in (16, 8, 4))
     half: Half = "bfloat16"
     layers: Layers = "all"
@@ -78,5 +80,6 @@ class Fidelity(Section):
                 raise ValueError(f"{name} must name at least one, and none twice")
         if self.share == "none" and self.changed("share_size"):
             raise ValueError("share_size means nothing where nothing is shared: set `share` too")
+        check_select(self)
         check_half(self, {n for bits in self.bits for n in (bits.keys, bits.values)})
         return self

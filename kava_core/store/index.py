@@ -37,6 +37,8 @@ SCHEMA = pa.schema(
             ("source", pa.string()),
             ("topic", pa.string()),
             ("n_steps", pa.int32()),
+            ("step_ends", TOKENS),
+            ("results", TOKENS),
         )
     ]
 )
@@ -64,6 +66,8 @@ def index_columns(shard: int, records: Sequence[Record]) -> dict[str, list[Any]]
         columns["shard"].append(shard)
         columns["row"].append(row)
         columns["n_steps"].append(int(record.n_steps))
+        columns["step_ends"].append(list(record.step_ends))
+        columns["results"].append(list(record.results))
     return columns
 
 
@@ -194,6 +198,8 @@ class Index:
             right &= (np.diff(columns[tokens][0]) == columns[name]).all()
         right &= (columns["cot_start"] == columns["n_question"]).all()
         right &= all((np.diff(columns[name][0]) > 0).all() for name in TOKEN_COLUMNS)
+        right &= _ascend(columns["step_ends"], 1, columns["n_cot"], to_the_end=True)
+        right &= _ascend(columns["results"], 0, columns["n_cot"] - 1, to_the_end=False)
         if not right:
             raise KavaError(f"{self.path} contradicts itself in shard {shard}. {REMAKE}")
 
@@ -212,7 +218,28 @@ class Index:
             source=columns["source"][row].as_py(),
             topic=columns["topic"][row].as_py(),
             n_steps=int(columns["n_steps"][row]),
+            step_ends=tokens("step_ends"),
+            results=tokens("results"),
         )
+
+
+def _ascend(
+    column: tuple[np.ndarray, np.ndarray], least: int, most: np.ndarray, *, to_the_end: bool
+) -> bool:
+    """Whether the places of each row ascend from `least` to at most `most` (or just there).
+
+    column: offsets [N + 1] and values; most [N]. A row without places is right.
+    """
+    offsets, values = column
+    values = values[offsets[0] : offsets[-1]]
+    starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+    some = ends > starts
+    inner = np.ones(len(values), dtype=bool)
+    inner[starts[some]] = False  # the first of a row follows no other
+    rising = (np.diff(values, prepend=0) > 0)[inner].all()
+    first, last = values[starts[some]], values[ends[some] - 1]
+    bounded = (last == most[some]) if to_the_end else (last <= most[some])
+    return bool(rising and (first >= least).all() and bounded.all())
 
 
 def _native(column: pa.Array) -> Any:

@@ -30,7 +30,7 @@ from kava_core.store.layout import (
 )
 
 # The one version that is written and read. Version 1, never published, had SHA-256 checksums.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KIND_NAMES = {"teacher_kv": "a teacher's cache", "kv_targets": "KV targets"}
 SOFTWARE = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
 
@@ -58,7 +58,7 @@ class RotaryInfo(StrictModel):
         return cls(phase=phase, inv_freq=inv_freq, scaling=tuple(turn["scaling"]))
 
     @property
-    def rotary(self) -> Rotary | None:
+    def rotation(self) -> Rotary | None:
         """The rotation of all L layers; None for a model without rotary embedding."""
         if not self.scaling:
             return None
@@ -101,7 +101,7 @@ class FileInfo(StrictModel):
 class Manifest(StrictModel):
     """The whole of manifest.json; nothing in it tells two identical runs apart."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     kind: Kind
     geometry: Geometry
     codec: Codec
@@ -264,8 +264,8 @@ def _check_version(file: Path, found: Any) -> None:
         )
     if found < FORMAT_VERSION:
         raise KavaError(
-            f"{file} is of format version {found} (SHA-256 checksums), this program reads version "
-            f"{FORMAT_VERSION} (BLAKE3). Run the stage that makes the store again."
+            f"{file} is of format version {found}, this program reads version {FORMAT_VERSION}. "
+            "Run the stage that makes the store again."
         )
 
 

@@ -83,7 +83,7 @@ def build_kv_targets(
 
 def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
     """Of the targets of a teacher store, with ranges from its caches where the codec needs them."""
-    settings, rotary = plan.settings, store.manifest.rotary.rotary
+    settings, rotary = plan.settings, store.manifest.rotary.rotation
     ranges = calibrate_ranges(plan, store)
     return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)
 
@@ -91,14 +91,13 @@ def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
 def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
     """The caches of all layers of a shard of a teacher store, as eviction takes them."""
     shard = store.shard(number)
-    return CacheBatch.from_ragged(
+    return CacheBatch.of_records(
         shard.keys.dequantise(),
         shard.values.dequantise(),
         shard.importance,
         shard.offsets,
-        [record.id for record in shard.records],
-        rotary=store.manifest.rotary.rotary,
-        cot_start=[len(record.question_ids) for record in shard.records],
+        shard.records,
+        store.manifest.rotary.rotation,
     )
 
 

@@ -72,6 +72,7 @@ class Plan:
             caches.choose_layers(self.layers),
             self.settings.policy,
             self.budgets,
+            select=self.settings.select,
             share=share,
             groups=None if share == "none" else self.groups,
             rotary_phase=self.settings.phase,

@@ -23,7 +23,7 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> CacheBatch:
-    """Random caches with a rotation, importance like a captured one, and ids r0, r1, …"""
+    """Random caches with a rotation, importance like a captured one, ids r0, r1, …, steps of 3."""
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     shape = (tokens, layers, heads, dim)
@@ -42,6 +42,8 @@ def make_batch(
         [f"r{i}" for i in range(len(lengths))],
         rotary=rotary,
         cot_start=[5 + 3 * i for i in range(len(lengths))],
+        step_ends=[[*range(3, n, 3), n] for n in lengths],
+        results=[[*range(1, n, 3)] or [0] for n in lengths],
     )
 
 
@@ -116,6 +118,12 @@ def scores(
             return (-keys.norm(dim=-1)).tolist()
         case "value_norm":
             return values.norm(dim=-1).tolist()
+        case "steps":
+            after = [min(e for e in batch.step_ends[record] if e > i) - 1 - i for i in range(n)]
+            last = settings.get("last", 1)
+            return [i - n * a if a < last else -math.inf for i, a in enumerate(after)]
+        case "results":
+            return [float(i) if i in batch.results[record] else -math.inf for i in range(n)]
         case "streaming":
             anchors = min(settings.get("first", 4), n)
             order = [*range(anchors), *range(n - 1, anchors - 1, -1)]
@@ -125,5 +133,6 @@ def scores(
 
 
 def best(values: list[float], budget: int) -> list[int]:
-    """The indices of the highest, the earlier of equals, ascending."""
-    return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:budget])
+    """The indices of the highest, the earlier of equals, ascending; −∞ is never chosen."""
+    choices = [i for i in range(len(values)) if values[i] > -math.inf]
+    return sorted(sorted(choices, key=lambda i: (-values[i], i))[:budget])

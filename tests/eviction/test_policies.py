@@ -23,6 +23,7 @@ VARIANTS = [
     ("random", {"seed": 7}),
     ("streaming", {"first": 0}),
     ("streaming", {"first": 30}),
+    ("steps", {"last": 2}),
 ]
 every_policy = pytest.mark.parametrize(("name", "settings"), VARIANTS)
 
@@ -38,6 +39,8 @@ def alone(batch: CacheBatch, record: int) -> CacheBatch:
         [batch.ids[record]],
         rotary=batch.rotary,
         cot_start=[batch.cot_start[record]],
+        step_ends=[batch.step_ends[record]],
+        results=[batch.results[record]],
     )
 
 
@@ -72,18 +75,19 @@ def test_the_best_slots_are_kept_in_temporal_order(
         for layer, budget in enumerate(budgets):
             for head in range(2):
                 at = (record, layer, head)
-                count = min(last - first, budget)
+                scores = naive.scores(name, settings, batch, record, layer, head, budget)
+                expected = naive.best(scores, budget)
+                count = len(expected)
+                assert count == min(last - first, budget) or name in ("steps", "results")
                 kept = targets.slot_positions[at].tolist()
                 assert kept[count:] == [-1] * (max(budgets) - count)
                 kept = kept[:count]
-                scores = naive.scores(name, settings, batch, record, layer, head, budget)
-                expected = naive.best(scores, budget)
                 if last - first == 2 and count == 1:  # the two are equally like each other
                     assert scores[kept[0]] == pytest.approx(scores[expected[0]], rel=1e-6)
                 else:
                     assert kept == expected
                 assert targets.slot_counts[at] == count
-                assert targets.engaged[at] == (last - first > budget)
+                assert targets.engaged[at] == (last - first > count)
                 for result, cache in ((targets.keys, batch.keys), (targets.values, batch.values)):
                     assert torch.equal(result[at][:count], cache[first:last, layer, head][kept])
                     assert not result[at][count:].any()
@@ -108,6 +112,7 @@ def test_padding_is_never_selected_whatever_it_holds(name: str, settings: dict) 
         rotary=batch.rotary,
         cot_start=batch.cot_start,
     )
+    again = replace(again, step_ends=batch.step_ends, results=batch.results)
     policy = POLICIES[name](**settings)
     expected, found = evict(batch, policy, [5, 5, 5]), evict(again, policy, [5, 5, 5])
     assert torch.equal(found.slot_positions, expected.slot_positions)
@@ -212,12 +217,79 @@ def test_a_gpu_keeps_what_a_cpu_keeps(name: str, settings: dict) -> None:
         ("rkv", {"redundancy_phase": "rope"}, "redundancy_phase"),
         ("redundancy", {"redundancy_phase": "none"}, "redundancy_phase"),
         ("streaming", {"first": -1}, "first"),
+        ("steps", {"last": 0}, "last"),
+        ("steps", {"last": True}, "last"),
         ("random", {"seed": 0.5}, "seed"),
     ],
 )
 def test_a_bad_setting_is_named(name: str, settings: dict, named: str) -> None:
     with pytest.raises(KavaError, match=named):
         POLICIES[name](**settings)
+
+
+@every_policy
+@pytest.mark.parametrize("budget", [1, 4, 9])
+def test_a_record_may_choose_once_for_all_its_layers_and_heads(
+    name: str, settings: dict, budget: int
+) -> None:
+    batch = naive.make_batch(LENGTHS)
+    policy = POLICIES[name](**settings)
+    targets = evict(batch, policy, [budget] * 3, select="record")
+    assert torch.equal(
+        targets.slot_positions, targets.slot_positions[:, :1, :1].expand(6, 3, 2, -1)
+    )
+    scores = score_all(policy, replace(batch, budgets=(budget,) * 3)).double()
+    keepable = policy.keepable(batch)
+    if keepable is not None:
+        scores[~keepable] = -torch.inf
+    for record, (first, last) in enumerate(batch.spans):
+        kept = [p for p in targets.slot_positions[record, 2, 1].tolist() if p >= 0]
+        means = scores[first:last].mean((1, 2))
+        assert kept == sorted(kept) and len(kept) == targets.slot_counts[record, 2, 1]
+        if len(kept) < last - first and bool(means.isfinite().all()):
+            rest = [i for i in range(last - first) if i not in kept]
+            assert means[kept].min() >= means[rest].max() - 1e-6
+        for layer in range(3):  # keys of the slots are those of the tokens
+            assert torch.equal(
+                targets.keys[record, layer, 1, : len(kept)], batch.keys[first:last, layer, 1][kept]
+            )
+
+
+def test_steps_keeps_the_last_tokens_of_steps_and_of_too_many_the_later() -> None:
+    batch = naive.make_batch([7, 3, 12])  # steps of 3
+    (kept,) = {
+        tuple(map(tuple, targets.slot_positions[:, 0, 0].tolist()))
+        for targets in [evict(batch, POLICIES["steps"](), [3, 3, 3])]
+    }
+    assert kept == ((2, 5, 6), (2, -1, -1), (5, 8, 11))
+    twice = evict(batch, POLICIES["steps"](last=2), [3, 3, 3]).slot_positions[:, 0, 0].tolist()
+    assert twice == [[2, 5, 6], [1, 2, -1], [5, 8, 11]]
+
+
+def test_one_choice_for_all_layers_needs_one_budget() -> None:
+    with pytest.raises(KavaError, match="one budget"):
+        evict(naive.make_batch([7]), POLICIES["rkv"](), [4, 3, 2], select="record")
+
+
+def test_steps_needs_to_know_where_steps_end() -> None:
+    batch = replace(naive.make_batch([7]), step_ends=None)
+    with pytest.raises(KavaError, match="does not say where they end"):
+        evict(batch, POLICIES["steps"](), [2, 2, 2])
+
+
+@pytest.mark.parametrize("results", [None, [[2], []]])
+def test_results_must_be_known(results: list[list[int]] | None) -> None:
+    batch = replace(naive.make_batch([7, 4]), results=results)
+    name = "r1" if results else "r0"
+    with pytest.raises(KavaError, match=rf"record '{name}': this policy keeps the results"):
+        evict(batch, POLICIES["results"](), [2, 2, 2])
+
+
+@pytest.mark.parametrize("ends", [[], [3], [3, 3, 7], [5, 3, 7], [0, 7], [3, 8]])
+def test_steps_that_do_not_make_up_the_trace_are_refused(ends: list[int]) -> None:
+    x = torch.ones(7, 1, 1, 4)
+    with pytest.raises(KavaError, match=r"record 'a': expected steps that end one after the other"):
+        CacheBatch.from_ragged(x, x, None, [0, 7], ["a"], step_ends=[ends])
 
 
 def test_a_store_without_importance_is_refused_where_it_is_needed() -> None:

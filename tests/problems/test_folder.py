@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,7 +14,7 @@ from kava_core.problems.folder import (
     write_problems,
     write_test_sets,
 )
-from kava_core.problems.records import Problem
+from kava_core.problems.records import Problem, TraceForm
 from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.splits import ProblemSplits
 
@@ -68,6 +69,13 @@ def test_a_further_test_set_changes_nothing_that_is_taught(tmp_path: Path) -> No
     assert open_test_sets(without).load_all() == {"synthetic": SPLITS.test}
     prints = [open_test_sets(folder).fingerprint("test") for folder in (without, with_hard)]
     assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("traces", get_args(TraceForm))
+def test_every_form_of_traces_can_be_opened_again(tmp_path: Path, traces: TraceForm) -> None:
+    write_problems(tmp_path, SPLITS, traces, {})
+    write_test_sets(tmp_path, SPLITS, traces, {})
+    assert open_problems(tmp_path).traces == open_test_sets(tmp_path).traces == traces
 
 
 def test_a_fingerprint_names_problems_and_the_form_of_their_steps(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ OF_SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "synthetic"}, {"factors": [2]}),
     ({"name": "synthetic"}, {"style": "prose"}),
     ({"name": "synthetic"}, {"distractors": 0.5}),
+    ({"name": "last-digit"}, {"steps": [3, 4]}),
     (TABLE, {"question": "q2"}),
     (TABLE, {"answer": "b"}),
     (TABLE, {"steps": "s2"}),

@@ -235,8 +235,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"manifest\.json names the file '/etc/x'",
     ),
     "a newer format": (
-        lambda f: edit_manifest(f, lambda m: m.update(format_version=3, unheard="of")),
-        r"manifest\.json is of format version 3, this program reads version 2",
+        lambda f: edit_manifest(f, lambda m: m.update(format_version=4, unheard="of")),
+        r"manifest\.json is of format version 4, this program reads version 3",
     ),
     "the format before": (
         lambda f: edit_manifest(
@@ -246,7 +246,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
                 files={n: {"sha256": i["blake3"], "bytes": 1} for n, i in m["files"].items()},
             ),
         ),
-        r"format version 1 \(SHA-256 checksums\), this program reads version 2 \(BLAKE3\)",
+        r"format version 1, this program reads version 3",
     ),
     "no version": (
         lambda f: edit_manifest(f, lambda m: m.update(format_version="2")),
@@ -272,7 +272,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a manifest too deep": (manifest_text("[" * 200_000), r"manifest\.json cannot be read"),
     "a number too long": (manifest_text(f"[{'1' * 5000}]"), r"manifest\.json cannot be read"),
     "half a character": (
-        manifest_text('{"format_version": 2, "a": "\\ud800"}'),
+        manifest_text('{"format_version": 3, "a": "\\ud800"}'),
         r"manifest\.json cannot be read",
     ),
     "a list for a manifest": (manifest_text("[]"), r"manifest\.json must hold a JSON object"),

@@ -8,7 +8,9 @@ from kava_core.eviction.policies.crop import Crop
 from kava_core.eviction.policies.key_norm import KeyNorm
 from kava_core.eviction.policies.random import Random
 from kava_core.eviction.policies.redundancy import Redundancy
+from kava_core.eviction.policies.results import Results
 from kava_core.eviction.policies.rkv import RKV
+from kava_core.eviction.policies.steps import Steps
 from kava_core.eviction.policies.streaming import Streaming
 from kava_core.eviction.policies.uniform import Uniform
 from kava_core.eviction.policies.value_norm import ValueNorm
@@ -25,6 +27,8 @@ POLICIES: dict[str, type[Policy]] = {
         KeyNorm,
         ValueNorm,
         Streaming,
+        Steps,
+        Results,
     )
 }
 

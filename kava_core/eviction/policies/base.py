@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kava_core.eviction.batch import CacheBatch
 
 RotaryPhase = Literal["pre_rope", "post_rope"]
+# Who chooses what is kept: every layer and head for itself, or a record for all of them at once.
+Selection = Literal["head", "record"]
 
 
 class Policy(ABC):
@@ -40,6 +42,13 @@ class Policy(ABC):
         library adds up numbers changes with the shape it is given. Keys and values are widened to
         float32 a piece at a time (`batch.pieces`), never as a whole.
         """
+
+    def keepable(self, batch: CacheBatch) -> Tensor | None:
+        """[T] bool, at least one token of each record: what may be kept at all; None: anything.
+
+        Slots that no such token fills stay empty.
+        """
+        return None
 
     @property
     def label(self) -> str:

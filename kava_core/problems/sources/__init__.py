@@ -12,6 +12,7 @@ from kava_core.problems.sources.gsm8k import GSM8K
 from kava_core.problems.sources.gsm8k_aug import GSM8kAug
 from kava_core.problems.sources.gsm8k_aug_nl import GSM8kAugNL
 from kava_core.problems.sources.gsm_hard import GSMHard
+from kava_core.problems.sources.last_digit import LastDigit
 from kava_core.problems.sources.metamath import MetaMath
 from kava_core.problems.sources.svamp import SVAMP
 from kava_core.problems.sources.synthetic import Synthetic
@@ -19,6 +20,7 @@ from kava_core.problems.sources.table import Table
 
 _ALL: tuple[type[Source], ...] = (
     Synthetic,
+    LastDigit,
     GSM8K,
     GSM8kAug,
     GSM8kAugNL,

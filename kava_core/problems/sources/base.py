@@ -37,10 +37,17 @@ class Draft:
 
 
 class Source(ABC):
-    """One format. `name` is what settings call it, `forms` the kinds of traces that it has."""
+    """One format. `name` is what settings call it, `forms` the kinds of traces that it has.
+
+    A source of equations has their results too.
+    """
 
     name: ClassVar[str]
     forms: ClassVar[tuple[TraceForm, ...]]
+
+    def gives(self, traces: TraceForm) -> bool:
+        """Whether its steps can be had in this form."""
+        return traces in self.forms or (traces == "results" and "equations" in self.forms)
 
 
 class RowSource(Source):
@@ -77,6 +84,14 @@ class GeneratedSource(Source):
 def notes(text: str) -> tuple[str, ...]:
     """The calculator notes of a text without spaces: ("<<48/2=24>>", …)."""
     return tuple(f"<<{''.join(note.split())}>>" for note in NOTE.findall(text))
+
+
+def result(equation: str) -> str:
+    """The right side of `<<a=b>>` or of a bare equation; UnusableRow if it has none."""
+    stated = equation.removesuffix(">>").rpartition("=")[2].strip()
+    if "=" not in equation or not stated:
+        raise UnusableRow("a step without a result")
+    return stated
 
 
 def lines(text: str) -> tuple[str, ...]:

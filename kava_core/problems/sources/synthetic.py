@@ -206,10 +206,12 @@ class Synthetic(GeneratedSource):
             aside = teller.aside(rng.randint(2, self.max_value))
             sentences.insert(rng.randint(1, len(sentences)), aside)
         sentences.append(teller.closing())
-        steps = [
-            step.equation if traces == "equations" else teller.result(step.expression, step.result)
-            for step in chain
-        ]
+        written: dict[TraceForm, Callable[[Step], str]] = {
+            "equations": lambda step: step.equation,
+            "sentences": lambda step: teller.result(step.expression, step.result),
+            "results": lambda step: str(step.result),
+        }
+        steps = map(written[traces], chain)
         return Problem(
             id=name,
             question=" ".join(sentences),

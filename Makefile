@@ -46,4 +46,9 @@ format: environment
 	ruff check --fix .
 
 clean:
-	rm -rf data/.work data/.runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf data/.work data/.runs data/.site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: docs
+docs: environment  ## the site of docs/ with an API reference, in data/.site
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo "Site: data/.site/index.html"

@@ -26,9 +26,9 @@ def ask(student: Path, question: str, as_json: bool) -> None:
         raise KavaError("expected a question, found nothing. Put it in quotes behind the student.")
     import torch
 
-    from kava_core.evaluation.accuracy import read_answer
     from kava_core.models.loading import load_tokenizer, to_device
     from kava_core.models.students import open_student
+    from kava_core.problems.judge import read_answer
     from kava_core.problems.traces import TraceEncoder
 
     model = to_device(open_student(student))

@@ -33,16 +33,16 @@ def compare(names: tuple[str, ...], data: Path, output: Path | None, as_json: bo
 
     from kava_core.reporting import compare as reporting
 
-    measured = reporting.read_measured(names, data)
+    pipelines = reporting.read_pipelines(names, data)
     if output is None:
         slug = "-".join(re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") for name in names)
         output = data / "compare" / f"{slug[:100]}.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    page = reporting.as_page(measured)
+    page = reporting.as_page(pipelines)
     with atomic_path(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(reporting.as_json(measured), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(reporting.as_json(pipelines), indent=2, ensure_ascii=False))
     else:
-        Console().print(reporting.as_table(measured))
+        Console().print(reporting.as_table(pipelines))
     say(f"Page: {output}")

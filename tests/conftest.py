@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kava_core.models.latent import LatentReasoner
+    from kava_core.problems.traces import TraceEncoder
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +27,19 @@ def two_cores() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TraceEncoder:
+    """Of the problems of `tests/evaluation/talker.py`."""
+    from tests.evaluation.talker import make_encoder
+
+    return make_encoder()
+
+
+@pytest.fixture(scope="module")
+def talker(encoder: TraceEncoder) -> LatentReasoner:
+    """The tiny system of `tests/evaluation/talker.py`."""
+    from tests.evaluation.talker import make_talker
+
+    return make_talker(encoder)

@@ -91,6 +91,7 @@ class TargetsDataset(Dataset[dict[str, Any]]):
     """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
 
     online: instead of them `records`, from whose tokens the teacher makes the targets anew.
+    `cot_ids` [B, N] are those of the chains of thought, right-padded, in which slots have places.
     Where the student writes the rest of the trace (`writes_rest`), the rest and the answer prompt
     belong to its answer, and `prompt_lengths` says where in it the endpoint is.
 
@@ -121,6 +122,7 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         )
         if self.writes_rest:
             batch["prompt_lengths"] = torch.tensor([len(r.answer_prompt_ids) for r in records])
+        batch["cot_ids"], _ = pad([r.cot_ids for r in records], "right")
         if self.online:
             batch["records"] = records
         else:

@@ -17,6 +17,7 @@ from kava_core.problems.folder import open_problems
 from kava_core.settings import Evict, Student
 from kava_core.store import Expectation, TargetsStore
 from kava_core.targets.plan import Plan
+from kava_core.targets.specs import stored_settings
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class StudentInputs:
             expected = Expectation(fingerprints["teacher"], fingerprints["tokenizer"])
             store = TargetsStore.open(source, expected)
             _check_budget(store, evict)
+            if settings.alpha_readout:
+                _check_slot_tokens(name, store)
             fingerprints["kv_targets"] = store.manifest.digest
         else:
             fingerprints["problems"] = open_problems(source).fingerprint("train")
@@ -78,4 +81,14 @@ def _check_budget(store: TargetsStore, evict: Evict) -> None:
             f"{store.path} has {store.geometry.slots} slots per layer and head, and evict.budget "
             f"{evict.budget} makes {slots}. Run `kava evict`, or set evict.budget to what the "
             "targets have."
+        )
+
+
+def _check_slot_tokens(name: str, store: TargetsStore) -> None:
+    """A readout teaches a slot's token, so it must be one token in all layers and heads."""
+    select = stored_settings(store, Evict).select
+    if select != "record":
+        raise KavaError(
+            f"students.{name}.alpha_readout needs slots that hold one token in all layers and "
+            f"heads, and {store.path} was made with `select: {select}`. Set evict.select to record."
         )

@@ -18,6 +18,7 @@ from torch.nn import functional
 from kava_core.distill.match import Match
 from kava_core.models.latent import Reasoning
 from kava_core.settings import Student
+from kava_core.settings.student import KVParts
 from kava_core.store import TargetsStore
 
 
@@ -80,7 +81,9 @@ def endpoint_loss(student: Tensor, teacher: Tensor, kind: str, std: Tensor | Non
 class Objective:
     """Weights, distances and the store's statistics; the std fields are None where not divided.
 
-    keys_std, values_std: [L']; endpoint_std: [L+1], L' and L being those of the tensors compared.
+    kv_parts: whether `both` keys and values are compared, each with half the weight, or one of
+    them. keys_std, values_std: [L']; endpoint_std: [L+1], L' and L being those of the tensors
+    compared.
     """
 
     alpha_kv: float
@@ -88,6 +91,8 @@ class Objective:
     w_cot: float
     kv_distance: str
     codi_distance: str
+    alpha_readout: float = 0.0
+    kv_parts: KVParts = "both"
     keys_std: Tensor | None = None
     values_std: Tensor | None = None
     endpoint_std: Tensor | None = None
@@ -102,7 +107,8 @@ class Objective:
         """The active terms, each times its weight; their sum is the loss.
 
         batch: answer_ids, answer_mask [B, A]; with targets also keys, values [B, L', H, M, D],
-        slot_mask [B, L', H, M] and endpoint [B, L+1, E]; slot_keys, slot_values are the student's.
+        slot_mask [B, L', H, M] and endpoint [B, L+1, E]; for the readout slot_ids, the tokens of
+        the slots, and their mask slot_filled, [B, M]; slot_keys, slot_values are the student's.
         """
         terms = {
             "answer": cross_entropy(
@@ -118,12 +124,21 @@ class Objective:
                 reasoning.endpoint, batch["endpoint"], self.codi_distance, self.endpoint_std
             )
         if self.alpha_kv and slot_keys is not None and slot_values is not None:
-            mask = batch["slot_mask"]
-            terms["kv"] = (self.alpha_kv / 2) * (
-                kv_loss(slot_keys, batch["keys"], mask, self.kv_distance, self.keys_std)
-                + kv_loss(slot_values, batch["values"], mask, self.kv_distance, self.values_std)
+            terms["kv"] = self.alpha_kv * self._kv(batch, slot_keys, slot_values)
+        if self.alpha_readout and reasoning.readout is not None:
+            terms["readout"] = self.alpha_readout * cross_entropy(
+                reasoning.readout, batch["slot_ids"], batch["slot_filled"]
             )
         return terms
+
+    def _kv(self, batch: dict[str, Tensor], slot_keys: Tensor, slot_values: Tensor) -> Tensor:
+        mask, kind = batch["slot_mask"], self.kv_distance
+        parts = []
+        if self.kv_parts != "values":
+            parts.append(kv_loss(slot_keys, batch["keys"], mask, kind, self.keys_std))
+        if self.kv_parts != "keys":
+            parts.append(kv_loss(slot_values, batch["values"], mask, kind, self.values_std))
+        return torch.stack(parts).sum() / len(parts)
 
 
 def objective_of(
@@ -139,6 +154,8 @@ def objective_of(
         w_cot=settings.w_cot,
         kv_distance=settings.kv_distance,
         codi_distance=settings.codi_distance,
+        alpha_readout=settings.alpha_readout if store else 0.0,
+        kv_parts=settings.kv_parts,
     )
     if store is None:
         return plain

@@ -50,8 +50,10 @@ def student_terms(
             batch.get("chain_ids"),
             batch.get("chain_mask"),
             batch.get("prompt_lengths"),
+            objective.alpha_readout > 0,
         )
-        if match is None or not (objective.alpha_kv or objective.alpha_codi):
+        taught = objective.alpha_kv or objective.alpha_codi or objective.alpha_readout
+        if match is None or not taught:
             return objective.weighted(reasoning, batch, None, None)
         targets = online(batch["records"]) if online else batch["targets"].dequantise()
         wanted = {
@@ -61,6 +63,10 @@ def student_terms(
             "slot_mask": targets.slot_mask[:, match.rows],
             "endpoint": targets.endpoint[:, match.levels],
         }
+        if objective.alpha_readout:
+            places = targets.slot_positions[:, 0, 0].long()  # of all layers and heads
+            wanted["slot_ids"] = batch["cot_ids"].gather(1, places.clamp(min=0))
+            wanted["slot_filled"] = (places >= 0).long()
         if not objective.alpha_kv:
             return objective.weighted(reasoning, wanted, None, None)
         if isinstance(reasoning, ProjectedReasoning):

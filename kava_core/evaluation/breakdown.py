@@ -5,9 +5,11 @@ Both are read from the trace's text. A problem without steps has neither, and is
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+
+from kava_core.findings.scores import GroupScore
 
 NONE = "none"
 # An operator stands between two operands; a hyphen in a word and the sign of a number do not.
@@ -45,13 +47,20 @@ def length_bin(tokens: int) -> str:
     return f"{first}+"
 
 
-def accuracy_by(labels: Sequence[Sequence[str]], marks: Sequence[bool]) -> dict[str, Any]:
-    """{label: {exact_match (%), n}}; problem i counts under each of labels[i]."""
+def score_groups(labels: Sequence[Sequence[str]], marks: Sequence[bool]) -> dict[str, GroupScore]:
+    """Label → score; problem i counts under each of labels[i].
+
+    Operations stand as one writes them, lengths ascend, `none` is last.
+    """
     groups: dict[str, list[bool]] = {}
     for names, mark in zip(labels, marks, strict=True):
         for name in names:
             groups.setdefault(name, []).append(mark)
-    return {
-        name: {"exact_match": 100 * sum(group) / len(group), "n": len(group)}
-        for name, group in groups.items()
-    }
+    return {name: GroupScore.of(groups[name]) for name in sorted(groups, key=_place)}
+
+
+def _place(label: str) -> float:
+    if label == NONE:
+        return math.inf
+    signs = list(_OPERATIONS)
+    return signs.index(label) if label in signs else int(re.split(r"\D", label)[0])

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.accuracy import Prediction
+from kava_core.evaluation.asking import Reply
 from kava_core.models.batching import by_length, pad
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
@@ -31,20 +31,20 @@ def gold_nll(
     system: LatentReasoner,
     encoder: TraceEncoder,
     problems: Sequence[Problem],
-    predictions: Sequence[Prediction],
+    replies: Sequence[Reply],
     *,
     batch_size: int,
 ) -> list[list[float]]:
     """−log p of each token of each gold answer, in nats; list i has N_A numbers of problem i.
 
-    predictions: what `system` answered to these problems. KavaError names a problem whose answer
+    replies: what `system` answered to these problems. KavaError names a problem whose answer
     has no finite probability.
     """
     questions = encoder.encode_questions([p.question for p in problems])
     answers = encoder.encode_answers([p.answer for p in problems])
     leads: list[list[int]] = [[] for _ in problems]
     if not system.config.answer_prompt_ids:
-        chains = [_own_chain(prediction.written, encoder) for prediction in predictions]
+        chains = [_own_chain(reply.written, encoder) for reply in replies]
         if system.config.latents:  # which come before anything written
             leads = chains
             answers = [chain + answer for chain, answer in zip(chains, answers, strict=True)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from kava_core.console import progress
-from kava_core.evaluation.accuracy import ask, summarise
+from kava_core.evaluation.asking import ask, exact_match
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
@@ -26,14 +27,13 @@ def validate(
     with progress() as display:
         for name, prompt in (("cot", []), ("no_cot", encoder.answer_prompt_ids)):
             task = display.add_task(f"teacher, {name}", total=len(problems), note="")
-            predictions = ask(
+            replies = ask(
                 LatentReasoner.plain(teacher, answer_prompt_ids=prompt, eos_token_id=encoder.eos),
-                encoder.tokenizer,
                 encoder,
                 problems,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
-                advance=lambda n, task=task: display.advance(task, n),  # type: ignore[misc]
+                advance=partial(display.advance, task),
             )
-            found[f"exact_match_{name}"] = summarise(predictions)["exact_match"]
+            found[f"exact_match_{name}"] = exact_match(replies)
     return found

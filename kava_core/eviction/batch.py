@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.policies.base import RotaryPhase
+from kava_core.record import Record
 from kava_core.rotary import Rotary, rotate
 
 # float32 elements of keys that are worked on at a time. On a CPU a piece should stay in the caches,
@@ -88,6 +89,33 @@ class CacheBatch:
         stated = None if results is None else tuple(map(tuple, results))
         return cls(
             keys, values, importance, bounds, tuple(ids), layers, rotary, starts, ends, stated
+        )
+
+    @classmethod
+    def of_records(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        importance: Tensor | None,
+        offsets: Tensor | Sequence[int],
+        records: Sequence[Record],
+        rotary: Rotary | None,
+    ) -> CacheBatch:
+        """A batch over the whole caches of `records`, with all that they say of their traces.
+
+        Shapes and errors as in `from_ragged`.
+        """
+        ends = [record.step_ends for record in records]
+        return cls.from_ragged(
+            keys,
+            values,
+            importance,
+            offsets,
+            [record.id for record in records],
+            rotary=rotary,
+            cot_start=[len(record.question_ids) for record in records],
+            step_ends=ends if all(ends) else None,
+            results=[record.results for record in records],
         )
 
     @classmethod

@@ -36,7 +36,7 @@ class Targets:
 
     @property
     def engaged(self) -> Tensor:
-        """[B, L', H] bool: eviction really dropped something there (N_C above the budget)."""
+        """[B, L', H] bool: a token was really dropped there."""
         return self.slot_counts < self.lengths[:, None, None]
 
 

@@ -15,7 +15,7 @@ cache.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.memory import PeakMemory
 from kava_core.eviction import CacheBatch, Policy, evict
-from kava_core.eviction.layers import Share
+from kava_core.eviction.layers import Share, group_layers, parse_layers
+from kava_core.eviction.policies.base import Selection
+from kava_core.memory import PeakMemory
 from kava_core.models.batching import by_length, pad
 from kava_core.models.slot_cache import ABSENT, SlotCache, SlotDecoder
 from kava_core.models.teacher_pass import TeacherPass
@@ -37,15 +38,34 @@ from kava_core.store.layout import Codec
 
 @dataclass(frozen=True)
 class Layers:
-    """Which layers of the teacher keep slots, and which of them share.
+    """Which layers of the teacher keep slots, which of them share, and who selects.
 
-    chosen: the layers, ascending; groups: adjacent ones that share, as indices into `chosen`.
-    A layer that is not chosen sees the question only.
+    chosen: the layers, ascending; groups: adjacent ones that share, as indices into `chosen`;
+    select: each head for itself or the record for all, as in `evict`. A layer that is not chosen
+    sees the question only.
     """
 
     chosen: list[int]
     groups: list[list[int]]
     share: Share = "none"
+    select: Selection = "head"
+
+    @classmethod
+    def of(
+        cls,
+        choice: str | Mapping[str, int] | Sequence[int],
+        share: Share,
+        share_size: int,
+        select: Selection,
+        model_layers: int,
+    ) -> Layers:
+        """choice: as `parse_layers` takes it; share_size: layers in a group, if any share.
+
+        KavaError names the setting that the model's layers do not meet.
+        """
+        chosen = parse_layers(choice, model_layers)
+        groups = group_layers(len(chosen), share_size if share != "none" else 1)
+        return cls(chosen, groups, share, select)
 
     @property
     def row_of(self) -> dict[int, int]:
@@ -72,7 +92,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedCache:
     """What is left of a batch's chains, encoded as a targets store would hold it.
 
     keys, values: encoded [B, L', H, M, D], pre-RoPE; positions: [B, L', H, M] int64 in the
@@ -136,21 +156,20 @@ class Examiner:
         cache = SlotCache()
         ids, positions = torch.cat((question, chain), 1), torch.cat((question_at, chain_at), 1)
         self.decoder.feed(cache, ids.to(self.device), positions.to(self.device), logits=1)
-        slots = CacheBatch.from_ragged(
+        slots = CacheBatch.of_records(
             cot.keys,
             cot.values,
             cot.importance,
             cot.offsets,
-            [t.id for t in traces],
-            rotary=self.teacher.rotary,
-            cot_start=questions,
+            traces,
+            self.teacher.rotary,
         ).choose_layers(self.layers.chosen)
         start = (questions + chains).to(self.device)
         return Batch(traces, cache, question.shape[1], slots, start)
 
     def compress(
         self, batch: Batch, policy: Policy, budgets: Sequence[int], codec: Codec
-    ) -> Compressed:
+    ) -> CompressedCache:
         """Evict and encode a batch's chains.
 
         budgets: slots per chosen layer, or per group where layers share.
@@ -160,6 +179,7 @@ class Examiner:
             batch.slots,
             policy,
             budgets,
+            select=layers.select,
             share=layers.share,
             groups=None if layers.share == "none" else layers.groups,
         )
@@ -172,7 +192,7 @@ class Examiner:
         seen = counts[:, list(layers.row_of.values())].sum((1, 2))  # a merged row has many readers
         heads = self.decoder.config.num_hidden_layers * counts.shape[2]
         slot = _vector_bytes(keys) + _vector_bytes(values) + 4
-        return Compressed(
+        return CompressedCache(
             keys=keys,
             values=values,
             positions=torch.where(places < 0, ABSENT, places + starts),
@@ -189,7 +209,7 @@ class Examiner:
         """The cache of the questions alone."""
         return batch.cache.columns(0, batch.question)
 
-    def restore(self, batch: Batch, compressed: Compressed) -> SlotCache:
+    def restore(self, batch: Batch, compressed: CompressedCache) -> SlotCache:
         """Questions and kept slots, decoded and turned to where their tokens stood."""
         cache = self.none(batch)
         keys, values = compressed.keys.dequantise(), compressed.values.dequantise()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kava_core.answers import same_answer
 from kava_core.errors import KavaError
-from kava_core.evaluation.accuracy import read_answer
+from kava_core.findings.latents import InterventionScores
 from kava_core.latents.student import latents_fed
 from kava_core.models.batching import by_length, pad
 from kava_core.models.latent import LatentReasoner
+from kava_core.problems.judge import judge
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
 
@@ -26,17 +25,13 @@ def interventions(
     *,
     batch_size: int,
     max_new_tokens: int,
-) -> dict[str, Any]:
-    """Exact match, in per cent, with one latent changed.
+) -> InterventionScores:
+    """Exact match with one latent changed, as `InterventionScores` says.
 
-    The change is to the input embedding of that latent when it is fed for the last time: to zero,
-    to its mean over the problems, or to that of the next problem in their order (the last problem
-    takes that of the first). Its keys and values follow, and what later latents and the answer
-    read. A changed student may write as many tokens as the longest answer that the unchanged one
-    ended within max_new_tokens: what runs on after that costs time and is no answer. Returns
-    {"n": N, "none": exact match without a change, "zero": [M], "mean": [M], "shuffle": [M]}.
+    A changed student may write as many tokens as the longest answer that the unchanged one ended
+    within max_new_tokens: what runs on after that costs time and is no answer.
     """
-    asked = _Asked(student, encoder, problems, batch_size, max_new_tokens)
+    exam = _Exam(student, encoder, problems, batch_size, max_new_tokens)
     latents = student.bot.new_zeros(len(problems), student.config.latents, len(student.bot))
 
     def keep(chosen: Tensor, first: int, z: Tensor) -> Tensor:
@@ -51,21 +46,25 @@ def interventions(
                 z[:, slot - first] = others[chosen]
             return z
 
-        return asked.exact_match(put)
+        return exam.exact_match(put)
 
-    found: dict[str, Any] = {"n": len(problems), "none": asked.exact_match(keep)}
-    asked.max_new_tokens = asked.longest or max_new_tokens
-    changed = {
-        "zero": torch.zeros_like(latents),
-        "mean": latents.mean(0, keepdim=True).expand_as(latents),
-        "shuffle": latents.roll(-1, 0),
-    }
-    for kind, others in changed.items():
-        found[kind] = [instead(slot, others[:, slot]) for slot in range(latents.shape[1])]
-    return found
+    none = exam.exact_match(keep)
+    exam.max_new_tokens = exam.longest or max_new_tokens
+
+    def each(others: Tensor) -> list[float]:
+        """By slot; others: [N, M, E]."""
+        return [instead(slot, others[:, slot]) for slot in range(others.shape[1])]
+
+    return InterventionScores(
+        n=len(problems),
+        none=none,
+        zero=each(torch.zeros_like(latents)),
+        mean=each(latents.mean(0, keepdim=True).expand_as(latents)),
+        shuffle=each(latents.roll(-1, 0)),
+    )
 
 
-class _Asked:
+class _Exam:
     """Problems, encoded and batched once, that are asked again and again."""
 
     def __init__(
@@ -112,6 +111,5 @@ class _Asked:
         text = str(self.encoder.tokenizer.decode(row[:end], skip_special_tokens=True))
         if (i, text) not in self.right:
             prompted = bool(self.student.config.answer_prompt_ids)
-            answer = read_answer(text, prompted=prompted)
-            self.right[i, text] = bool(answer) and same_answer(answer, self.problems[i].answer)
+            self.right[i, text] = judge(text, self.problems[i].answer, prompted=prompted).correct
         return self.right[i, text]

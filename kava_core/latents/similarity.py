@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kava_core.distill.batches import TargetsDataset
-from kava_core.distill.match import Match
+from kava_core.findings.latents import SlotSimilarity
+from kava_core.models.batching import pad
 from kava_core.models.latent import LatentReasoner
 from kava_core.store import TargetsStore
 
@@ -23,45 +22,43 @@ def slot_similarity(
     records: int,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> SlotSimilarity:
     """Mean cosine similarity over the store's first records and all heads.
 
-    Returns {"records": n, "layers": [L'], "keys": [L'][M], "values": [L'][M]}; a slot that no
+    The student began as the store's teacher, so that layers and heads are the same; a slot that no
     record fills is None.
     """
-    match = Match.of(store)
-    dataset = TargetsDataset(store, chains=False)
+    layers, rows = sorted(store.layer_map), [row for _, row in sorted(store.layer_map.items())]
+    phase = store.manifest.rotary.phase
     count = min(records, len(store))
     sums: dict[str, Tensor] = {}
     filled = torch.zeros(())
     for start in range(0, count, batch_size):
         indices = list(range(start, min(start + batch_size, count)))
-        batch = dataset.__getitems__(indices)
+        asked = [store.index.record(i) for i in indices]
         device = student.device
+        # Latents come before the answer and see nothing of it.
         reasoning = student(
-            *(batch[k].to(device) for k in ("question_ids", "question_mask")),
-            *(batch[k].to(device) for k in ("answer_ids", "answer_mask")),
+            *(x.to(device) for x in pad([record.question_ids for record in asked], "left")),
+            *(x.to(device) for x in pad([record.answer_ids for record in asked], "right")),
         )
-        targets = batch["targets"].dequantise(device)
-        mask = targets.slot_mask[:, match.rows].double()  # [B, L', H, M]
+        targets = store.batch(indices).dequantise(device)
+        mask = targets.slot_mask[:, rows].double()  # [B, L', H, M]
         pairs = {
-            "keys": (student.slot_keys(reasoning, match.phase), targets.keys),
+            "keys": (student.slot_keys(reasoning, phase), targets.keys),
             "values": (torch.stack(reasoning.values, dim=1), targets.values),
         }
         for name, (ours, theirs) in pairs.items():
-            cosine = cosine_similarity(ours[:, match.layers], theirs[:, match.rows], dim=-1)
+            cosine = cosine_similarity(ours[:, layers], theirs[:, rows], dim=-1)
             total = (cosine.double() * mask).sum((0, 2)).cpu()  # [L', M]
             sums[name] = sums.get(name, torch.zeros_like(total)) + total
         filled = filled + mask.sum((0, 2)).cpu()
         advance(len(indices))
-    return {
-        "records": count,
-        "layers": match.layers,
-        **{
-            name: [
-                [float(s / n) if n else None for s, n in zip(row, counts, strict=True)]
-                for row, counts in zip(total, filled, strict=True)
-            ]
-            for name, total in sums.items()
-        },
+    means = {
+        name: [
+            [float(s / n) if n else None for s, n in zip(row, counts, strict=True)]
+            for row, counts in zip(total, filled, strict=True)
+        ]
+        for name, total in sums.items()
     }
+    return SlotSimilarity(records=count, layers=layers, keys=means["keys"], values=means["values"])

@@ -39,7 +39,7 @@ def question_parts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observation:
     """What the latents of B traces were while the student was teacher-forced.
 
     I counts iterations: the T + 1 passes of Jacobi reasoning, or 1 of sequential reasoning, which
@@ -63,7 +63,7 @@ class Observed:
 @torch.no_grad()
 def observe(
     student: LatentReasoner, traces: Sequence[Record], parts: Sequence[Sequence[int]]
-) -> Observed:
+) -> Observation:
     """Watch the student reason about B questions; parts: of each question (`question_parts`).
 
     A student that writes the answer prompt itself is given it as the beginning of its answer.
@@ -78,7 +78,7 @@ def observe(
     with recording(student.decoder, watch), watch.hooked():
         reasoning = student(*(x.to(device) for x in (questions, question_mask)),
                             *(x.to(device) for x in (answers, answer_mask)))  # fmt: skip
-    return Observed(watch.hidden, watch.key_norms, watch.value_norms, watch.attention, reasoning)
+    return Observation(watch.hidden, watch.key_norms, watch.value_norms, watch.attention, reasoning)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ class _Calls:
 
 
 class _Watch:
-    """Collects an `Observed` while the decoder runs."""
+    """Collects an `Observation` while the decoder runs."""
 
     def __init__(
         self, student: LatentReasoner, width: int, parts: Tensor, answer_rows: Tensor

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
 from kava_core.eviction import Policy
-from kava_core.fidelity.examiner import Batch, Compressed, Examiner, Layers
+from kava_core.fidelity.examiner import Batch, CompressedCache, Examiner, Layers
 from kava_core.latents.student import (
     ANSWER,
     LATENTS,
@@ -31,7 +31,9 @@ from kava_core.models.teacher_pass import check_lengths
 from kava_core.record import Record
 from kava_core.rotary import Rotary, rotate
 from kava_core.store import Codec
+from kava_core.targets.plan import Plan
 
+EXAMPLES, TOP = 8, 5
 WHOLE = Codec(keys="float32", values="float32", endpoint="float32")  # eviction, no rounding
 
 
@@ -49,6 +51,21 @@ class Truncation:
     budget: int
     phase: str
 
+    @classmethod
+    def of(cls, plan: Plan) -> Truncation:
+        """By the plan of a store, to its budget, a quarter and half of it, and twice as much."""
+        own = plan.settings.budget
+        return cls(
+            policy=plan.settings.policy,
+            layers=Layers(plan.layers, plan.groups, plan.settings.share, plan.settings.select),
+            budgets={
+                m: plan.with_budget(m).budgets
+                for m in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own})
+            },
+            budget=own,
+            phase=plan.settings.phase,
+        )
+
 
 @dataclass(frozen=True)
 class TeacherBatch:
@@ -64,7 +81,7 @@ class TeacherBatch:
     parts: list[list[int]]
     keys: list[Tensor]
     values: list[Tensor]
-    kept: dict[int, Compressed]
+    kept: dict[int, CompressedCache]
     attention: dict[int, Tensor]
 
 
@@ -81,7 +98,7 @@ class TeacherView:
     truncation: Truncation
     rotary: Rotary
 
-    def kept_keys(self, kept: Compressed) -> Tensor:
+    def kept_keys(self, kept: CompressedCache) -> Tensor:
         """[B, L', H, M, D] float32, in the phase of the truncation; empty slots are undefined."""
         keys = kept.keys.dequantise(dtype=torch.float32)
         if self.truncation.phase == "pre_rope":
@@ -123,9 +140,9 @@ def read_teacher(
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     *,
-    examples: int,
-    top: int,
     batch_size: int,
+    examples: int = EXAMPLES,
+    top: int = TOP,
 ) -> TeacherView:
     """Let the teacher read the traces; for the first `examples` keep `top` tokens per place."""
     eos = tokenizer.eos_token_id

@@ -25,7 +25,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from kava_core.errors import KavaError
 
-MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}  # of the two kinds of attention there are
+MASKS: dict[str, Callable[..., Any]] = {
+    "sdpa": sdpa_mask,
+    "eager": eager_mask,
+}  # of the two kinds of attention there are
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ class Reasoning:
     endpoint: [B, L+1, E] at the last token of the answer prompt
     cot_logits: [B, C+P+A, V] of the explicit chain, row j predicts token j of `C A-prompt A`; None
               unless asked for
+    readout:  [B, M, V], what the language-model head reads in the hidden states that became the
+              latents of the last iteration; None unless asked for
     """
 
     logits: Tensor
@@ -89,6 +91,7 @@ class Reasoning:
     latent_positions: Tensor
     endpoint: Tensor
     cot_logits: Tensor | None = None
+    readout: Tensor | None = None
 
 
 @dataclass
@@ -300,6 +303,7 @@ class LatentReasoner(PreTrainedModel):
         chain_ids: Tensor | None = None,
         chain_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
+        readout: bool = False,
     ) -> Reasoning:
         """Teacher-forced answers after latent reasoning.
 
@@ -307,10 +311,11 @@ class LatentReasoner(PreTrainedModel):
         right-padded, the answer without its prompt. chain_ids, chain_mask [B, N], right-padded, are
         the written chain `C A-prompt A`; given, it is predicted from the question in the same
         weights as well (w_cot). prompt_lengths [B]: how many of a row's answer_ids end with its
-        answer prompt, for a student that writes the prompt itself; the endpoint is there.
+        answer prompt, for a student that writes the prompt itself; the endpoint is there. readout:
+        whether to give `Reasoning.readout`.
         """
         question_ids, question_mask = _left_padded(question_ids, question_mask)
-        state, pending, pending_mask = self._reason(question_ids, question_mask)
+        state, pending, pending_mask, thoughts = self._reason(question_ids, question_mask)
         tail_ids = torch.cat((self._prompt(len(answer_ids)), answer_ids), 1)
         tail_mask = torch.cat((torch.ones_like(tail_ids[:, : self._prompt_length]), answer_mask), 1)
         output = self._feed(
@@ -333,7 +338,14 @@ class LatentReasoner(PreTrainedModel):
             latent_positions=positions,
             endpoint=torch.stack([h[rows, ends] for h in output.hidden_states], dim=1),
             cot_logits=self._chain(question_ids, question_mask, chain_ids, chain_mask),
+            readout=self._read(thoughts) if readout and thoughts is not None else None,
         )
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """hidden [..., E] of the last level → logits [..., V], as the decoder makes them."""
+        logits: Tensor = self.decoder.get_output_embeddings()(hidden)
+        cap = getattr(self.decoder.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def rotary(self) -> Rotary:
         """How the decoder rotates its keys (see `kava_core.models.phase`)."""
@@ -385,7 +397,7 @@ class LatentReasoner(PreTrainedModel):
             if top_p < 1:
                 warpers.append(TopPLogitsWarper(top_p))
         rows, eos = len(input_ids), self.config.eos_token_id
-        state, embeds, mask = self._reason(input_ids, attention_mask)
+        state, embeds, mask, _ = self._reason(input_ids, attention_mask)
         prompt = self._prompt(rows)
         embeds = torch.cat((embeds, self._eot(rows), self._embed(prompt)), 1)
         mask = torch.cat((mask, self._ones(rows, self._eot_length + prompt.shape[1])), 1)
@@ -439,11 +451,14 @@ class LatentReasoner(PreTrainedModel):
 
     # --- the latent loop ------------------------------------------------------------------------
 
-    def _reason(self, question_ids: Tensor, question_mask: Tensor) -> tuple[_State, Tensor, Tensor]:
+    def _reason(
+        self, question_ids: Tensor, question_mask: Tensor
+    ) -> tuple[_State, Tensor, Tensor, Tensor | None]:
         """Everything before the last latent pass.
 
         Returns the decoder's state and what is still to be fed, embeddings and mask: the last
-        latents, preceded by the question where nothing has been fed yet.
+        latents, preceded by the question where nothing has been fed yet; and the hidden states
+        [B, M, E] that became these latents, None where they are the initial ones.
         """
         if self.training and self.is_gradient_checkpointing:
             self.gradient_checkpointing_enable()  # was switched on elsewhere; says why not
@@ -451,22 +466,24 @@ class LatentReasoner(PreTrainedModel):
         state = _State(DynamicCache(), question_mask[:, :0])
         question = self._embed(question_ids)
         if not self.config.latents:
-            return state, question, question_mask
+            return state, question, question_mask, None
         m = self.config.latents
         prefix = torch.cat((question, self.bot.expand(rows, 1, -1)), 1)  # [B, Q+1, E]
         prefix_mask = torch.cat((question_mask, self._ones(rows, 1)), 1)
         if self.config.reasoning == "sequential":
-            hidden = self._hidden(state, prefix, prefix_mask)
+            thoughts = [self._hidden(state, prefix, prefix_mask)[:, -1:]]
             for _ in range(m - 1):
-                latent = self.projection(hidden[:, -1:])
-                hidden = self._hidden(state, latent, self._ones(rows, 1))
-            return state, self.projection(hidden[:, -1:]), self._ones(rows, 1)
+                latent = self.projection(thoughts[-1])
+                thoughts.append(self._hidden(state, latent, self._ones(rows, 1)))
+            last = self.projection(thoughts[-1])
+            return state, last, self._ones(rows, 1), torch.cat(thoughts, 1)
         latents = self.initial_latents.expand(rows, m, -1)
         if not self.config.iterations:
             return (
                 state,
                 torch.cat((prefix, latents), 1),
                 torch.cat((prefix_mask, self._ones(rows, m)), 1),
+                None,
             )
         hidden = self._hidden(
             state,
@@ -476,11 +493,11 @@ class LatentReasoner(PreTrainedModel):
         # Nothing before the latents changes any more: their cache is shared by all iterations.
         state = state.first(width + 1)
         bot = hidden[:, width : width + 1]
-        latents = self.projection(hidden[:, width : width + m])
+        thought = hidden[:, width : width + m]
         for _ in range(self.config.iterations - 1):
-            hidden = self._hidden(state.fork(), latents, self._ones(rows, m))
-            latents = self.projection(torch.cat((bot, hidden[:, : m - 1]), 1))
-        return state, latents, self._ones(rows, m)
+            hidden = self._hidden(state.fork(), self.projection(thought), self._ones(rows, m))
+            thought = torch.cat((bot, hidden[:, : m - 1]), 1)
+        return state, self.projection(thought), self._ones(rows, m), thought
 
     def _latent_slots(
         self, state: _State, question_mask: Tensor

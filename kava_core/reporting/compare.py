@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
-from kava_core.reporting.inputs import Score, Scores, read_scores
-from kava_core.reporting.style import MUTED, SERIES, Figured, canvas, finish, looks_of
+from kava_core.findings.base import read_finding
+from kava_core.findings.evaluation import MEASURED, EvaluationCosts, Score, Scores, SystemCost
+from kava_core.reporting.inputs import read_scores
+from kava_core.reporting.style import MUTED, SERIES, Drawing, canvas, finish, looks_of
 from kava_core.settings import load_pipeline
 
 if TYPE_CHECKING:
@@ -27,19 +29,21 @@ _PLACE = {"teacher-cot": -1, "teacher-no-cot": 1}
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluatedPipeline:
     """One pipeline's evaluation.
 
-    settings: dotted name → value, as far as its artefacts lie beside the evaluation.
+    costs: test set → system; settings: dotted name → value. Both as far as they lie beside the
+    evaluation.
     """
 
     name: str
     evaluation: Path
     scores: Scores
+    costs: dict[str, dict[str, SystemCost]]
     settings: dict[str, Any]
 
 
-def read_measured(names: Sequence[str], data: Path) -> list[Measured]:
+def read_pipelines(names: Sequence[str], data: Path) -> list[EvaluatedPipeline]:
     """The evaluations that `names` stand for.
 
     A name is a pipeline in `data`, or a path: of a pipeline's folder, of an evaluation, or of a
@@ -57,10 +61,17 @@ def read_measured(names: Sequence[str], data: Path) -> list[Measured]:
     places = evaluations.values()
     short = [(p.parent if p.name == "evaluation" else p).name for p in places]
     shown = short if len(set(short)) == len(short) else names
-    return [
-        Measured(name, path, read_scores(path), _settings(path.parent))
-        for name, path in zip(shown, places, strict=True)
-    ]
+    return [_read(name, path) for name, path in zip(shown, places, strict=True)]
+
+
+def _read(name: str, evaluation: Path) -> EvaluatedPipeline:
+    scores, folder = read_scores(evaluation), evaluation.parent
+    systems = {system for found in scores.values() for system in found}
+    measured = folder / "measured" / MEASURED
+    costs = {}
+    if measured.is_file():
+        costs = read_finding(EvaluationCosts, measured, "evaluate").systems
+    return EvaluatedPipeline(name, evaluation, scores, costs, _settings(folder, systems))
 
 
 def _find(name: str, data: Path) -> Path:
@@ -86,10 +97,11 @@ def _find(name: str, data: Path) -> Path:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path, systems: Collection[str]) -> dict[str, Any]:
     records = dict(_RECORDS)
     for path in sorted(folder.glob("students/*/student.json")):
-        records[f"students.{path.parent.name}"] = (str(path.relative_to(folder)), "settings")
+        if path.parent.name in systems:  # not left over from other settings
+            records[f"students.{path.parent.name}"] = (str(path.relative_to(folder)), "settings")
     found: dict[str, Any] = {}
     for section, (file, key) in records.items():
         if (folder / file).is_file():
@@ -105,23 +117,25 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
         into[name] = value
 
 
-def differing(measured: Sequence[Measured]) -> dict[str, list[Any]]:
+def differing(pipelines: Sequence[EvaluatedPipeline]) -> dict[str, list[Any]]:
     """Setting → its value in each pipeline (None: not recorded), where they are not all equal."""
-    names = dict.fromkeys(name for m in measured for name in m.settings)
-    values = {name: [m.settings.get(name) for m in measured] for name in names}
+    names = dict.fromkeys(name for m in pipelines for name in m.settings)
+    values = {name: [m.settings.get(name) for m in pipelines] for name in names}
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
 
 
-def side_by_side(measured: Sequence[Measured]) -> dict[str, dict[str, list[Score | None]]]:
+def side_by_side(
+    pipelines: Sequence[EvaluatedPipeline],
+) -> dict[str, dict[str, list[Score | None]]]:
     """Test set → system → its score in each pipeline.
 
     The teacher with its chain comes first, then systems by their best score, last the teacher
     asked at once.
     """
     tables = {}
-    for test_set in sorted({name for m in measured for name in m.scores}):
-        systems = {system for m in measured for system in m.scores.get(test_set, {})}
-        rows = {s: [m.scores.get(test_set, {}).get(s) for m in measured] for s in systems}
+    for test_set in dict.fromkeys(name for m in pipelines for name in m.scores):
+        systems = {system for m in pipelines for system in m.scores.get(test_set, {})}
+        rows = {s: [m.scores.get(test_set, {}).get(s) for m in pipelines] for s in systems}
 
         def place(system: str, rows: Any = rows) -> tuple[int, float, str]:
             best = max(score.exact_match for score in rows[system] if score is not None)
@@ -131,30 +145,38 @@ def side_by_side(measured: Sequence[Measured]) -> dict[str, dict[str, list[Score
     return tables
 
 
-def as_json(measured: Sequence[Measured]) -> dict[str, Any]:
+def costs_beside(
+    pipelines: Sequence[EvaluatedPipeline], test_set: str, systems: Iterable[str]
+) -> dict[str, list[SystemCost | None]]:
+    """System → its cost in each pipeline, None where it is not known."""
+    return {s: [m.costs.get(test_set, {}).get(s) for m in pipelines] for s in systems}
+
+
+def as_json(pipelines: Sequence[EvaluatedPipeline]) -> dict[str, Any]:
     """What the table shows, and the settings in which the pipelines differ."""
-    names = [m.name for m in measured]
+    names = [m.name for m in pipelines]
     return {
-        "evaluations": {m.name: str(m.evaluation) for m in measured},
+        "evaluations": {m.name: str(m.evaluation) for m in pipelines},
         "test_sets": {
             test_set: {
                 system: {
-                    name: score.model_dump(mode="json")
-                    for name, score in zip(names, scores, strict=True)
+                    name: score.model_dump(mode="json") | (cost.model_dump() if cost else {})
+                    for name, score, cost in zip(names, scores, costs[system], strict=True)
                     if score is not None
                 }
                 for system, scores in rows.items()
             }
-            for test_set, rows in side_by_side(measured).items()
+            for test_set, rows in side_by_side(pipelines).items()
+            for costs in [costs_beside(pipelines, test_set, rows)]
         },
         "settings": {
             setting: dict(zip(names, row, strict=True))
-            for setting, row in differing(measured).items()
+            for setting, row in differing(pipelines).items()
         },
     }
 
 
-def as_table(measured: Sequence[Measured]) -> RenderableType:
+def as_table(pipelines: Sequence[EvaluatedPipeline]) -> RenderableType:
     """Systems × pipelines: exact match with its 95 % interval, forward passes and wall-clock."""
     from rich import box
     from rich.console import Group
@@ -163,50 +185,53 @@ def as_table(measured: Sequence[Measured]) -> RenderableType:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
     table.add_column("system", overflow="fold")
-    for m in measured:
+    for m in pipelines:
         table.add_column(Text(m.name), justify="right", overflow="fold")
-    for test_set, rows in side_by_side(measured).items():
+    for test_set, rows in side_by_side(pipelines).items():
         asked = {s.n for scores in rows.values() for s in scores if s is not None}
         problems = " or ".join(f"{n:,}" for n in sorted(asked))
         table.add_row(Text(f"{test_set}, {problems} problems", style="bold"))
+        costs = costs_beside(pipelines, test_set, rows)
         for system, scores in rows.items():
-            table.add_row(Text(system), *map(_cell, scores))
+            table.add_row(Text(system), *map(_cell, scores, costs[system]))
         table.add_section()
     words = "exact match in % with its 95 % interval; forward passes and ms, means per problem."
     return Group(table, Text(words, style="dim"))
 
 
-def _cell(score: Score | None) -> str:
+def _cell(score: Score | None, cost: SystemCost | None) -> str:
     if score is None:
         return "–"
     low, high = score.ci95
+    took = "" if cost is None else f", {1000 * cost.seconds_per_problem:.1f} ms"
     return (
         f"{score.exact_match:.1f} ({low:.1f} to {high:.1f})\n"
-        f"[dim]{score.forward_passes:.1f} passes, {1000 * score.seconds_per_problem:.1f} ms[/dim]"
+        f"[dim]{score.forward_passes:.1f} passes{took}[/dim]"
     )
 
 
-def as_page(measured: Sequence[Measured]) -> str:
+def as_page(pipelines: Sequence[EvaluatedPipeline]) -> str:
     """The same as one HTML page that needs nothing but itself."""
     from kava_core.reporting.page import render
 
-    tables = side_by_side(measured)
+    tables = side_by_side(pipelines)
     figures = {
-        test_set: _dots(f"exact-match-{number}", [m.name for m in measured], rows)
+        test_set: _dots(f"exact-match-{number}", [m.name for m in pipelines], rows)
         for number, (test_set, rows) in enumerate(tables.items(), start=1)
     }
     return render(
         "compare.html.jinja",
         title="Pipelines compared",
-        measured=measured,
+        pipelines=pipelines,
         tables=tables,
         figures=figures,
-        differing=differing(measured),
+        costs={name: costs_beside(pipelines, name, rows) for name, rows in tables.items()},
+        differing=differing(pipelines),
         looks=looks_of({system for rows in tables.values() for system in rows}),
     )
 
 
-def _dots(name: str, columns: Sequence[str], rows: Mapping[str, Sequence[Score | None]]) -> Figured:
+def _dots(name: str, columns: Sequence[str], rows: Mapping[str, Sequence[Score | None]]) -> Drawing:
     """Exact match with its interval: a line per system, a colour per pipeline."""
     colours = [SERIES[i % len(SERIES)] for i in range(len(columns))]
 

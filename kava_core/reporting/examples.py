@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kava_core.reporting.inputs import Prediction
+from kava_core.findings.evaluation import Prediction
 from kava_core.reporting.systems import Headline
 
 LONGEST = 600

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kava_core.reporting.files import GroupScore
+from kava_core.findings.scores import GroupScore
 from kava_core.reporting.heatmaps import heatmap
-from kava_core.reporting.inputs import Curves, Targets
+from kava_core.reporting.inputs import Curves, TargetsOverview
 from kava_core.reporting.style import (
     INK,
     MUTED,
     SERIES,
     TERMS,
-    Figured,
+    Drawing,
     canvas,
     colours_of,
     finish,
@@ -40,7 +39,7 @@ TERM_TITLES = {
 }
 
 
-def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | None) -> Figured:
+def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | None) -> Drawing:
     """Exact match (%) with its 95 % interval against forward passes per problem."""
 
     def draw() -> Figure:
@@ -94,7 +93,7 @@ def accuracy_by_cost(name: str, systems: Sequence[System], headline: Headline | 
     return finish(name, "Accuracy against forward passes", caption, draw)
 
 
-def accuracy_by_steps(name: str, systems: Sequence[System]) -> Figured:
+def accuracy_by_steps(name: str, systems: Sequence[System]) -> Drawing:
     """Exact match (%) of every system by the number of steps a problem takes."""
 
     def draw() -> Figure:
@@ -132,7 +131,7 @@ def accuracy_by_steps(name: str, systems: Sequence[System]) -> Figured:
     return finish(name, "Accuracy by number of steps", caption, draw)
 
 
-def accuracy_by_group(name: str, systems: Sequence[System]) -> Figured:
+def accuracy_by_group(name: str, systems: Sequence[System]) -> Drawing:
     """Exact match (%) of every system by the operations and the trace length of a problem."""
     panels = {
         "operations of the problem": [s.score.by_operation for s in systems],
@@ -160,16 +159,11 @@ def accuracy_by_group(name: str, systems: Sequence[System]) -> Figured:
 
 
 def _labels(found: Sequence[Mapping[str, GroupScore]]) -> list[str]:
-    """The groups of all systems: operations as one writes them, lengths ascending, last `none`."""
-    labels = {label for groups in found for label in groups}
-    first = {label: int(n[0]) for label in labels if (n := re.match(r"\d+", label))}
-    signs = "+−×÷"
-    return sorted(
-        labels, key=lambda s: (s not in first and s not in signs, first.get(s, 0), signs.find(s), s)
-    )
+    """The groups of all systems, in the order that the evaluation gave them."""
+    return list(dict.fromkeys(label for groups in found for label in groups))
 
 
-def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | None:
+def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Drawing | None:
     """The teacher's loss, then one panel per term of the students' objective."""
     panels = [("teacher: cross-entropy (nats per token)", "loss", {"": teacher})]
     terms = sorted(
@@ -214,7 +208,7 @@ def loss_curves(teacher: Curves, students: Mapping[str, Curves]) -> Figured | No
     return finish("loss-curves", "Training losses", caption, draw)
 
 
-def gradient_shares(students: Mapping[str, Curves]) -> Figured | None:
+def gradient_shares(students: Mapping[str, Curves]) -> Drawing | None:
     """The share of each term in the gradient's norm along training; None if none was logged."""
     prefix = "gradient_share_"
     shares = {
@@ -254,7 +248,7 @@ def gradient_shares(students: Mapping[str, Curves]) -> Figured | None:
     return finish("gradient-shares", "Gradient share by term", caption, draw)
 
 
-def trace_lengths(targets: Targets) -> Figured:
+def trace_lengths(targets: TargetsOverview) -> Drawing:
     """Histogram of N_C with the budget M, told apart by whether eviction drops anything."""
     lengths = targets.lengths
 

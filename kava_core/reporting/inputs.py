@@ -5,84 +5,35 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from kava_core.errors import KavaError
-from kava_core.reporting.files import Found, GroupScore, Percent, checked, read_checked
-from kava_core.reporting.insights import Insight, LayerMaps, read_insights
-from kava_core.reporting.truncation import Truncation, read_truncation
+from kava_core.findings import evaluation, fidelity
+from kava_core.findings.base import Finding, check_finding, read_finding
+from kava_core.findings.evaluation import (
+    Differences,
+    EvaluationCosts,
+    Prediction,
+    Scores,
+)
+from kava_core.findings.fidelity import FidelityCosts
+from kava_core.findings.latents import Insights, Similarities
+from kava_core.findings.scores import Percent
+from kava_core.findings.tables import read_table
+from kava_core.reporting.truncation import BudgetGrid, read_grid
+from kava_core.store import TargetsStore
 from kava_core.store.manifest import Manifest, load_manifest
+from kava_core.store.summary import EvictionCounts
 
 STAGES = ("prepare", "teacher", "generate", "evict", "fidelity", "evaluate", "report")
-PREDICTION_COLUMNS = (
-    "test_set",
-    "system",
-    "id",
-    "n_steps",
-    "question",
-    "gold",
-    "text",
-    "answer",
-    "correct",
-    "passes",
-)
 
 
-class Score(Found):
-    """One system on one test set: accuracy and its 95 % interval in %, the costs means per problem.
-
-    forward_passes: decoder calls; tokens: generated; seconds_per_problem: wall-clock; perplexity:
-    of the gold answers, per token; peak_memory_mb: of tensors beyond the weights, for a batch.
-    """
-
-    exact_match: Percent
-    ci95: tuple[Percent, Percent]
-    n: int
-    forward_passes: float
-    tokens: float
-    seconds_per_problem: float
-    perplexity: float
-    peak_memory_mb: float
-    by_steps: dict[int, GroupScore]
-    by_operation: dict[str, GroupScore]
-    by_trace_length: dict[str, GroupScore]
-
-
-Scores = dict[str, dict[str, Score]]  # test set → system
-
-
-class Difference(Found):
-    """Exact match of a student less that of a baseline on the same problems, in points."""
-
-    difference: float
-    ci95: tuple[float, float]
-    p_value: float
-
-    @property
-    def clear(self) -> bool:
-        """The interval does not hold 0."""
-        return self.ci95[0] > 0 or self.ci95[1] < 0
-
-
-# test set → student → baseline → difference
-Differences = dict[str, dict[str, dict[str, Difference]]]
-
-
-class Similarity(LayerMaps):
-    """Mean cosine of a student's latents to its targets, [L'][M]; None where no record has a slot.
-
-    layers: the L' teacher layers that are compared.
-    """
-
-    records: int
-
-
-class TeacherMetrics(Found):
+class TeacherMetrics(Finding):
     """The teacher's accuracy (%) on n validation problems, with and without its chain."""
 
     n: int
@@ -90,33 +41,33 @@ class TeacherMetrics(Found):
     exact_match_no_cot: Percent
 
 
-class ProblemCounts(Found):
-    """How many problems a split has, in all and by number of steps."""
+class ProblemCounts(Finding):
+    """How many problems there are, in all and by number of steps."""
 
     problems: int
     by_steps: dict[int, int]
 
 
-class ProblemMetrics(Found):
+class TaughtMetrics(Finding):
     """Counts of what is taught."""
 
     train: ProblemCounts
     validation: ProblemCounts
 
 
-class TestSetMetrics(Found):
-    """Counts of what is asked: `test` and the further test sets."""
+class AskedMetrics(Finding):
+    """Counts of what is asked."""
 
     test_sets: dict[str, ProblemCounts]
 
 
-class TestSetsFile(Found):
+class TestSetsFile(Finding):
     """How all problems were made."""
 
     settings: dict[str, Any]
 
 
-class Training(Found):
+class RunLength(Finding):
     """How long a model was trained."""
 
     steps: int
@@ -130,18 +81,31 @@ class Training(Found):
         return self.steps * self.batch_size * self.accumulation
 
 
-class StudentSettings(Found):
+class TeacherSettings(Finding):
+    """training: None where the teacher was taken as it is."""
+
+    training: RunLength | None = None
+
+
+class TeacherFile(Finding):
+    """teacher.json."""
+
+    settings: TeacherSettings
+
+
+class StudentSettings(Finding):
     """The settings of a student that say how it reasons and what taught it."""
 
-    training: Training
-    reasoning: str
+    training: RunLength
+    reads: Literal["kv_targets", "problems"]
+    reasoning: str = "jacobi"
     iterations: int = 0
     alpha_kv: float = 0.0
     alpha_codi: float = 0.0
     w_cot: float = 0.0
 
 
-class StudentFile(Found):
+class StudentFile(Finding):
     """student.json."""
 
     settings: dict[str, Any]
@@ -160,8 +124,8 @@ Curves = dict[str, Curve]
 
 
 @dataclass(frozen=True)
-class Student:
-    """A trained student: `plain` are its settings as recorded, `settings` the part used here."""
+class TrainedStudent:
+    """A student: `plain` are its settings as recorded, `settings` the part used here."""
 
     name: str
     settings: StudentSettings
@@ -171,28 +135,12 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One system's answer to one problem (a row of predictions.parquet)."""
-
-    test_set: str
-    system: str
-    id: str
-    n_steps: int
-    question: str
-    gold: str
-    text: str
-    answer: str
-    correct: bool
-    passes: int
-
-
-@dataclass(frozen=True)
-class Targets:
+class TargetsOverview:
     """The targets store, seen from the traces.
 
     lengths: N_C per record [N]. smallest, largest: the fewest and most slots that any layer and
-    head keeps of a long enough trace. engaged_percent: of (record, layer, head), from which a token
-    was really dropped.
+    head keeps of a long enough trace. engaged_percent: of (record, layer, head), those from
+    which a token was really dropped.
     """
 
     manifest: Manifest
@@ -213,108 +161,119 @@ class StageRun:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that the report shows.
+class PipelineFindings:
+    """All that the report shows; nothing in it was measured in seconds or bytes of memory.
 
-    scores: test set → system → Score. insights: by student, what its latents hold; empty where
-    nobody looked. truncation: None where the fidelity stage did not run. teacher_kv is None where
-    the teacher's caches are not at hand (targets are enough to train from). prepare: the settings
-    the problems were made with. runs: empty where there is no run log.
+    scores: test set → system → Score, the pipeline's own test set first. insights: by student, what
+    its latents hold; empty where nobody looked. grid: None where the fidelity stage did not run.
+    teacher_kv is None where the teacher's caches are not at hand (targets are enough to train
+    from). teacher_training: None where the teacher was taken as it is. prepare: the settings the
+    problems were made with.
     """
 
     scores: Scores
     differences: Differences
-    insights: dict[str, Insight]
-    truncation: Truncation | None
+    insights: Insights
+    grid: BudgetGrid | None
     predictions: list[Prediction]
-    similarity: dict[str, Similarity]
-    students: dict[str, Student]
+    similarity: Similarities
+    students: dict[str, TrainedStudent]
     teacher_metrics: TeacherMetrics
+    teacher_training: RunLength | None
     teacher_curves: Curves
-    targets: Targets
+    targets: TargetsOverview
     teacher_kv: Manifest | None
     problems: dict[str, ProblemCounts]
     prepare: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PipelineCosts:
+    """What varies from machine to machine.
+
+    fidelity: None where that stage did not run; runs: the last one of each stage, in the pipeline's
+    order, empty where there is no run log.
+    """
+
+    evaluation: EvaluationCosts
+    fidelity: FidelityCosts | None
     runs: list[StageRun]
 
+    def training_seconds(self, student: str) -> float | None:
+        """None where the run log does not know."""
+        return next((r.seconds for r in self.runs if r.stage == f"distill {student}"), None)
 
-def read_findings(folder: Path, students: Sequence[str], log: Path | None = None) -> Findings:
+
+def read_findings(folder: Path, students: Sequence[str]) -> PipelineFindings:
     """Read the artefacts of the pipeline in `folder` and of its `students`.
 
-    log: the run log, one JSON object per line; it may be missing. KavaError names a missing or
-    wrong file and the stage that makes it, and students that were made from other targets.
+    KavaError names a missing or wrong file and the stage that makes it, and students that were made
+    from other targets.
     """
-    evaluation = folder / "evaluation"
-    scores = read_scores(evaluation)
-    similarity = read_checked(dict[str, Similarity], evaluation / "similarity.json", "evaluate")
+    results = folder / "evaluation"
+    scores = read_scores(results)
+    similarity = read_finding(Similarities, results / evaluation.SIMILARITY, "evaluate")
+    looked = results / evaluation.INSIGHTS
     targets = _read_targets(folder / "kv_targets")
     found = {name: _read_student(folder, name) for name in students}
     _check_targets(found, targets.manifest)
     teacher_kv = folder / "teacher_kv"
-    taught = read_checked(ProblemMetrics, folder / "problems/metrics.json", "prepare")
-    asked = read_checked(TestSetMetrics, folder / "test_sets/metrics.json", "prepare")
-    return Findings(
+    taught = read_finding(TaughtMetrics, folder / "problems/metrics.json", "prepare")
+    asked = read_finding(AskedMetrics, folder / "test_sets/metrics.json", "prepare")
+    return PipelineFindings(
         scores=scores,
-        differences=read_checked(Differences, evaluation / "comparisons.json", "evaluate"),
-        insights=read_insights(evaluation / "interpretability.json"),
-        truncation=read_truncation(folder / "fidelity"),
-        predictions=_read_predictions(evaluation / "predictions.parquet"),
+        differences=read_finding(Differences, results / evaluation.COMPARISONS, "evaluate"),
+        insights=read_finding(Insights, looked, "evaluate") if looked.exists() else {},
+        grid=read_grid(folder / "fidelity"),
+        predictions=read_table(Prediction, results / evaluation.PREDICTIONS, "evaluate"),
         similarity=similarity,
         students=found,
-        teacher_metrics=read_checked(TeacherMetrics, folder / "teacher/metrics.json", "teacher"),
+        teacher_metrics=read_finding(TeacherMetrics, folder / "teacher/metrics.json", "teacher"),
+        teacher_training=read_finding(
+            TeacherFile, folder / "teacher/teacher.json", "teacher"
+        ).settings.training,
         teacher_curves=_read_curves(folder / "curves/teacher"),
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
-        problems={
-            "train": taught.train,
-            "validation": taught.validation,
-            **asked.test_sets,
-        },
-        prepare=read_checked(TestSetsFile, folder / "test_sets/test_sets.json", "prepare").settings,
-        runs=_read_log(log, students) if log is not None and log.is_file() else [],
+        problems={"train": taught.train, "validation": taught.validation, **asked.test_sets},
+        prepare=read_finding(TestSetsFile, folder / "test_sets/test_sets.json", "prepare").settings,
     )
 
 
-def read_scores(evaluation: Path) -> Scores:
+def read_costs(folder: Path, students: Sequence[str], log: Path) -> PipelineCosts:
+    """What the pipeline in `folder` cost where it last ran.
+
+    log: the run log, one JSON object per line; it may be missing. KavaError as `read_findings`.
+    """
+    measured = folder / "measured"
+    return PipelineCosts(
+        evaluation=read_finding(EvaluationCosts, measured / evaluation.MEASURED, "evaluate"),
+        fidelity=read_finding(FidelityCosts, measured / fidelity.MEASURED, "fidelity")
+        if (folder / "fidelity").exists()
+        else None,
+        runs=_read_log(log, students) if log.is_file() else [],
+    )
+
+
+def read_scores(results: Path) -> Scores:
     """Test set → system → Score of an evaluation folder."""
-    path = evaluation / "metrics.json"
-    scores: Scores = read_checked(Scores, path, "evaluate")
+    path = results / evaluation.METRICS
+    scores: Scores = read_finding(Scores, path, "evaluate")
     if not scores or not all(scores.values()):
         raise KavaError(f"{path} has no system on some test set. Run `kava evaluate` again.")
     return scores
 
 
-def _read_predictions(path: Path) -> list[Prediction]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        raise KavaError(f"{path} is missing. Run `kava evaluate` first.")
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        raise KavaError(
-            f"{path} is not a readable Parquet file ({error}). Run `kava evaluate` again."
-        ) from None
-    missing = [name for name in PREDICTION_COLUMNS if name not in table.column_names]
-    if missing:
-        raise KavaError(f"{path} has no column {missing[0]!r}. Run `kava evaluate` again.")
-    rows = table.select(list(PREDICTION_COLUMNS)).to_pylist()
-    predictions: list[Prediction] = checked(list[Prediction], rows, path, "evaluate")
-    return predictions
-
-
-def _read_student(folder: Path, name: str) -> Student:
-    """folder: of the pipeline's artefacts."""
+def _read_student(folder: Path, name: str) -> TrainedStudent:
     path = folder / "students" / name / "student.json"
     stage = f"distill {name}"
-    about: StudentFile = read_checked(StudentFile, path, stage)
-    settings = checked(StudentSettings, about.settings, path, stage)
+    about = read_finding(StudentFile, path, stage)
+    settings = check_finding(StudentSettings, about.settings, path, stage)
     curves = _read_curves(folder / "curves/students" / name)
-    return Student(name, settings, about.settings, about.fingerprints, curves)
+    return TrainedStudent(name, settings, about.settings, about.fingerprints, curves)
 
 
-def _check_targets(students: dict[str, Student], manifest: Manifest) -> None:
+def _check_targets(students: Mapping[str, TrainedStudent], manifest: Manifest) -> None:
     """A page must not show one run's students beside another run's targets."""
     for name, student in students.items():
         made_from = student.fingerprints.get("kv_targets", manifest.digest)
@@ -349,16 +308,13 @@ def _read_curve(path: Path) -> Curve:
     return Curve(steps, values)
 
 
-def _read_targets(folder: Path) -> Targets:
+def _read_targets(folder: Path) -> TargetsOverview:
     if not folder.exists():
         raise KavaError(f"{folder} is missing. Run `kava evict` first.")
-    from kava_core.store import TargetsStore
-    from kava_core.store.summary import EvictionCounts
-
     store = TargetsStore.open(folder, checksums=False)  # slot counts are a small part of the files
     counts = [store.slot_counts(shard).max(0) for shard in range(len(store.sizes))]  # [L', H] each
     budgets = np.max(counts, 0)
-    return Targets(
+    return TargetsOverview(
         manifest=store.manifest,
         lengths=store.index.column("n_cot"),
         smallest=int(budgets.min()),

@@ -1,25 +1,20 @@
-"""What a student's latents hold: `evaluation/interpretability.json`, and its figures.
-
-The file is described in `kava_core.latents.interpret`, which writes it.
-"""
+"""What a student's latents hold, drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from kava_core.reporting.files import Found, Percent, read_checked
+from kava_core.findings.latents import Insight, LayerMaps
 from kava_core.reporting.heatmaps import heatmap, limits_of, numbers
 from kava_core.reporting.style import (
     INK,
     MUTED,
     SERIES,
     Dash,
-    Figured,
+    Drawing,
     canvas,
     finish,
     legend,
@@ -30,127 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Token = tuple[str, float]  # and its probability
-Grid = list[list[float | None]]  # [L'][M or bins]; None where no record has a number
 PARTS = ("keys", "values")
 MOST_LAYERS = 3
 
 
-class Slot(Found):
-    """What one latent decodes to, likeliest first, beside the teacher's token kept for it.
-
-    teacher_position: of that token in the trace; None where eviction left the slot empty.
-    """
-
-    student: list[Token]
-    teacher: list[Token]
-    teacher_position: int | None
-
-
-class Iteration(Found):
-    """The M latents after one pass."""
-
-    slots: list[Slot]
-
-
-class Decoded(Found):
-    """One problem's latents along the iterations; trace: the tokens of the reference chain."""
-
-    id: str
-    question: str
-    trace: list[str]
-    answer: str
-    iterations: Annotated[list[Iteration], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _fits(self) -> Decoded:
-        if len({len(iteration.slots) for iteration in self.iterations}) > 1:
-            raise ValueError("expected as many slots in every iteration")
-        kept = [s.teacher_position for i in self.iterations for s in i.slots]
-        if any(place is not None and not 0 <= place < len(self.trace) for place in kept):
-            raise ValueError(f"expected teacher positions within the {len(self.trace)} tokens")
-        return self
-
-
-class Maps(Found):
-    """A number for K and for V per layer and latent slot (or place along the trace)."""
-
-    keys: Grid
-    values: Grid
-
-
-class LayerMaps(Maps):
-    """Maps that name their layers."""
-
-    layers: list[int]
-
-    @model_validator(mode="after")
-    def _rectangular(self) -> LayerMaps:
-        for cells in (self.keys, self.values):
-            if len(cells) != len(self.layers) or len({len(row) for row in cells}) > 1:
-                raise ValueError(f"expected one row of slots for each of {len(self.layers)} layers")
-        return self
-
-
-class Attention(Found):
-    """iterations: per pass the attention mass [sources][targets], mean over all else."""
-
-    sources: list[str]
-    targets: list[str]
-    iterations: Annotated[list[Grid], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _fits(self) -> Attention:
-        shapes = {numbers(grid).shape for grid in self.iterations}
-        if shapes != {(len(self.sources), len(self.targets))}:
-            raise ValueError("expected a row per source and a column per target in every iteration")
-        return self
-
-
-class Magnitudes(Found):
-    """Mean norms of K and V per layer: of the latents after each pass, of the teacher's trace.
-
-    teacher_full: along the whole trace, in bins of equal share; teacher_truncated: budget → along
-    the kept slots.
-    """
-
-    iterations: list[Maps]
-    teacher_full: Maps
-    teacher_truncated: dict[int, Maps]
-
-
-class Interventions(Found):
-    """Exact match in %: untouched, and with one latent (by slot) zeroed, averaged or shuffled."""
-
-    n: int
-    none: Percent
-    zero: list[Percent]
-    mean: list[Percent]
-    shuffle: list[Percent]
-
-
-class Insight(Found):
-    """One student's latents, over `records` test problems; interventions: None where not made."""
-
-    records: int
-    decoded: list[Decoded]
-    similarity_full: LayerMaps
-    attention: Attention
-    magnitudes: Magnitudes
-    interventions: Interventions | None = None
-
-
-def read_insights(path: Path) -> dict[str, Insight]:
-    """By student; empty where the evaluation was told not to look."""
-    if not path.exists():
-        return {}
-    insights: dict[str, Insight] = read_checked(dict[str, Insight], path, "evaluate")
-    return insights
-
-
 def slot_maps(
     name: str, title: str, caption: str, shown: Mapping[str, LayerMaps]
-) -> Figured | None:
+) -> Drawing | None:
     """Cosine similarity of K and V, layer × slot, a row per student, all on one colour scale."""
     shown = {student: maps for student, maps in shown.items() if maps.layers}
     grids = {
@@ -184,7 +65,7 @@ def slot_maps(
     return finish(name, title, caption + " All panels share one scale.", draw)
 
 
-def attention_flow(student: str, insight: Insight) -> Figured:
+def attention_flow(student: str, insight: Insight) -> Drawing:
     """Where latents and answer look, per pass."""
     flow = insight.attention
     grids = [numbers(grid) for grid in flow.iterations]
@@ -217,7 +98,7 @@ def attention_flow(student: str, insight: Insight) -> Figured:
     )
 
 
-def magnitudes(student: str, insight: Insight) -> Figured:
+def magnitudes(student: str, insight: Insight) -> Drawing:
     """Mean norms of K and V along the latents, over the teacher's full and truncated caches."""
     found = insight.magnitudes
     layers = len(found.teacher_full.keys)
@@ -259,7 +140,7 @@ def magnitudes(student: str, insight: Insight) -> Figured:
     return finish(f"magnitudes-{student}", f"{student}: sizes of keys and values", caption, draw)
 
 
-def interventions(insights: Mapping[str, Insight]) -> Figured | None:
+def interventions(insights: Mapping[str, Insight]) -> Drawing | None:
     """Exact match with one latent changed, by slot; a panel per student; None without any."""
     made = {name: i.interventions for name, i in insights.items() if i.interventions is not None}
     if not made:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kava_core.artefacts import atomic_path, write_json
+from kava_core.findings.base import write_finding
+from kava_core.findings.evaluation import Difference, Score
 from kava_core.reporting.examples import Example, choose_examples
 from kava_core.reporting.figures import (
     accuracy_by_cost,
@@ -17,16 +19,16 @@ from kava_core.reporting.figures import (
     loss_curves,
     trace_lengths,
 )
-from kava_core.reporting.inputs import STAGES, Difference, Findings, Score, Training
+from kava_core.reporting.inputs import STAGES, PipelineFindings
 from kava_core.reporting.insights import attention_flow, interventions, magnitudes, slot_maps
-from kava_core.reporting.style import COLOURS, Figured, looks_of
+from kava_core.reporting.style import COLOURS, Drawing, looks_of
 from kava_core.reporting.systems import Headline, System, headline, systems_of
-from kava_core.reporting.truncation import accuracy_by_budget, truncation_maps
+from kava_core.reporting.truncation import accuracy_by_budget, accuracy_maps
 from kava_core.reporting.worked import in_order, visible, work_through
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonSection:
     """One test set: its systems in order, the gap, paired differences, figures, problems.
 
     differences: student → baseline.
@@ -36,48 +38,45 @@ class Comparison:
     systems: list[System]
     headline: Headline | None
     differences: dict[str, dict[str, Difference]]
-    figures: list[Figured]
+    figures: list[Drawing]
     examples: list[Example]
 
 
-def compare(findings: Findings, teacher: Training | None) -> list[Comparison]:
-    """The comparison on every test set, the pipeline's own first, figures drawn.
-
-    teacher: how the teacher was trained, None if it was taken as it is.
-    """
+def compare(findings: PipelineFindings) -> list[ComparisonSection]:
+    """The comparison on every test set, the pipeline's own first, figures drawn."""
     comparisons = []
-    own = findings.prepare["source"]["name"]
-    test_sets = sorted(findings.scores, key=lambda name: (name != own, name))
-    for number, test_set in enumerate(test_sets, start=1):
-        systems = systems_of(findings, test_set, teacher)
-        gap = headline(systems)
+    for number, test_set in enumerate(findings.scores, start=1):
+        systems = systems_of(findings, test_set)
+        differences = findings.differences.get(test_set, {})
+        lead = headline(systems, differences)
         suffix = f"-{number}" if len(findings.scores) > 1 else ""
         figures = [
-            accuracy_by_cost(f"accuracy-by-cost{suffix}", systems, gap),
+            accuracy_by_cost(f"accuracy-by-cost{suffix}", systems, lead),
             accuracy_by_steps(f"accuracy-by-steps{suffix}", systems),
             accuracy_by_group(f"accuracy-by-group{suffix}", systems),
         ]
-        differences = findings.differences.get(test_set, {})
         asked = [p for p in findings.predictions if p.test_set == test_set]
-        examples = choose_examples(asked, [s.name for s in systems], gap)
-        comparisons.append(Comparison(test_set, systems, gap, differences, figures, examples))
+        examples = choose_examples(asked, [s.name for s in systems], lead)
+        comparisons.append(
+            ComparisonSection(test_set, systems, lead, differences, figures, examples)
+        )
     return comparisons
 
 
 def write_report(
     folder: Path,
-    findings: Findings,
-    comparisons: Sequence[Comparison],
+    findings: PipelineFindings,
+    comparisons: Sequence[ComparisonSection],
     *,
     title: str,
     pipeline: str,
     settings: dict[str, Any],
-    hardware: Mapping[str, str],
 ) -> None:
-    """Write index.html, a PNG per figure and summary.json into `folder`.
+    """Write index.html, a PNG per figure, summary.json and losses.json into `folder`.
 
     settings: stage → settings, for the stages whose artefacts do not record their own (teacher,
-    fidelity, evaluate); hardware: of the machine it runs on. Equal arguments give equal bytes.
+    fidelity, evaluate). Equal arguments give equal bytes, on any machine. losses.json is for
+    `dvc plots`: the loss on the answer of whatever students there are.
     """
     figures = _figures(findings)
     looked = {
@@ -100,29 +99,41 @@ def write_report(
         fingerprints=_fingerprints(findings),
         seeds=_seeds(findings, settings),
         commands=_commands(pipeline, findings),
-        hardware=hardware,
         looks=looks_of(s.name for c in comparisons for s in c.systems),
     )
+    groups = [*figures.values(), *looked.values(), *(c.figures for c in comparisons)]
+    write_page(folder, page, [figure for group in groups for figure in group])
+    write_json(folder / "summary.json", summary(findings, comparisons))
+    write_finding(folder / "losses.json", _losses(findings))
+
+
+def write_page(folder: Path, page: str, figures: Sequence[Drawing]) -> None:
+    """Write index.html and a PNG per figure."""
     with atomic_path(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for group in [*figures.values(), *looked.values(), *(c.figures for c in comparisons)]:
-        for figure in group:
-            with atomic_path(folder / f"{figure.name}.png") as temporary:
-                temporary.write_bytes(figure.png)
-    write_json(folder / "summary.json", summary(findings, comparisons))
+    for figure in figures:
+        with atomic_path(folder / f"{figure.name}.png") as temporary:
+            temporary.write_bytes(figure.png)
 
 
-def _figures(findings: Findings) -> dict[str, list[Figured]]:
+def _losses(findings: PipelineFindings) -> list[dict[str, str | int | float]]:
+    return [
+        {"student": name, "step": step, "loss": loss}
+        for name, student in findings.students.items()
+        if (curve := student.curves.get("loss_answer"))
+        for step, loss in zip(curve.steps, curve.values, strict=True)
+    ]
+
+
+def _figures(findings: PipelineFindings) -> dict[str, list[Drawing]]:
     """Section → its figures, but for those of the comparison."""
     curves = {name: student.curves for name, student in findings.students.items()}
     measured = {name: findings.similarity[name] for name in curves if name in findings.similarity}
     insights = {name: findings.insights[name] for name in curves if name in findings.insights}
-    truncation = findings.truncation
+    grid = findings.grid
     records = max((s.records for s in measured.values()), default=0)
-    sections: dict[str, list[Figured | None]] = {
-        "truncation": [truncation_maps(truncation), accuracy_by_budget(truncation)]
-        if truncation
-        else [],
+    sections: dict[str, list[Drawing | None]] = {
+        "truncation": [accuracy_maps(grid), accuracy_by_budget(grid)] if grid else [],
         "training": [loss_curves(findings.teacher_curves, curves), gradient_shares(curves)],
         "caches": [
             slot_maps(
@@ -146,17 +157,22 @@ def _figures(findings: Findings) -> dict[str, list[Figured]]:
     return {name: [f for f in found if f is not None] for name, found in sections.items()}
 
 
-def summary(findings: Findings, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def summary(findings: PipelineFindings, comparisons: Sequence[ComparisonSection]) -> dict[str, Any]:
     """The report's own numbers, for `dvc metrics` and for comparing pipelines.
 
-    gap_share: how far the best latent student is up the gap (1 = at the ceiling); null where there
-    is no gap. sweet_spot: the smallest budget near enough to the full cache; null where none is.
+    ahead: the system that is, of the best latent student and those without latents; null where they
+    cannot be told apart. against: points of exact match that the best latent student is ahead of
+    each of the latter. gap_share: how far it is up the gap (1 = at the ceiling); null where there
+    is no gap. engaged_percent: of (record, layer, head). sweet_spot: the smallest budget
+    near enough to the full cache; null where none is.
     """
     return {
         "test_sets": {
             c.test_set: None
             if c.headline is None
             else {
+                "ahead": c.headline.ahead,
+                "against": {duel.rival.name: duel.points for duel in c.headline.duels},
                 "best_latent": c.headline.best.name,
                 "baseline": c.headline.baseline.name,
                 "ceiling": c.headline.ceiling.name,
@@ -166,7 +182,7 @@ def summary(findings: Findings, comparisons: Sequence[Comparison]) -> dict[str, 
         },
         "engaged_percent": findings.targets.engaged_percent,
         "median_trace_tokens": float(_median(findings)),
-        "sweet_spot": findings.truncation.spot if findings.truncation else None,
+        "sweet_spot": findings.grid.spot if findings.grid else None,
     }
 
 
@@ -184,26 +200,29 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters["drawing"] = lambda figure: Markup(figure.svg)  # ours: figures.py escapes
     environment.filters["size"] = readable_bytes
+    environment.filters["duration"] = readable_seconds
     environment.filters["settings"] = _yaml
     environment.filters["token"] = visible
     return str(environment.get_template(template).render(colours=COLOURS, **values))
 
 
 def _overview(
-    findings: Findings, comparisons: Sequence[Comparison]
+    findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
 ) -> dict[str, list[Score | None]]:
     """System → its score on every test set; the systems in the order of the first."""
     names = dict.fromkeys(s.name for c in comparisons for s in c.systems)
     return {name: [findings.scores[c.test_set].get(name) for c in comparisons] for name in names}
 
 
-def _median(findings: Findings) -> float:
+def _median(findings: PipelineFindings) -> float:
     import numpy as np
 
     return float(np.median(findings.targets.lengths))
 
 
-def _facts(findings: Findings, comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+def _facts(
+    findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
+) -> list[tuple[str, str]]:
     manifest = findings.targets.manifest
     geometry = manifest.geometry
     tested = {c.systems[0].score.n for c in comparisons}
@@ -221,7 +240,7 @@ def _bytes(manifest: Any) -> int:
     return sum(info.bytes for info in manifest.files.values())
 
 
-def _stores(findings: Findings) -> list[dict[str, Any]]:
+def _stores(findings: PipelineFindings) -> list[dict[str, Any]]:
     stores = [("teacher_kv", findings.teacher_kv), ("kv_targets", findings.targets.manifest)]
     return [
         {
@@ -239,35 +258,36 @@ def _stores(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def _settings(findings: Findings, settings: dict[str, Any]) -> dict[str, Any]:
+def _settings(findings: PipelineFindings, settings: dict[str, Any]) -> dict[str, Any]:
     recorded = findings.targets.manifest.settings
     return {
         "prepare": findings.prepare,
         "teacher": settings.get("teacher", {}),
         "generate": recorded.get("generate", {}),
         "evict": recorded.get("evict", {}),
-        "fidelity": settings.get("fidelity", {}) if findings.truncation else {},
+        "fidelity": settings.get("fidelity", {}) if findings.grid else {},
         **{f"students.{name}": student.plain for name, student in findings.students.items()},
         "evaluate": settings.get("evaluate", {}),
     }
 
 
-def _fingerprints(findings: Findings) -> list[tuple[str, str]]:
+def _fingerprints(findings: PipelineFindings) -> list[tuple[str, str]]:
     manifest = findings.targets.manifest
     return [*sorted(manifest.fingerprints.items()), ("kv_targets", manifest.digest)]
 
 
-def _seeds(findings: Findings, settings: dict[str, Any]) -> list[tuple[str, int]]:
+def _seeds(findings: PipelineFindings, settings: dict[str, Any]) -> list[tuple[str, int]]:
     seeds = [("problems", findings.prepare.get("seed"))]
     training = settings.get("teacher", {}).get("training")
     seeds.append(("teacher", training.get("seed") if training else None))
-    seeds.append(("eviction", findings.targets.manifest.settings.get("evict", {}).get("seed")))
+    policy = findings.targets.manifest.settings.get("evict", {}).get("policy", {})
+    seeds.append(("eviction", policy.get("seed")))
     seeds += [(name, s.settings.training.seed) for name, s in findings.students.items()]
     return [(name, seed) for name, seed in seeds if seed is not None]
 
 
-def _commands(pipeline: str, findings: Findings) -> list[str]:
-    first = [stage for stage in STAGES[:5] if stage != "fidelity" or findings.truncation]
+def _commands(pipeline: str, findings: PipelineFindings) -> list[str]:
+    first = [stage for stage in STAGES[:5] if stage != "fidelity" or findings.grid]
     stages = [*first, *(f"distill {name}" for name in findings.students), *STAGES[5:]]
     return [f"kava {stage} --pipeline {pipeline}" for stage in stages]
 
@@ -285,3 +305,10 @@ def readable_bytes(count: int) -> str:
         value /= 1000
         units.pop(0)
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """`41 s`, `4.6 min`, `3.2 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

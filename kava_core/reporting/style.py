@@ -105,7 +105,7 @@ PAGE_WIDTH = 920
 
 
 @dataclass(frozen=True)
-class Figured:
+class Drawing:
     """A finished figure: `svg` to put into a page, `png` bytes, and what it shows in words."""
 
     name: str
@@ -115,7 +115,7 @@ class Figured:
     png: bytes
 
 
-def finish(name: str, title: str, caption: str, draw: Callable[[], Figure]) -> Figured:
+def finish(name: str, title: str, caption: str, draw: Callable[[], Figure]) -> Drawing:
     """Draw and render a figure, whatever the user's own matplotlib settings are."""
     import matplotlib.style
 
@@ -127,7 +127,7 @@ def finish(name: str, title: str, caption: str, draw: Callable[[], Figure]) -> F
         figure.set_layout_engine("none")  # laid out once, for both
         light = COLOURS["paper"][0]
         figure.savefig(png, format="png", facecolor=light, metadata={"Software": None})
-    return Figured(
+    return Drawing(
         name, title, caption, _for_page(name, title, svg.getvalue().decode()), png.getvalue()
     )
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import model_validator
 
-from kava_core.reporting.files import Found, GroupScore, Percent, read_checked
-from kava_core.reporting.heatmaps import heatmap, limits_of
+from kava_core.findings.base import read_finding
+from kava_core.findings.fidelity import METRICS, CacheCost, CacheScore, CacheScores, FidelityCosts
+from kava_core.reporting.heatmaps import Limits, heatmap, limits_of
 from kava_core.reporting.style import (
     MUTED,
+    PAGE_WIDTH,
     SERIES,
-    Figured,
+    Drawing,
     canvas,
     finish,
     name_beside,
@@ -26,69 +28,15 @@ from kava_core.reporting.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Spots = dict[str, dict[str, int | None]]  # policy → bits → the smallest budget near enough to full
-
-
-class Quality(Found):
-    """One kind of cache: exact_match in %, perplexity of the gold answers, KL to the full cache."""
-
-    exact_match: Percent
-    n: int
-    perplexity: float
-    kl: float
-    tokens_kept: float
-    bytes_per_problem: float
-    by_steps: dict[int, GroupScore]
-
-
-class Seconds(Found):
-    """Wall-clock of one kind of cache on problems of one number of steps."""
-
-    seconds_per_problem: float
-
-
-class Cost(Seconds):
-    """Wall-clock of one kind of cache, in all and by number of steps."""
-
-    by_steps: dict[int, Seconds]
-
-
-class Metrics(Found):
-    """fidelity/metrics.json; policies: policy → budget → bits."""
-
-    split: str
-    within: float
-    full: Quality
-    none: Quality
-    policies: dict[str, dict[int, dict[str, Quality]]]
-    recommended: Spots
-    recommended_by_steps: dict[int, Spots]
-
-    @model_validator(mode="after")
-    def _a_grid(self) -> Metrics:
-        grids = [
-            {(budget, bits) for budget, found in budgets.items() for bits in found}
-            for budgets in self.policies.values()
-        ]
-        if not grids or not grids[0] or any(grid != grids[0] for grid in grids):
-            raise ValueError("expected every policy with the same budgets and bits")
-        return self
-
-
-class Timings(Found):
-    """fidelity/timings.json."""
-
-    full: Cost
-    none: Cost
-    policies: dict[str, dict[int, dict[str, Cost]]]
+ACROSS = 2
+MOST_PANELS = 12
 
 
 @dataclass(frozen=True)
-class Truncation:
-    """The grid of the fidelity stage, and the policy and bits of it that are shown in detail."""
+class BudgetGrid:
+    """The grid of the fidelity stage, and the policy and bits of it that are named first."""
 
-    metrics: Metrics
-    timings: Timings
+    metrics: CacheScores
     policy: str
     bits: str
 
@@ -105,78 +53,153 @@ class Truncation:
         """The sweet spot over all problems."""
         return self.metrics.recommended[self.policy][self.bits]
 
+    @property
+    def series(self) -> list[tuple[str, str]]:
+        """Policies and bits, the most bits first."""
+        labels = self.metrics.policies[self.policy][self.budgets[0]]
+        return [(policy, bits) for bits in by_width(labels) for policy in self.metrics.policies]
 
-def read_truncation(folder: Path) -> Truncation | None:
+
+def by_width(labels: Iterable[str]) -> list[str]:
+    """Labels of bits, such as `16` and `8/4`, from the most bits to the fewest."""
+
+    def width(label: str) -> float:
+        parts = [int(part) for part in label.split("/")]
+        return sum(parts) / len(parts)
+
+    return sorted(labels, key=lambda label: (-width(label), label))
+
+
+def read_grid(folder: Path) -> BudgetGrid | None:
     """The fidelity stage's results; None where that stage is no part of the pipeline.
 
-    What is shown in detail is the policy that needs the fewest slots on all problems, at the most
-    bits; of equal policies the one with more exact matches over all budgets.
+    What is named first is the policy that needs the fewest slots on all problems, at the most bits;
+    of equal policies the one with more exact matches over all budgets.
     """
     if not folder.exists():
         return None
-    metrics: Metrics = read_checked(Metrics, folder / "metrics.json", "fidelity")
-    timings: Timings = read_checked(Timings, folder / "timings.json", "fidelity")
-    first = next(iter(next(iter(metrics.policies.values())).values()))
-    bits = max(first, key=lambda label: sum(map(int, label.split("/"))) / len(label.split("/")))
+    metrics = read_finding(CacheScores, folder / METRICS, "fidelity")
+    bits = by_width(next(iter(next(iter(metrics.policies.values())).values())))[0]
 
     def worth(policy: str) -> tuple[float, float]:
         scores = [found[bits].exact_match for found in metrics.policies[policy].values()]
         return -(metrics.recommended[policy][bits] or math.inf), sum(scores)
 
-    return Truncation(metrics, timings, max(metrics.policies, key=worth), bits)
+    return BudgetGrid(metrics, max(metrics.policies, key=worth), bits)
 
 
-def truncation_maps(found: Truncation) -> Figured:
-    """Exact match and milliseconds per problem over budget and number of steps."""
-    metrics, timings = found.metrics, found.timings
-    qualities = [
-        metrics.none,
-        *(metrics.policies[found.policy][m][found.bits] for m in found.budgets),
-        metrics.full,
-    ]
-    costs = [
-        timings.none,
-        *(timings.policies[found.policy][m][found.bits] for m in found.budgets),
-        timings.full,
-    ]
-    accuracy = np.array([[q.by_steps[n].exact_match for q in qualities] for n in found.steps])
-    latency = np.array(
-        [[1e3 * c.by_steps[n].seconds_per_problem for c in costs] for n in found.steps]
-    )
-    spots = {n: metrics.recommended_by_steps[n][found.policy][found.bits] for n in found.steps}
-    marks = [
-        (row, 1 + found.budgets.index(spot))
-        for row, spot in enumerate(spots.values())
-        if spot is not None
-    ]
-    columns = ["none", *map(str, found.budgets), "full"]
-    rows = [f"{n} steps\nn = {metrics.full.by_steps[n].n}" for n in found.steps]
-    highest = float(latency.max())
-    scale = 10 ** math.floor(math.log10(highest)) if highest > 0 else 1.0
-    quick = limits_of([latency], step=scale / 2) or (0.0, 1.0)
+def accuracy_maps(found: BudgetGrid) -> Drawing:
+    """Exact match over budget and number of steps, a panel for each policy and bits."""
+    metrics = found.metrics
 
-    def draw() -> Figure:
-        figure = canvas(116 + 42 * len(rows))
-        left, right = figure.subplots(1, 2, sharey=True)
-        heatmap(left, accuracy, rows, columns, (0.0, 100.0), digits=0, marks=marks)
-        left.set_title("exact match (%)")
-        digits = 1 if scale > 1 else 2
-        heatmap(right, latency, rows, columns, quick, digits=digits, marks=marks)
-        right.set_title("wall-clock per problem (ms)")
-        for ax in (left, right):
-            ax.set_xlabel("budget M (slots per layer and head)")
-        return figure
+    def cells(score: CacheScore) -> list[float]:
+        return [score.by_steps[n].exact_match for n in found.steps]
 
     caption = (
-        f"The teacher answers from what {found.policy} leaves of its cache at {found.bits} bits, "
-        f"on {metrics.full.n:,} {metrics.split} problems. Framed is the sweet spot of each number "
-        f"of steps: the smallest budget at most {metrics.within:g} points below the full cache. "
-        "Wall-clock runs from the stored cache to the last token, decoding included."
+        "The teacher answers from what a policy leaves of its cache, on "
+        f"{metrics.full.n:,} {metrics.split} problems; exact match in per cent. "
+        + _framed(metrics.within)
     )
-    return finish("budget-by-difficulty", "Budget against difficulty", caption, draw)
+    return _budget_maps(
+        "budget-by-difficulty",
+        "Budget against difficulty",
+        caption,
+        found,
+        {
+            (policy, bits): [
+                cells(metrics.none),
+                *(cells(metrics.policies[policy][m][bits]) for m in found.budgets),
+                cells(metrics.full),
+            ]
+            for policy, bits in found.series
+        },
+        lambda _: ((0.0, 100.0), 0),
+    )
 
 
-def accuracy_by_budget(found: Truncation) -> Figured:
+def latency_maps(found: BudgetGrid, costs: FidelityCosts) -> Drawing:
+    """Milliseconds per problem over budget and number of steps, as `accuracy_maps`."""
+
+    def cells(cost: CacheCost) -> list[float]:
+        return [1e3 * cost.seconds_by_steps[n] for n in found.steps]
+
+    def scale(grids: list[np.ndarray]) -> tuple[Limits, int]:
+        highest = max(float(grid.max()) for grid in grids)
+        unit = 10 ** math.floor(math.log10(highest)) if highest > 0 else 1.0
+        return limits_of(grids, step=unit / 2) or (0.0, 1.0), 1 if unit > 1 else 2
+
+    caption = (
+        "Milliseconds per problem from the stored cache to the last token, decoding included. "
+        + _framed(found.metrics.within)
+    )
+    return _budget_maps(
+        "latency",
+        "Wall-clock against budget and difficulty",
+        caption,
+        found,
+        {
+            (policy, bits): [
+                cells(costs.none),
+                *(cells(costs.policies[policy][m][bits]) for m in found.budgets),
+                cells(costs.full),
+            ]
+            for policy, bits in found.series
+        },
+        scale,
+    )
+
+
+def _framed(within: float) -> str:
+    return (
+        "Framed is the sweet spot of each number of steps: the smallest budget at most "
+        f"{within:g} points of exact match below the full cache."
+    )
+
+
+def _budget_maps(
+    name: str,
+    title: str,
+    caption: str,
+    found: BudgetGrid,
+    columns: dict[tuple[str, str], list[list[float]]],
+    scale: Callable[[list[np.ndarray]], tuple[Limits, int]],
+) -> Drawing:
+    """Heatmaps over budget (none, ascending, full) and number of steps, all on one scale.
+
+    columns: (policy, bits) → values [budget][steps]; scale: limits and digits of all grids.
+    """
+    shown = dict(list(columns.items())[:MOST_PANELS])
+    grids = {series: np.array(values).T for series, values in shown.items()}
+    limits, digits = scale(list(grids.values()))
+    full = found.metrics.full.by_steps
+    rows = [f"{n} steps\nn = {full[n].n}" for n in found.steps]
+    names = ["none", *map(str, found.budgets), "full"]
+    if len(columns) > len(shown):
+        caption += f" The first {len(shown)} of {len(columns)} policies and bits."
+
+    def draw() -> Figure:
+        across = min(ACROSS, len(grids))
+        down = -(-len(grids) // across)
+        figure = canvas(down * (96 + 40 * len(rows)) + 16, width=PAGE_WIDTH)
+        axes = figure.subplots(down, across, squeeze=False, sharey=True)
+        for ax, ((policy, bits), cells) in zip(axes.flat, grids.items(), strict=False):
+            spots = [found.metrics.recommended_by_steps[n][policy][bits] for n in found.steps]
+            marks = [
+                (row, 1 + found.budgets.index(spot))
+                for row, spot in enumerate(spots)
+                if spot is not None
+            ]
+            heatmap(ax, cells, rows, names, limits, digits=digits, marks=marks)
+            ax.set_title(f"{policy}, {bits} bits")
+            ax.set_xlabel("budget M (slots per layer and head)")
+        for ax in axes.flat[len(grids) :]:
+            ax.set_axis_off()
+        return figure
+
+    return finish(name, title, caption, draw)
+
+
+def accuracy_by_budget(found: BudgetGrid) -> Drawing:
     """Exact match of every policy over the budget, between no cache and the full one."""
     metrics, bits = found.metrics, found.bits
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kava_core.reporting.inputs import Findings, Prediction
-from kava_core.reporting.insights import Decoded, Insight
+from kava_core.findings.evaluation import Prediction
+from kava_core.findings.latents import DecodedProblem, Insight
+from kava_core.reporting.inputs import PipelineFindings
 from kava_core.reporting.systems import Headline
 
 
@@ -17,12 +18,12 @@ class Thought:
     """
 
     student: str
-    decoded: Decoded
+    decoded: DecodedProblem
     kept: set[int]
     answer: Prediction | None
 
 
-def work_through(findings: Findings, headline: Headline | None) -> list[Thought]:
+def work_through(findings: PipelineFindings, headline: Headline | None) -> list[Thought]:
     """The same problem as every latent student solves it, the best student first.
 
     The problem is the first decoded one that the best student gets right, else the first. Empty
@@ -48,7 +49,7 @@ def work_through(findings: Findings, headline: Headline | None) -> list[Thought]
     ]
 
 
-def in_order(findings: Findings, headline: Headline | None) -> dict[str, Insight]:
+def in_order(findings: PipelineFindings, headline: Headline | None) -> dict[str, Insight]:
     """The students whose latents were looked into, the best first."""
     names = sorted(
         findings.students, key=lambda name: headline is None or name != headline.best.name
@@ -63,6 +64,6 @@ def visible(token: str) -> str:
     return token or "∅"
 
 
-def _kept(decoded: Decoded) -> set[int]:
+def _kept(decoded: DecodedProblem) -> set[int]:
     slots = decoded.iterations[-1].slots if decoded.iterations else []
     return {s.teacher_position for s in slots if s.teacher_position is not None}

@@ -17,6 +17,7 @@ from kava_core.settings.base import NotNegative, Positive, Section, Weight
 from kava_core.settings.training import Training
 
 Distance = Literal["l1", "smooth_l1", "mse"]
+KVParts = Literal["both", "keys", "values"]
 
 
 def _one_layer_map(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
@@ -36,11 +37,20 @@ LayerMap = Annotated[
 
 
 # Settings that mean something only where there are latents, Jacobi iterations, a term of the loss.
-KV = ("kv_distance", "kv_std", "fake_quantise")
+KV = ("kv_distance", "kv_std", "kv_parts", "fake_quantise")
 CODI = ("codi_distance", "codi_std")
 JACOBI = ("iterations", "per_position")
 LATENT = (
-    *("alpha_kv", "alpha_codi", "reasoning", "projection", "targets", "layer_map", "shard_window"),
+    *(
+        "alpha_kv",
+        "alpha_codi",
+        "alpha_readout",
+        "reasoning",
+        "projection",
+        "targets",
+        "layer_map",
+        "shard_window",
+    ),
     *(*JACOBI, *KV, *CODI),
 )
 
@@ -58,7 +68,10 @@ class Student(Section):
     model: the Hugging Face folder or id (with its `revision`) it starts from; null: the teacher
     itself. Another model learns K/V projectors into the teacher's basis beside it. layer_map: which
     layer of the teacher teaches each of the student's. reasoning: `jacobi` with `iterations` T, or
-    `sequential`. fake_quantise: keys and values pass through the store's codes before they are
+    `sequential`. alpha_kv, alpha_codi, alpha_readout, w_cot: weights of the terms beside the
+    answer's; the readout, cross-entropy of the hidden state that becomes a latent on the token of
+    its slot, needs targets with one token per slot (`evict.select: record`). kv_parts: what the KV
+    term compares. fake_quantise: keys and values pass through the store's codes before they are
     compared. docs/methods.md has a snippet for each method.
     """
 
@@ -75,9 +88,11 @@ class Student(Section):
     per_position: StrictBool = True
     alpha_kv: Weight = 0.0
     alpha_codi: Weight = 0.0
+    alpha_readout: Weight = 0.0
     w_cot: Weight = 0.0
     kv_distance: Distance = "smooth_l1"
     kv_std: StrictBool = True
+    kv_parts: KVParts = "both"
     fake_quantise: StrictBool = False
     codi_distance: Distance = "smooth_l1"
     codi_std: StrictBool = True
@@ -97,7 +112,17 @@ class Student(Section):
             (
                 self.alpha_kv > 0 or self.alpha_codi > 0,
                 "it says what is compared, and alpha_kv and alpha_codi are 0",
-                ("layer_map", "targets"),
+                ("layer_map",),
+            ),
+            (
+                self.alpha_kv > 0 or self.alpha_codi > 0 or self.alpha_readout > 0,
+                "no term reads targets",
+                ("targets",),
+            ),
+            (
+                self.reasoning == "sequential" or self.iterations > 0,
+                "without iterations latents are the initial ones, whatever the question",
+                ("alpha_readout",),
             ),
             (self.model is not None, "it belongs to a `model` on the Hub", ("revision",)),
         ):

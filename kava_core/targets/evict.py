@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kava_core.artefacts import work_folder
 from kava_core.eviction import CacheBatch
-from kava_core.record import Record
 from kava_core.settings import Evict, Resources
 from kava_core.store import (
     Ranges,
@@ -92,23 +91,14 @@ def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
 def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
     """The caches of all layers of a shard of a teacher store, as eviction takes them."""
     shard = store.shard(number)
-    return CacheBatch.from_ragged(
+    return CacheBatch.of_records(
         shard.keys.dequantise(),
         shard.values.dequantise(),
         shard.importance,
         shard.offsets,
-        [record.id for record in shard.records],
-        rotary=store.manifest.rotary.rotation,
-        cot_start=[len(record.question_ids) for record in shard.records],
-        step_ends=step_ends(shard.records),
-        results=[record.results for record in shard.records],
+        shard.records,
+        store.manifest.rotary.rotation,
     )
-
-
-def step_ends(records: Sequence[Record]) -> list[list[int]] | None:
-    """Where the steps of each record's trace end; None if that is not known of all of them."""
-    ends = [record.step_ends for record in records]
-    return ends if all(ends) else None
 
 
 def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:

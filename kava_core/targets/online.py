@@ -62,14 +62,13 @@ class OnlineTargets:
     def _make(self, records: Sequence[Record]) -> TargetTensors:
         cache = self.teacher(records)
         # Caches of floats are evicted in the dtype they are kept in, codes in float32.
-        batch = CacheBatch.from_ragged(
+        batch = CacheBatch.of_records(
             encode(cache.keys, self.cache_codec.keys).dequantise(),
             encode(cache.values, self.cache_codec.values).dequantise(),
             cache.importance,
             cache.offsets,
-            [record.id for record in records],
-            rotary=self.teacher.rotary,
-            cot_start=[len(record.question_ids) for record in records],
+            records,
+            self.teacher.rotary,
         )
         targets = self.cut(batch)
         endpoint = encode(cache.endpoint, self.cache_codec.endpoint).dequantise()

@@ -22,8 +22,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kava_core.reporting.hardware import hardware
-from kava_core.reporting.inputs import Training, read_findings
+from kava_core.reporting.inputs import read_findings
 from kava_core.reporting.page import compare, write_report
 from tests.reporting.pipeline import TRAINING, make_pipeline
 
@@ -77,18 +76,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records=800,
         test_sets=("synthetic", "svamp"),
     )
-    findings = read_findings(made.folder, made.students, made.log)
-    teacher = Training.model_validate(TRAINING)
+    findings = read_findings(made.folder, made.students)
     folder = tmp_path_factory.mktemp("page")
     settings: dict[str, Any] = {"teacher": {"model": "scratch", "training": TRAINING}}
     write_report(
         folder,
         findings,
-        compare(findings, teacher),
+        compare(findings),
         title="Latent reasoning, made up",
         pipeline="made",
         settings=settings,
-        hardware=hardware(),
     )
     return folder / "index.html"
 

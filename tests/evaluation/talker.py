@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import LlamaConfig
 
+from kava_core.evaluation.examination import ProblemSet
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.tokenizer import train_tokenizer
@@ -18,6 +21,14 @@ def problems() -> list[Problem]:
         Problem(f"p{i}", f"{text} . how many ?", ("<<1+1=2>>",) * (1 + i % 3), "5", "toy", f"t{i}")
         for i, text in enumerate(words * 2)
     ]
+
+
+def some(encoder: TraceEncoder) -> ProblemSet:
+    """Twelve problems of no, one and two steps."""
+    chains = [(), ("<<4/2=2>>",), ("<<9-4=5>>", "<<5+5=10>>")]
+    return ProblemSet.of(
+        "toy", [replace(p, steps=chains[i % 3]) for i, p in enumerate(problems())], encoder
+    )
 
 
 def make_encoder() -> TraceEncoder:

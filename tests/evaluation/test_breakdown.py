@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kava_core.evaluation.breakdown import accuracy_by, length_bin, operations
+from kava_core.evaluation.breakdown import length_bin, operations, score_groups
+from kava_core.findings.scores import GroupScore
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,16 @@ def test_bins_of_length(tokens: int, label: str) -> None:
 
 
 def test_a_problem_counts_under_each_of_its_labels() -> None:
-    assert accuracy_by([["+"], ["+", "−"], ["none"]], [True, False, True]) == {
-        "+": {"exact_match": 50.0, "n": 2},
-        "−": {"exact_match": 0.0, "n": 1},
-        "none": {"exact_match": 100.0, "n": 1},
+    assert score_groups([["+"], ["+", "−"], ["none"]], [True, False, True]) == {
+        "+": GroupScore(exact_match=50.0, n=2),
+        "−": GroupScore(exact_match=0.0, n=1),
+        "none": GroupScore(exact_match=100.0, n=1),
     }
+
+
+@pytest.mark.parametrize(
+    "ordered", [["+", "−", "×", "÷", "none"], ["1-8", "9-16", "17-32", "513+", "none"]]
+)
+def test_groups_stand_as_one_writes_them_and_by_number(ordered: list[str]) -> None:
+    labels = [[label] for label in ordered[::-1]]
+    assert list(score_groups(labels, [True] * len(labels))) == ordered

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.accuracy import Prediction, ask
+from kava_core.evaluation.asking import Reply, ask
 from kava_core.evaluation.perplexity import gold_nll, perplexity
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
@@ -27,8 +27,8 @@ def todo() -> list[Problem]:
     ]
 
 
-def answered(asked: LatentReasoner, encoder: TraceEncoder) -> list[Prediction]:
-    return ask(asked, encoder.tokenizer, encoder, todo(), batch_size=5, max_new_tokens=6)
+def answered(asked: LatentReasoner, encoder: TraceEncoder) -> list[Reply]:
+    return ask(asked, encoder, todo(), batch_size=5, max_new_tokens=6)
 
 
 def near(found: list[list[float]], expected: list[list[float]]) -> None:
@@ -51,16 +51,16 @@ def test_of_a_chain_writer_it_is_behind_the_chain_it_wrote(
     talker: LatentReasoner, encoder: TraceEncoder
 ) -> None:
     asked = system(talker, encoder, "with a chain")
-    predictions = answered(asked, encoder)
+    replies = answered(asked, encoder)
     prompt, chain = encoder.answer_prompt_ids, encoder.encode_chains([["<<1+1=2>>"]])[0]
-    predictions[0] = replace(predictions[0], written=(*chain, *prompt, *chain, encoder.eos))
-    predictions[1] = replace(predictions[1], written=(*prompt, *chain, *prompt))  # cut off there
-    predictions[2] = replace(predictions[2], written=(*chain, *prompt[:-1]))  # cut off before
-    predictions[3] = replace(predictions[3], written=(encoder.eos,))
-    found = gold_nll(asked, encoder, todo(), predictions, batch_size=5)
+    replies[0] = replace(replies[0], written=(*chain, *prompt, *chain, encoder.eos))
+    replies[1] = replace(replies[1], written=(*prompt, *chain, *prompt))  # cut off there
+    replies[2] = replace(replies[2], written=(*chain, *prompt[:-1]))  # cut off before
+    replies[3] = replace(replies[3], written=(encoder.eos,))
+    found = gold_nll(asked, encoder, todo(), replies, batch_size=5)
     expected = []
-    for i, (problem, prediction) in enumerate(zip(todo(), predictions, strict=True)):
-        own = [token for token in prediction.written if token != encoder.eos] + prompt
+    for i, (problem, reply) in enumerate(zip(todo(), replies, strict=True)):
+        own = [token for token in reply.written if token != encoder.eos] + prompt
         own = {0: chain + prompt, 1: prompt + chain + prompt}.get(i, own)
         (question,) = encoder.encode_questions([problem.question])
         (answer,) = encoder.encode_answers([problem.answer])
@@ -107,10 +107,10 @@ def test_the_batch_changes_nothing(
     talker: LatentReasoner, encoder: TraceEncoder, kind: str
 ) -> None:
     asked = system(talker, encoder, kind)
-    predictions = answered(asked, encoder)
-    one_by_one = gold_nll(asked, encoder, todo(), predictions, batch_size=1)
-    near(gold_nll(asked, encoder, todo(), predictions, batch_size=100), one_by_one)
-    near(gold_nll(asked, encoder, todo()[::-1], predictions[::-1], batch_size=5)[::-1], one_by_one)
+    replies = answered(asked, encoder)
+    one_by_one = gold_nll(asked, encoder, todo(), replies, batch_size=1)
+    near(gold_nll(asked, encoder, todo(), replies, batch_size=100), one_by_one)
+    near(gold_nll(asked, encoder, todo()[::-1], replies[::-1], batch_size=5)[::-1], one_by_one)
 
 
 def test_perplexity_is_per_token_over_all_answers() -> None:
@@ -119,8 +119,8 @@ def test_perplexity_is_per_token_over_all_answers() -> None:
 
 def test_weights_that_give_no_number_are_refused_by_the_problem(encoder: TraceEncoder) -> None:
     broken = make_talker(encoder)
-    predictions = answered(broken, encoder)
+    replies = answered(broken, encoder)
     with torch.no_grad():
         broken.decoder.lm_head.weight[5] = float("nan")
     with pytest.raises(KavaError, match=r"problem p\d+: expected a finite probability"):
-        gold_nll(broken, encoder, todo(), predictions, batch_size=5)
+        gold_nll(broken, encoder, todo(), replies, batch_size=5)

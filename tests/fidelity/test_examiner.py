@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from kava_core.errors import KavaError
 from kava_core.eviction import POLICIES, Policy, group_layers, make_budgets
 from kava_core.fidelity.examiner import (
-    Compressed,
+    CompressedCache,
     Examiner,
     Layers,
     alike,
@@ -41,7 +41,7 @@ def compressed(
     budgets: list[int],
     policy: Policy | None = None,
     codec: Codec = EXACT,
-) -> tuple[Compressed, SlotCache]:
+) -> tuple[CompressedCache, SlotCache]:
     batch = examiner.read(traces)
     what = examiner.compress(batch, policy or POLICIES["rkv"](), budgets, codec)
     return what, examiner.restore(batch, what)
@@ -166,7 +166,7 @@ def naive_logits(examiner: Examiner, trace: Record, kept: list[list[list[int]]])
     return logits[first : first + len(trace.answer_ids)].double().log_softmax(-1)
 
 
-def kept_tokens(what: Compressed, row: int, trace: Record) -> list[list[list[int]]]:
+def kept_tokens(what: CompressedCache, row: int, trace: Record) -> list[list[list[int]]]:
     """Per layer and head, the places in the chain that were kept of record `row`."""
     start = len(trace.question_ids)
     return [

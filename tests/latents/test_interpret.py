@@ -17,20 +17,21 @@ from torch.nn.functional import cosine_similarity
 from transformers import DynamicCache, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.accuracy import ask
+from kava_core.evaluation.asking import ask
 from kava_core.eviction import POLICIES, group_layers
 from kava_core.fidelity.examiner import Layers
-from kava_core.latents.interpret import BINS, head, interpret, read_teacher, write_insights
+from kava_core.findings.base import read_finding, write_finding
+from kava_core.findings.latents import Insight, Insights
+from kava_core.latents.interpret import BINS, head, interpret
 from kava_core.latents.interventions import interventions
 from kava_core.latents.student import ANSWER, LATENTS, PARTS, PROMPT
-from kava_core.latents.teacher import TeacherView, Truncation, readable
+from kava_core.latents.teacher import TeacherView, Truncation, read_teacher, readable
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
 from kava_core.models.slot_cache import ABSENT
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
-from kava_core.reporting.insights import Insight
 from kava_core.rotary import unrotate
 from tests.evaluation.talker import make_talker, problems
 from tests.latents.test_student import naive_answer, naive_passes
@@ -76,7 +77,7 @@ def looked_into(
     seen: TeacherView,
     encoder: TraceEncoder,
     asked: list[Problem] | None = None,
-) -> dict[str, Any]:
+) -> Insight:
     texts = {p.id: p for p in problems()}
     return interpret(talker, seen, encoder, texts, asked or [], **ASKED)
 
@@ -153,7 +154,7 @@ def test_similarity_is_that_of_every_pair_of_vectors(
     found = looked_into(talker, seen, encoder)
     traces = [trace for batch in seen.batches for trace in batch.traces]
     kept = {m: positions(seen, m) for m in seen.truncation.budgets}
-    assert found["similarity_evicted"]["layers"] == list(layers)
+    assert found.similarity_evicted.layers == list(layers)
     for name in ("keys", "values"):
         full: dict[tuple[int, int], list] = {}
         evicted: dict[tuple[int, int], list] = {}
@@ -176,19 +177,19 @@ def test_similarity_is_that_of_every_pair_of_vectors(
                             evicted.setdefault((row, slot), []).append(cosine[place])
                         two = kept[2][i][row, h].tolist()
                         truncated.setdefault((row, slot), []).append(max(cosine[n] for n in two))
-        assert_cells(found["similarity_full"][name], full)
-        assert_cells(found["similarity_evicted"][name], evicted)
-        assert_cells(found["similarity_truncated"]["2"][name], truncated)
-    whole = found["similarity_truncated"]["50"]  # keeps every token
-    for layer, row in zip(layers, whole["keys"], strict=True):
-        assert row == pytest.approx(found["similarity_full"]["keys"][layer], rel=1e-3)
+        assert_cells(getattr(found.similarity_full, name), full)
+        assert_cells(getattr(found.similarity_evicted, name), evicted)
+        assert_cells(getattr(found.similarity_truncated[2], name), truncated)
+    whole = found.similarity_truncated[50]  # keeps every token
+    for layer, row in zip(layers, whole.keys, strict=True):
+        assert row == pytest.approx(found.similarity_full.keys[layer], rel=1e-3)
 
 
 def test_magnitudes_are_mean_norms(
     talker: LatentReasoner, teacher: PreTrainedModel, encoder: TraceEncoder
 ) -> None:
     seen = view(teacher, encoder, truncation(layers=(0, 2)))
-    found = looked_into(talker, seen, encoder)["magnitudes"]
+    found = looked_into(talker, seen, encoder).magnitudes
     traces = [trace for batch in seen.batches for trace in batch.traces]
     for part, name in enumerate(("keys", "values")):
         passes: list[dict[tuple[int, int], list]] = [{}, {}, {}]
@@ -218,11 +219,11 @@ def test_magnitudes_are_mean_norms(
                         if place >= 0:
                             vector = norms[part][layer, h, first + place]
                             kept.setdefault((layer, slot), []).append(float(vector.norm()))
-        for iteration, cells in zip(found["iterations"], passes, strict=True):
-            assert_cells(iteration[name], cells)
-        assert_cells(found["teacher_full"][name], full)
-        assert_cells(found["teacher_truncated"]["50"][name], kept)
-        assert found["teacher_truncated"]["2"][name][1] == [None, None]  # no targets there
+        for iteration, cells in zip(found.iterations, passes, strict=True):
+            assert_cells(getattr(iteration, name), cells)
+        assert_cells(getattr(found.teacher_full, name), full)
+        assert_cells(getattr(found.teacher_truncated[50], name), kept)
+        assert getattr(found.teacher_truncated[2], name)[1] == [None, None]  # no targets there
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -277,34 +278,34 @@ def test_latents_and_kept_tokens_decode_side_by_side(
     talker: LatentReasoner, teacher: PreTrainedModel, encoder: TraceEncoder
 ) -> None:
     seen = view(teacher, encoder, truncation())
-    found = looked_into(talker, seen, encoder)["decoded"]
-    assert [shown["id"] for shown in found] == ["p0", "p1"]
+    found = looked_into(talker, seen, encoder).decoded
+    assert [shown.id for shown in found] == ["p0", "p1"]
     by_slot = positions(seen, M)
     tokenizer = encoder.tokenizer
     for i, (shown, trace) in enumerate(zip(found, seen.batches[0].traces, strict=False)):
-        assert "".join(shown["trace"]) == tokenizer.decode(trace.cot_ids)
-        assert (shown["question"], shown["answer"]) == (problems()[i].question, "5")
+        assert "".join(shown.trace) == tokenizer.decode(trace.cot_ids)
+        assert (shown.question, shown.answer) == (problems()[i].question, "5")
         ids = torch.tensor([trace.question_ids + trace.cot_ids])
         with torch.no_grad():
             next_tokens = teacher(ids).logits[0, len(trace.question_ids) :].softmax(-1)
         passes = naive_passes(talker, trace.question_ids)
-        for iteration, embeds in zip(shown["iterations"], passes, strict=True):
+        for iteration, embeds in zip(shown.iterations, passes, strict=True):
             with torch.no_grad():
                 logits = talker.decoder(inputs_embeds=embeds[None]).logits[0]
-            for slot, told in enumerate(iteration["slots"]):
+            for slot, told in enumerate(iteration.slots):
                 p = logits[len(trace.question_ids) + 1 + slot].softmax(-1)
                 best = p.topk(5)
-                assert [token for token, _ in told["student"]] == [
+                assert [token for token, _ in told.student] == [
                     tokenizer.decode([j]) for j in best.indices.tolist()
                 ]
-                assert [x for _, x in told["student"]] == pytest.approx(best.values.tolist(), 1e-3)
+                assert [x for _, x in told.student] == pytest.approx(best.values.tolist(), 1e-3)
                 places = Counter(x for x in by_slot[i][:, :, slot].flatten().tolist() if x >= 0)
                 most = max(places.values())
                 place = min(x for x, count in places.items() if count == most)
-                assert told["teacher_position"] == place
-                assert told["teacher_share"] == pytest.approx(most / sum(places.values()), 1e-3)
+                assert told.teacher_position == place
+                assert told.teacher_share == pytest.approx(most / sum(places.values()), 1e-3)
                 expected = next_tokens[place].topk(3)
-                assert [token for token, _ in told["teacher"]] == [
+                assert [token for token, _ in told.teacher] == [
                     tokenizer.decode([j]) for j in expected.indices.tolist()
                 ]
 
@@ -314,7 +315,7 @@ def test_latents_and_kept_tokens_decode_side_by_side(
 
 def answered(talker: LatentReasoner, encoder: TraceEncoder) -> list[Problem]:
     """Problems, every other of which the talker answers as the gold answer says."""
-    told = ask(talker, encoder.tokenizer, encoder, problems(), **ASKED)
+    told = ask(talker, encoder, problems(), **ASKED)
     return [
         replace(p, answer=said.answer or p.answer) if i % 2 else p
         for i, (p, said) in enumerate(zip(problems(), told, strict=True))
@@ -330,10 +331,10 @@ def test_a_latent_is_put_to_zero_mean_or_anothers(encoder: TraceEncoder, reasoni
     found = interventions(talker, encoder, asked, **ASKED)
     questions = encoder.encode_questions([p.question for p in asked])
     fed = torch.stack([naive_passes(talker, question)[-1][-M:] for question in questions])
-    assert found["n"] == 12
-    told = ask(talker, encoder.tokenizer, encoder, asked, **ASKED)
-    assert found["none"] == pytest.approx(100 * sum(p.correct for p in told) / 12)
-    assert found["none"] >= 50
+    assert found.n == 12
+    told = ask(talker, encoder, asked, **ASKED)
+    assert found.none == pytest.approx(100 * sum(p.correct for p in told) / 12)
+    assert found.none >= 50
     unchanged = [naive_answer(talker, question, 4, lambda _, z: z) for question in questions]
     ended = [len(written) for written in unchanged if written[-1] == encoder.eos]
     limit = max(ended, default=4)
@@ -354,8 +355,8 @@ def test_a_latent_is_put_to_zero_mean_or_anothers(encoder: TraceEncoder, reasoni
                 )
                 text = encoder.tokenizer.decode(written, skip_special_tokens=True).strip()
                 correct += text == asked[i].answer
-            assert found[kind][slot] == pytest.approx(100 * correct / 12), (kind, slot)
-    assert any(x != found["none"] for kind in others for x in found[kind])
+            assert getattr(found, kind)[slot] == pytest.approx(100 * correct / 12), (kind, slot)
+    assert any(x != found.none for kind in others for x in getattr(found, kind))
 
 
 # --- the whole ----------------------------------------------------------------------------------
@@ -374,12 +375,12 @@ def test_the_file_is_what_the_report_reads_and_no_batch_shows(
 ) -> None:
     asked = answered(talker, encoder)
     one = looked_into(talker, view(teacher, encoder, truncation(), 1), encoder, asked)
-    found = looked_into(talker, view(teacher, encoder, truncation(), 50), encoder, asked)
-    assert numbers_of(found) == pytest.approx(numbers_of(one), rel=1e-3, abs=1e-6)
-    write_insights(tmp_path / "insights.json", {"kava": found})
-    text = (tmp_path / "insights.json").read_text()
-    assert json.loads(text)["kava"] == found
-    insight = Insight.model_validate(found)
+    insight = looked_into(talker, view(teacher, encoder, truncation(), 50), encoder, asked)
+    plain, alone = (x.model_dump(mode="json") for x in (insight, one))
+    assert numbers_of(plain) == pytest.approx(numbers_of(alone), rel=1e-3, abs=1e-6)
+    write_finding(tmp_path / "insights.json", {"kava": insight}, spaced=False)
+    assert json.loads((tmp_path / "insights.json").read_text())["kava"] == plain
+    assert read_finding(Insights, tmp_path / "insights.json", "evaluate") == {"kava": insight}
     assert insight.records == 7 and len(insight.decoded) == 2
     assert insight.interventions is not None and len(insight.interventions.zero) == M
     flow = insight.attention
@@ -391,10 +392,9 @@ def test_the_file_is_what_the_report_reads_and_no_batch_shows(
                 assert row == [None] * len(row)
             else:
                 assert math.fsum(row) == pytest.approx(1, abs=1e-3)
-    assert all(float(f"{x:.5g}") == x for x in numbers_of(found))
+    assert all(float(f"{x:.5g}") == x for x in numbers_of(plain))
     none = looked_into(talker, view(teacher, encoder, truncation()), encoder)
-    assert none["interventions"] is None
-    assert Insight.model_validate(none).interventions is None
+    assert none.interventions is None
 
 
 def test_a_student_that_writes_the_last_steps_is_held_against_the_first_ones(
@@ -404,11 +404,11 @@ def test_a_student_that_writes_the_last_steps_is_held_against_the_first_ones(
     writer.config.answer_prompt_ids = []
     half = TraceEncoder(encoder.tokenizer, "equations", 0.5)
     found = looked_into(writer, view(teacher, half, truncation()), half)
-    kept, steps = found["decoded"][1]["trace"], problems()[1].steps
+    kept, steps = found.decoded[1].trace, problems()[1].steps
     assert len(steps) == 2 and "".join(kept) == steps[0]
-    last = found["attention"]["iterations"][-1]
+    last = found.attention.iterations[-1]
     assert [math.fsum(row) for row in last] == pytest.approx([1] * (M + 1), abs=1e-3)
-    assert math.fsum(found["attention"]["teacher_full"]) == pytest.approx(1, abs=1e-3)
+    assert math.fsum(found.attention.teacher_full) == pytest.approx(1, abs=1e-3)
 
 
 def test_traces_that_the_teacher_cannot_hold_are_passed_over() -> None:

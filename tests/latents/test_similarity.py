@@ -78,9 +78,9 @@ def test_similarity_is_the_mean_over_records_and_heads(
     found = slot_similarity(student, store, records=7, batch_size=3, advance=told.append)
     expected = naive(student, store, 7)
     assert told == [3, 3, 1]
-    assert found["records"] == 7 and found["layers"] == list(geometry.layers)
+    assert found.records == 7 and found.layers == list(geometry.layers)
     for name in ("keys", "values"):
-        assert_close(found[name], expected[name])
+        assert_close(getattr(found, name), expected[name])
 
 
 @pytest.mark.parametrize("codec", [FLOAT32, Codec.from_bits(keys=8, values=4, endpoint=8)],
@@ -91,10 +91,10 @@ def test_only_the_first_records_count_and_no_batch_shows(tmp_path: Path, codec: 
     expected = naive(student, store, 5)
     for batch_size in (1, 2, 50):
         found = slot_similarity(student, store, records=5, batch_size=batch_size)
-        assert found["records"] == 5
+        assert found.records == 5
         for name in ("keys", "values"):
-            assert_close(found[name], expected[name])
-    assert slot_similarity(student, store, records=99, batch_size=4)["records"] == 7
+            assert_close(getattr(found, name), expected[name])
+    assert slot_similarity(student, store, records=99, batch_size=4).records == 7
 
 
 def test_a_slot_that_no_record_fills_has_no_similarity(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_slot_that_no_record_fills_has_no_similarity(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", traces)
     found = slot_similarity(toy_student().eval(), store, records=5, batch_size=2)
     for name in ("keys", "values"):
-        for row in found[name]:
+        for row in getattr(found, name):
             assert row[2:] == [None, None] and all(isinstance(x, float) for x in row[:2])
 
 
@@ -141,4 +141,4 @@ def test_a_cache_is_entirely_similar_to_itself(tmp_path: Path) -> None:
     )
     found = slot_similarity(student, TargetsStore.open(folder), records=1, batch_size=1)
     for name in ("keys", "values"):
-        assert_close(found[name], [[1.0] * 4] * 3)
+        assert_close(getattr(found, name), [[1.0] * 4] * 3)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from kava_core.distill.student import student_terms
 
 from kava_core.distill.batches import TargetsDataset, writes_rest
 from kava_core.distill.match import Match
-from kava_core.distill.student import student_terms
-from kava_core.evaluation.accuracy import ask
+from kava_core.evaluation.asking import ask
 from kava_core.evaluation.perplexity import gold_nll
 from kava_core.models.students import open_student
 from kava_core.models.teacher_pass import TeacherPass
@@ -96,7 +96,7 @@ def test_the_gold_answer_is_behind_the_latents_and_what_was_written() -> None:
     student = make_talker(encoder)
     student.config.answer_prompt_ids = []
     todo = [replace(p, answer=str(i)) for i, p in enumerate(problems())]
-    predictions = ask(student, encoder.tokenizer, encoder, todo, batch_size=5, max_new_tokens=6)
+    predictions = ask(student, encoder, todo, batch_size=5, max_new_tokens=6)
     found = gold_nll(student, encoder, todo, predictions, batch_size=5)
     for problem, prediction, row in zip(todo, predictions, found, strict=True):
         ids = torch.tensor(encoder.encode_questions([problem.question]))

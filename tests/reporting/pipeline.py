@@ -15,7 +15,11 @@ import pyarrow.parquet as pq
 import torch
 
 from kava_core.artefacts import write_json
-from kava_core.fidelity.results import Cell, Result, write_results
+from kava_core.fidelity.grid import Cell
+from kava_core.fidelity.results import costs_of, write_results
+from kava_core.fidelity.trial import Result
+from kava_core.findings.base import write_finding
+from kava_core.findings.fidelity import BatchCost, CachedAnswer
 from kava_core.record import Record
 from kava_core.store import Geometry, write_targets_shard
 from tests.store.make import finish, make_spec
@@ -33,6 +37,7 @@ SYSTEMS: dict[str, tuple[tuple[float, float, float], float, float, float]] = {
 }
 WEIGHTS = {"kava": (1.0, 1.0), "codi": (0.0, 1.0), "pccot": (0.0, 0.0)}
 STUDENTS = ["kava", "codi", "pccot", "no-cot", "no-cot-equal-time"]
+MACHINE = {"processor": "a <fast> one", "cores": "2"}
 TRAINING = {"steps": 1000, "batch_size": 64, "accumulation": 1, "seed": 0}
 
 
@@ -66,9 +71,9 @@ def make_pipeline(
     digest = _targets(made.folder / "kv_targets", records)
     _evaluation(made.folder / "evaluation", problems, test_sets)
     write_json(made.folder / "evaluation/interpretability.json", _insights())
-    _fidelity(made.folder / "fidelity")
+    _fidelity(made.folder)
     for student in STUDENTS:
-        _student(made.folder / "students" / student, student, digest)
+        _student(made.folder, student, digest)
     _write(made.folder / "teacher/teacher.json", {"settings": {"training": TRAINING}})
     _curves(made.folder / "curves/teacher", {"loss": (5.0, 0.02), "loss_chain": (5.0, 0.02)})
     _write(
@@ -80,7 +85,10 @@ def make_pipeline(
         made.folder / "problems/metrics.json",
         {"train": counts, "validation": counts, "dropped": {}},
     )
-    _write(made.folder / "test_sets/metrics.json", {"test_sets": {"test": counts}, "dropped": {}})
+    _write(
+        made.folder / "test_sets/metrics.json",
+        {"test_sets": dict.fromkeys(["test", *test_sets[1:]], counts), "dropped": {}, "leaked": {}},
+    )
     _write(
         made.folder / "test_sets/test_sets.json",
         {"traces": "equations", "settings": {"source": {"name": "synthetic"}, "seed": 7}},
@@ -95,8 +103,19 @@ def _evaluation(folder: Path, problems: int, test_sets: Sequence[str]) -> None:
     for test_set in test_sets:
         asked, metrics[test_set], differences[test_set] = _answers(test_set, problems)
         rows += asked
-    _write(folder / "metrics.json", metrics)
+    write_finding(folder / "metrics.json", metrics)
     write_json(folder / "comparisons.json", differences)
+    costs = {
+        system: {
+            "seconds_per_problem": milliseconds / 1000,
+            "peak_memory_mb": 12.5 if system.startswith("teacher") else 25.5,
+        }
+        for system, (_, _, _, milliseconds) in SYSTEMS.items()
+    }
+    write_finding(
+        folder.parent / "measured/evaluation.json",
+        {"hardware": MACHINE, "systems": dict.fromkeys(test_sets, costs)},
+    )
     pq.write_table(pa.Table.from_pylist(rows), folder / "predictions.parquet")
     rng = random.Random(0)
     cells: dict[str, Any] = {"keys": _grid(rng, 2, 8), "values": _grid(rng, 2, 8)}
@@ -113,7 +132,7 @@ def _answers(
     """Rows of predictions, metrics and differences of one test set."""
     rows, metrics = [], {}
     correct: dict[str, list[bool]] = {}
-    for system, (accuracy, passes, tokens, milliseconds) in SYSTEMS.items():
+    for system, (accuracy, passes, tokens, _) in SYSTEMS.items():
         rng = random.Random(test_set + system)
         marks: dict[int, list[bool]] = {}
         for i in range(problems):
@@ -137,7 +156,10 @@ def _answers(
                     "correct": answer == gold,
                     "passes": round(passes),
                     "tokens": round(tokens),
-                    "seconds": milliseconds / 1000,
+                    "nll": 0.5,
+                    "answer_tokens": 2,
+                    "operations": ["+"],
+                    "trace_tokens": 12,
                 }
             )
         right = sum(map(sum, marks.values()))
@@ -149,9 +171,7 @@ def _answers(
             "n": problems,
             "forward_passes": passes,
             "tokens": tokens,
-            "seconds_per_problem": milliseconds / 1000,
             "perplexity": 1.0 + 40 * (1 - share),
-            "peak_memory_mb": 12.5 if system.startswith("teacher") else 25.5,
             "by_steps": {str(n): _score(m) for n, m in marks.items()},
             "by_operation": {"+": _score(marks[2] + marks[3]), "−": _score(marks[4])},
             "by_trace_length": {"9-16": _score(marks[2]), "17-32": _score(marks[3] + marks[4])},
@@ -206,6 +226,7 @@ def _insights() -> dict[str, Any]:
                             "student": tokens(rng.choice(words)),
                             "teacher": [] if place is None else tokens(trace[place + 1]),
                             "teacher_position": place,
+                            "teacher_share": 0.0 if place is None else 0.75,
                         }
                         for place in kept
                     ]
@@ -227,10 +248,13 @@ def _insights() -> dict[str, Any]:
             "decoded": decoded,
             "similarity_evicted": {"layers": [0, 1], **maps(8)},
             "similarity_full": {"layers": [0, 1], **maps(8)},
+            "similarity_truncated": {"8": {"layers": [0, 1], **maps(8)}},
             "attention": {
                 "sources": [*(f"latent {i}" for i in range(8)), "answer"],
                 "targets": [*parts, "latents"],
                 "iterations": [_grid(rng, 9, 5, 0.4) for _ in range(3)],
+                "teacher_full": [0.2] * 5,
+                "teacher_truncated": {"8": [0.2] * 5},
             },
             "magnitudes": {
                 "iterations": [maps(8, 12.0) for _ in range(3)],
@@ -252,7 +276,7 @@ def _insights() -> dict[str, Any]:
 
 def _fidelity(folder: Path) -> None:
     """The fidelity stage's own files, of made-up answers: more slots, more of them right."""
-    folder.mkdir()
+    (folder / "fidelity").mkdir()
     results = []
     grid = [
         (policy, m, bits) for policy in ("rkv", "random") for m in (2, 4, 8, 16) for bits in (16, 4)
@@ -261,41 +285,52 @@ def _fidelity(folder: Path) -> None:
         slots = {"full": 32, "none": 0}.get(cell.policy, cell.budget or 0)
         need = 3.0 if cell.policy == "random" else 2.0
         answers = [
-            {
-                "id": f"validation-{i:03d}",
-                "n_steps": 2 + i % 3,
-                "correct": i % 20 < 20 * slots / (need * (2 + i % 3)),
-                "nll": 0.5,
-                "kl": 0.1,
-                "answer_tokens": 3,
-                "tokens_kept": float(slots),
-                "bytes": 100 * slots,
-            }
+            CachedAnswer(
+                id=f"validation-{i:03d}",
+                n_steps=2 + i % 3,
+                topic="farm",
+                cot_tokens=32,
+                policy=cell.policy,
+                budget=cell.budget,
+                keys_bits=cell.keys_bits,
+                values_bits=cell.values_bits,
+                text="7",
+                answer="7",
+                gold="7",
+                correct=i % 20 < 20 * slots / (need * (2 + i % 3)),
+                nll=0.5,
+                kl=0.1,
+                answer_tokens=3,
+                tokens_kept=float(slots),
+                bytes=100 * slots,
+            )
             for i in range(60)
         ]
         costs = [
-            {
-                "problems": 20,
-                "n_steps": n,
-                "seconds_per_problem": (0.2 + 0.01 * slots + 0.05 * n) / 1000,
-                "peak_memory_bytes": None,
-            }
+            BatchCost(
+                problems=20,
+                n_steps=n,
+                seconds_per_problem=(0.2 + 0.01 * slots + 0.05 * n) / 1000,
+                peak_memory_bytes=None,
+            )
             for n in (2, 3, 4)
         ]
         results.append(Result(cell, answers, costs))
-    write_results(folder, results, split="validation", within=2.0)
+    write_results(folder / "fidelity", results, split="validation", within=2.0)
+    write_finding(folder / "measured/fidelity.json", costs_of(results, MACHINE))
 
 
 def _student(folder: Path, name: str, digest: str) -> None:
     alpha_kv, alpha_codi = WEIGHTS.get(name, (0.0, 0.0))
-    reasoning = "jacobi" if name in WEIGHTS else "none"
+    longer = name == "no-cot-equal-time"
     _write(
-        folder / "student.json",
+        folder / "students" / name / "student.json",
         {
             "name": name,
             "settings": {
-                "training": TRAINING,
-                "reasoning": reasoning,
+                "training": {**TRAINING, "steps": 2300 if longer else 1000},
+                "reads": "kv_targets" if name in WEIGHTS else "problems",
+                "reasoning": "jacobi",
                 "iterations": 3,
                 "alpha_kv": alpha_kv,
                 "alpha_codi": alpha_codi,

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
+from kava_core.findings.base import write_finding
 from stages.compare import compare
 from tests.reporting.pipeline import Pipeline, make_pipeline
 from tests.reporting.test_report import Elements
@@ -25,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metrics = read_json(data / "two/evaluation/metrics.json")
     del metrics["synthetic"]["codi"]
     metrics["synthetic"]["kava"].update(exact_match=99.9, ci95=[99.0, 100.0])
-    write_json(data / "two/evaluation/metrics.json", metrics)
+    write_finding(data / "two/evaluation/metrics.json", metrics)
     student = read_json(data / "two/students/kava/student.json")
     student["settings"]["alpha_kv"] = 0.25
     write_json(data / "two/students/kava/student.json", student)
@@ -64,6 +65,7 @@ def test_json_has_the_numbers_and_where_the_settings_differ(data: Path, tmp_path
         for name, by_pipeline in found["test_sets"]["synthetic"].items()
     } == {name: score["exact_match"] for name, score in metrics.items()}
     assert list(found["test_sets"]["synthetic"]["codi"]) == ["one"]
+    assert found["test_sets"]["synthetic"]["kava"]["one"]["seconds_per_problem"] == 0.0033
     assert found["settings"] == {"students.kava.alpha_kv": {"one": 1.0, "two": 0.25}}
     assert page.is_file()
 
@@ -103,6 +105,27 @@ def test_folders_evaluations_and_experiments_stand_for_pipelines(
     found = json.loads(run(data, "one", str(tmp_path / "kept"), "--json").stdout)
     assert list(found["evaluations"]) == ["one", "kept"]
     assert found["settings"]["students.kava.alpha_kv"] == {"one": 1.0, "kept": None}
+    kava = found["test_sets"]["synthetic"]["kava"]
+    assert "seconds_per_problem" in kava["one"] and "seconds_per_problem" not in kava["kept"]
+
+
+def test_wall_clock_is_shown_where_it_lies_beside_the_evaluation(
+    data: Path, tmp_path: Path
+) -> None:
+    text = run(data, "one", "two").output
+    assert "33.4 passes, 14.2 ms" in text
+    for name in ("one", "two"):
+        shutil.copytree(data / name / "evaluation", tmp_path / name)
+    text = run(data, str(tmp_path / "one"), str(tmp_path / "two")).output
+    assert "33.4 passes" in text and ".2 ms" not in text
+
+
+def test_a_student_that_is_no_longer_asked_differs_in_nothing(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    left = tmp_path / "data/two/students/left"
+    shutil.copytree(left.parent / "kava", left)
+    found = json.loads(run(tmp_path / "data", "one", "two", "--json").stdout)
+    assert list(found["settings"]) == ["students.kava.alpha_kv"]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kava_core.findings.latents import LayerMaps
 from kava_core.reporting.figures import gradient_shares, loss_curves, trace_lengths
 from kava_core.reporting.heatmaps import heatmap, limits_of
-from kava_core.reporting.inputs import Curve, Targets
-from kava_core.reporting.insights import LayerMaps, slot_maps
+from kava_core.reporting.inputs import Curve, TargetsOverview
+from kava_core.reporting.insights import slot_maps
 from kava_core.reporting.style import COLOURS, KNOWN, colours_of, spread
 
 VALUES = st.lists(st.floats(0, 100), min_size=1, max_size=8)
@@ -102,7 +103,7 @@ def test_few_cells_have_their_numbers_and_marked_ones_a_frame() -> None:
 
 @pytest.mark.parametrize("lengths", [[7], [1, 2, 5000], list(range(1, 200))])
 def test_any_lengths_make_a_histogram(lengths: list[int]) -> None:
-    targets = Targets(None, np.array(lengths), 4, 6, 0.5)  # type: ignore[arg-type]
+    targets = TargetsOverview(None, np.array(lengths), 4, 6, 50.0)  # type: ignore[arg-type]
     figure = trace_lengths(targets)
     assert "budget M = 4 to 6" in figure.svg
     assert "50.0 %" in figure.caption

@@ -16,14 +16,14 @@ from rich.console import Console
 
 from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
+from kava_core.findings.base import write_finding
+from kava_core.findings.evaluation import Difference
 from kava_core.reporting.examples import choose_examples
-from kava_core.reporting.inputs import Findings, Training, read_findings
+from kava_core.reporting.inputs import PipelineFindings, read_findings
 from kava_core.reporting.page import compare, readable_bytes, write_report
 from kava_core.reporting.systems import headline, systems_of
 from kava_core.reporting.terminal import comparison_table
 from tests.reporting.pipeline import TRAINING, Pipeline, make_pipeline
-
-TEACHER = Training.model_validate(TRAINING)
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +39,28 @@ def own(made: Pipeline, tmp_path: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def findings(made: Pipeline) -> Findings:
-    return read_findings(made.folder, made.students, made.log)
+def findings(made: Pipeline) -> PipelineFindings:
+    return read_findings(made.folder, made.students)
 
 
 @pytest.fixture(scope="module")
-def page(findings: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(findings: PipelineFindings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(findings, tmp_path_factory.mktemp("page"))
 
 
-def build(findings: Findings, folder: Path) -> Path:
+def build(findings: PipelineFindings, folder: Path) -> Path:
     write_report(
         folder,
         findings,
-        compare(findings, TEACHER),
+        compare(findings),
         title="A title",
         pipeline="made",
         settings={"teacher": {"model": "scratch", "training": TRAINING}},
-        hardware={"processor": "a <fast> one"},
     )
     return folder
 
 
-def bare(findings: Findings) -> Findings:
+def bare(findings: PipelineFindings) -> PipelineFindings:
     """Without the drawings that take longest."""
     students = {name: replace(s, curves={}) for name, s in findings.students.items()}
     return replace(
@@ -70,7 +69,7 @@ def bare(findings: Findings) -> Findings:
         teacher_curves={},
         students=students,
         insights={},
-        truncation=None,
+        grid=None,
     )
 
 
@@ -98,8 +97,8 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_systems_stand_between_the_two_ways_to_ask_the_teacher(findings: Findings) -> None:
-    systems = systems_of(findings, "synthetic", TEACHER)
+def test_systems_stand_between_the_two_ways_to_ask_the_teacher(findings: PipelineFindings) -> None:
+    systems = systems_of(findings, "synthetic")
     assert systems[0].name == "teacher-cot"
     assert systems[-1].name == "teacher-no-cot"
     middle = [s.score.exact_match for s in systems[1:-1]]
@@ -109,9 +108,11 @@ def test_systems_stand_between_the_two_ways_to_ask_the_teacher(findings: Finding
     assert kava.taught == "answer + 1 × KV + 1 × CODI"
 
 
-def test_the_gap_is_measured_from_no_cot_to_the_chain_of_thought(findings: Findings) -> None:
-    systems = systems_of(findings, "synthetic", TEACHER)
-    gap = headline(systems)
+def test_the_gap_is_measured_from_no_cot_to_the_chain_of_thought(
+    findings: PipelineFindings,
+) -> None:
+    systems = systems_of(findings, "synthetic")
+    gap = headline(systems, findings.differences["synthetic"])
     assert gap is not None and gap.share is not None
     accuracy = {s.name: s.score.exact_match for s in systems}
     best = max(accuracy[name] for name in ("kava", "codi", "pccot"))
@@ -123,28 +124,76 @@ def test_the_gap_is_measured_from_no_cot_to_the_chain_of_thought(findings: Findi
 @pytest.mark.parametrize(
     ("latent", "cot", "words"),
     [
-        (20.0, 90.0, "below the start of the way"),
-        (50.0, 30.0, "there is no way up"),
-        (30.0, 90.0, "0 % of the way"),
-        (90.0, 90.0, "100 % of the way"),
+        (20.0, 90.0, "kava is below the start of the way"),
+        (50.0, 30.0, "There is no way up"),
+        (30.0, 90.0, "kava is 0 % of the way"),
+        (90.0, 90.0, "kava is 100 % of the way"),
     ],
 )
 def test_a_gap_that_is_not_climbed_is_said_so(
     own: Pipeline, latent: float, cot: float, words: str
 ) -> None:
-    change_metrics(
-        own,
-        {
-            "kava": score(latent),
-            "no-cot": score(30.0),
-            "teacher-cot": score(cot),
-        },
-    )
+    change_metrics(own, {"kava": score(latent), "no-cot": score(30.0), "teacher-cot": score(cot)})
     found = read_findings(own.folder, own.students)
-    gap = headline(systems_of(found, "synthetic", None))
+    gap = headline(systems_of(found, "synthetic"), {})
     assert gap is not None
     assert words in gap.sentence
-    assert ("overlaps" in gap.sentence) == (latent == 30.0)
+
+
+@pytest.mark.parametrize(
+    ("equal_steps", "equal_time", "ahead", "words"),
+    [
+        (36.5, 80.2, "no-cot-equal-time", "No-CoT is ahead: no-cot-equal-time answers 80.2 %"),
+        (36.5, 40.0, "kava", "Latents are ahead: kava answers 50.6 %"),
+        (36.5, 50.0, None, "Latents and No-CoT cannot be told apart: kava"),
+        (60.0, 50.0, "no-cot", "No-CoT is ahead: no-cot answers 60.0 %"),
+    ],
+)
+def test_it_leads_with_who_is_ahead_against_every_student_without_latents(
+    own: Pipeline, equal_steps: float, equal_time: float, ahead: str | None, words: str
+) -> None:
+    """As the quickstart's students: the interval of a difference is 4 points wide here."""
+    systems = {
+        "kava": score(50.6),
+        "codi": score(40.0),
+        "no-cot": score(equal_steps),
+        "no-cot-equal-time": score(equal_time),
+        "teacher-cot": score(100.0),
+    }
+    change_metrics(own, systems)
+    found = read_findings(own.folder, own.students)
+    differences = {
+        name: Difference(
+            difference=50.6 - other,
+            ci95=(48.6 - other, 52.6 - other),
+            p_value=0.5,
+        )
+        for name, other in (("no-cot", equal_steps), ("no-cot-equal-time", equal_time))
+    }
+    lead = headline(systems_of(found, "synthetic"), {"kava": differences})
+    assert lead is not None and lead.ahead == ahead
+    assert lead.lead.startswith(words) and lead.sentence.startswith(lead.lead)
+    assert [v.rival.name for v in lead.duels] == ["no-cot", "no-cot-equal-time"]
+    assert [v.equal_steps for v in lead.duels] == [True, False]
+    assert f"In equal steps, no-cot ({equal_steps:.1f} %)" in lead.sentence
+    assert (
+        f"Trained for 2,300 steps, and kava for 1,000, no-cot-equal-time ({equal_time:.1f} %)"
+        in lead.sentence
+    )
+    other = f"is {abs(50.6 - equal_time):.1f} points {'ahead' if equal_time > 50.6 else 'behind'}"
+    assert (other in lead.sentence) == (equal_time != 50.0)
+    assert lead.baseline.name == "no-cot"
+
+
+def test_without_a_student_without_latents_nobody_is_said_to_be_ahead(own: Pipeline) -> None:
+    change_metrics(
+        own, {"kava": score(50.0), "teacher-cot": score(90.0), "teacher-no-cot": score(10.0)}
+    )
+    found = read_findings(own.folder, ["kava"])
+    lead = headline(systems_of(found, "synthetic"), {})
+    assert lead is not None and lead.ahead is None and lead.duels == []
+    assert "no student was trained without latents" in lead.lead
+    assert "kava is 50 % of the way from teacher-no-cot" in lead.sentence
 
 
 def test_any_subset_of_systems_under_any_names_makes_a_page(own: Pipeline, tmp_path: Path) -> None:
@@ -164,7 +213,7 @@ def test_any_subset_of_systems_under_any_names_makes_a_page(own: Pipeline, tmp_p
 def test_several_test_sets_have_a_table_and_figures_each(own: Pipeline, tmp_path: Path) -> None:
     path = own.folder / "evaluation/metrics.json"
     metrics = json.loads(path.read_text())
-    write_json(path, {**metrics, "other": metrics["synthetic"]})
+    write_finding(path, {**metrics, "other": metrics["synthetic"]})
     (tmp_path / "page").mkdir()
     folder = build(bare(read_findings(own.folder, own.students)), tmp_path / "page")
     assert {p.name for p in folder.glob("accuracy-by-*.png")} == {
@@ -184,7 +233,8 @@ def test_the_page_needs_nothing_but_itself(page: Path) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href", "xlink:href"):
-                local = value is not None and value.startswith(("#", "data:image/png;base64,"))
+                inside = ("#", "data:image/png;base64,", "../costs/index.html")
+                local = value is not None and value.startswith(inside)
                 assert local or (page / str(value)).is_file(), (tag, value)
     assert "url(http" not in html and "@import" not in html
     assert tags.count("svg") == len(list(page.glob("*.png"))) == 17
@@ -213,12 +263,54 @@ def test_equal_findings_give_equal_bytes(made: Pipeline, page: Path, tmp_path: P
 
     matplotlib.rcParams["font.size"] = 40  # somebody's own settings must not matter
     try:
-        again = build(read_findings(made.folder, made.students, made.log), tmp_path)
+        again = build(read_findings(made.folder, made.students), tmp_path)
     finally:
         matplotlib.rcdefaults()
     assert {p.name for p in again.iterdir()} == {p.name for p in page.iterdir()}
     for file in page.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
+
+
+def test_nothing_measured_is_in_the_report(made: Pipeline, own: Pipeline, tmp_path: Path) -> None:
+    """Another machine, slower and elsewhere, makes the same report of the same answers."""
+    for name in ("evaluation", "fidelity"):
+        (own.folder / "measured" / f"{name}.json").write_text("{}")
+    own.log.unlink()
+    folders = []
+    for which, pipeline in enumerate((made, own)):
+        (tmp_path / str(which)).mkdir()
+        found = read_findings(pipeline.folder, pipeline.students)
+        folders.append(build(bare(found), tmp_path / str(which)))
+    for file in folders[0].iterdir():
+        assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name
+    words = ("seconds", " ms", "memory")
+    for name in ("index.html", "summary.json"):
+        text = re.sub(
+            r"<svg.*?</svg>|<style>.*?</style>", "", (folders[0] / name).read_text(), flags=re.S
+        )
+        assert [w for w in words if w in text.replace("Seconds and memory are in", "")] == [], name
+
+
+def test_losses_of_whatever_students_there_are_are_rows_for_dvc(
+    findings: PipelineFindings, page: Path
+) -> None:
+    rows = json.loads((page / "losses.json").read_text())
+    assert {row["student"] for row in rows} == set(findings.students)
+    curve = findings.students["codi"].curves["loss_answer"]
+    assert [(r["step"], r["loss"]) for r in rows if r["student"] == "codi"] == list(
+        zip(curve.steps, curve.values, strict=True)
+    )
+
+
+def test_the_summary_says_who_is_ahead(findings: PipelineFindings, page: Path) -> None:
+    found = json.loads((page / "summary.json").read_text())["test_sets"]["synthetic"]
+    lead = compare(bare(findings))[0].headline
+    assert lead is not None
+    assert found["ahead"] == lead.ahead and found["gap_share"] == lead.share
+    assert found["against"] == {
+        v.rival.name: pytest.approx(lead.best.score.exact_match - v.rival.score.exact_match)
+        for v in lead.duels
+    }
 
 
 def test_questions_and_answers_are_text_whatever_they_contain(
@@ -240,41 +332,17 @@ def test_questions_and_answers_are_text_whatever_they_contain(
     assert "{{ 7 * 7 }}" in html and "&lt;script&gt;" in html
 
 
-def test_the_run_log_is_apart_and_may_be_missing(
-    made: Pipeline, own: Pipeline, tmp_path: Path
-) -> None:
-    own.log.write_text(
-        own.log.read_text()
-        + '{"stage": "evict", "seconds": 600, "started": "2026-02-02T00:00:00", "host": "b"}\n'
-        + '{"stage": "tea'
-    )
-    runs = read_findings(own.folder, own.students, own.log).runs
-    assert [r.stage for r in runs][:5] == [
-        "prepare",
-        "teacher",
-        "generate",
-        "evict",
-        "distill kava",
-    ]
-    assert next(r for r in runs if r.stage == "evict").seconds == 600
-    without = read_findings(made.folder, made.students, tmp_path / "none.jsonl")
-    assert without.runs == []
-    html = (build(bare(without), tmp_path) / "index.html").read_text()
-    assert "started (UTC)" not in html and "processor" in html
-
-
-def test_engagement_counts_heads_that_lose_tokens(findings: Findings) -> None:
+def test_engagement_counts_the_places_that_lose_tokens(findings: PipelineFindings) -> None:
     targets = findings.targets
     assert (targets.smallest, targets.largest) == (8, 8)
-    # All layers and heads of a record keep equally many here.
     assert targets.engaged_percent == pytest.approx(100 * (targets.lengths > 8).mean())
     assert 0 < targets.engaged_percent < 100
 
 
-def test_examples_show_agreement_of_every_kind(findings: Findings) -> None:
-    systems = systems_of(findings, "synthetic", TEACHER)
+def test_examples_show_agreement_of_every_kind(findings: PipelineFindings) -> None:
+    systems = systems_of(findings, "synthetic")
     order = [s.name for s in systems]
-    gap = headline(systems)
+    gap = headline(systems, findings.differences["synthetic"])
     assert gap is not None
     examples = choose_examples(findings.predictions, order, gap)
     assert len({e.id for e in examples}) == len(examples) == 5
@@ -285,17 +353,20 @@ def test_examples_show_agreement_of_every_kind(findings: Findings) -> None:
     assert backwards == examples
 
 
-def test_the_table_fits_a_terminal_of_80_columns(findings: Findings) -> None:
-    systems = systems_of(findings, "synthetic", TEACHER)
+def test_the_table_fits_a_terminal_of_80_columns(findings: PipelineFindings) -> None:
+    systems = systems_of(findings, "synthetic")
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(comparison_table("Made", systems, headline(systems)))
+    gap = headline(systems, findings.differences["synthetic"])
+    console.print(comparison_table("Made", systems, gap))
     text = console.export_text()
     for system in systems:
         line = next(line for line in text.splitlines() if line.startswith(f"{system.name} "))
         assert f"{system.score.exact_match:.1f} %" in line
         assert f"{system.score.ci95[0]:.1f} to {system.score.ci95[1]:.1f}" in line
-        assert "1,000" in line
+        assert "1,000" in line or (system.name == "no-cot-equal-time" and "2,300" in line)
     assert "…" not in text
+    assert gap is not None and gap.lead in " ".join(text.split())
+    assert text.index("ahead") < text.index("teacher-cot ")
     assert "of the way from no-cot" in " ".join(text.split())
 
 
@@ -306,12 +377,13 @@ def test_the_table_fits_a_terminal_of_80_columns(findings: Findings) -> None:
         ("evaluation/similarity.json", "evaluate"),
         ("evaluation/comparisons.json", "evaluate"),
         ("fidelity/metrics.json", "fidelity"),
-        ("fidelity/timings.json", "fidelity"),
         ("evaluation/predictions.parquet", "evaluate"),
         ("kv_targets", "evict"),
         ("students/codi/student.json", "distill codi"),
         ("teacher/metrics.json", "teacher"),
+        ("teacher/teacher.json", "teacher"),
         ("problems/metrics.json", "prepare"),
+        ("test_sets/metrics.json", "prepare"),
         ("test_sets/test_sets.json", "prepare"),
     ],
 )
@@ -329,7 +401,7 @@ def test_a_missing_file_is_named_with_its_stage(own: Pipeline, file: str, stage:
         ("evaluation/metrics.json", {"t": {"kava": {"n": 3}}}, "t → kava → exact_match"),
         ("evaluation/metrics.json", [1], "found"),
         ("evaluation/comparisons.json", {"t": {"kava": {"codi": 3}}}, "t → kava → codi"),
-        ("evaluation/interpretability.json", {"kava": {"records": 3}}, "kava → decoded"),
+        ("evaluation/interpretability.json", {"kava": {"records": 3}}, "kava → question_parts"),
         ("fidelity/metrics.json", {"split": "test"}, "within: Field required"),
         (
             "evaluation/similarity.json",
@@ -340,7 +412,7 @@ def test_a_missing_file_is_named_with_its_stage(own: Pipeline, file: str, stage:
         (
             "students/kava/student.json",
             {
-                "settings": {"training": TRAINING, "reasoning": "jacobi"},
+                "settings": {"training": TRAINING, "reads": "kv_targets"},
                 "fingerprints": {"kv_targets": "f" * 64},
             },
             "student kava was made from the targets ffffffffffff…",
@@ -377,9 +449,7 @@ def score(accuracy: float) -> dict[str, Any]:
         "n": 60,
         "forward_passes": 3.0,
         "tokens": 3.0,
-        "seconds_per_problem": 0.002,
         "perplexity": 1.5,
-        "peak_memory_mb": 20.0,
         "by_steps": {"2": {"exact_match": accuracy, "n": 60}},
         "by_operation": {"+": {"exact_match": accuracy, "n": 60}},
         "by_trace_length": {"1-8": {"exact_match": accuracy, "n": 60}},
@@ -387,4 +457,4 @@ def score(accuracy: float) -> dict[str, Any]:
 
 
 def change_metrics(made: Pipeline, systems: dict[str, Any]) -> None:
-    write_json(made.folder / "evaluation/metrics.json", {"synthetic": systems})
+    write_finding(made.folder / "evaluation/metrics.json", {"synthetic": systems})

@@ -11,29 +11,30 @@ import pytest
 
 from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
-from kava_core.reporting.inputs import Findings, read_findings
-from kava_core.reporting.insights import read_insights
+from kava_core.findings.base import read_finding, write_finding
+from kava_core.findings.latents import Insights
+from kava_core.reporting.inputs import PipelineFindings, read_findings
 from kava_core.reporting.page import compare, summary
 from kava_core.reporting.systems import headline, systems_of
-from kava_core.reporting.truncation import accuracy_by_budget, read_truncation, truncation_maps
+from kava_core.reporting.truncation import accuracy_by_budget, accuracy_maps, by_width, read_grid
 from kava_core.reporting.worked import visible, work_through
 from tests.reporting.pipeline import Pipeline, make_pipeline
-from tests.reporting.test_report import TEACHER, build
+from tests.reporting.test_report import build
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     data = tmp_path_factory.mktemp("made") / "data"
-    return make_pipeline(data, test_sets=("svamp", "synthetic"))
+    return make_pipeline(data, test_sets=("synthetic", "svamp"))
 
 
 @pytest.fixture(scope="module")
-def findings(made: Pipeline) -> Findings:
+def findings(made: Pipeline) -> PipelineFindings:
     return read_findings(made.folder, made.students)
 
 
 @pytest.fixture(scope="module")
-def page(findings: Findings, tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(findings: PipelineFindings, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = build(findings, tmp_path_factory.mktemp("page"))
     return (folder / "index.html").read_text()
 
@@ -43,9 +44,9 @@ def text_of(page: str) -> str:
 
 
 def test_every_test_set_has_its_comparison_and_the_own_one_is_first(
-    findings: Findings, page: str
+    findings: PipelineFindings, page: str
 ) -> None:
-    comparisons = compare(findings, TEACHER)
+    comparisons = compare(findings)
     assert [c.test_set for c in comparisons] == ["synthetic", "svamp"]
     assert {p.test_set for p in findings.predictions} == {"synthetic", "svamp"}
     for name in ("synthetic", "svamp"):
@@ -56,7 +57,7 @@ def test_every_test_set_has_its_comparison_and_the_own_one_is_first(
 
 
 def test_differences_are_shown_with_their_interval_and_clear_ones_are_bold(
-    findings: Findings, page: str
+    findings: PipelineFindings, page: str
 ) -> None:
     found = findings.differences["synthetic"]["kava"]["no-cot"]
     assert found.clear == (found.ci95[0] > 0 or found.ci95[1] < 0)
@@ -74,7 +75,7 @@ def test_differences_are_shown_with_their_interval_and_clear_ones_are_bold(
 def test_the_policy_that_needs_fewest_slots_is_shown_with_its_sweet_spots(
     made: Pipeline, page: str
 ) -> None:
-    found = read_truncation(made.folder / "fidelity")
+    found = read_grid(made.folder / "fidelity")
     assert found is not None
     assert (found.policy, found.bits, found.budgets, found.steps) == (
         "rkv",
@@ -93,12 +94,20 @@ def test_the_policy_that_needs_fewest_slots_is_shown_with_its_sweet_spots(
         ]
         assert found.metrics.recommended_by_steps[n]["rkv"]["16"] == min(near)
     assert f"M = {found.spot} slots per layer and head are enough" in text_of(page)
-    maps = truncation_maps(found)
-    for label in ("budget M (slots per layer and head)", "(%)", "(ms)", "4 steps", "none", "full"):
+    maps = accuracy_maps(found)
+    labels = ["budget M (slots per layer and head)", "4 steps", "none", "full"]
+    for label in [*labels, "rkv, 16 bits", "rkv, 4 bits", "random, 16 bits", "random, 4 bits"]:
         assert label in maps.svg
-    assert maps.svg.count("var(--series-2)") == 2 * len(found.steps)  # a frame in either map
+    assert found.series == [("rkv", "16"), ("random", "16"), ("rkv", "4"), ("random", "4")]
+    spots = found.metrics.recommended_by_steps.values()
+    framed = sum(spot is not None for s in spots for b in s.values() for spot in b.values())
+    assert maps.svg.count("var(--series-2)") == framed >= 2 * len(found.steps)
     lines = accuracy_by_budget(found)
     assert "random" in lines.svg and "rkv" in lines.svg
+
+
+def test_bits_stand_from_the_most_to_the_fewest() -> None:
+    assert by_width(["4", "8/4", "16", "32", "8"]) == ["32", "16", "8", "8/4", "4"]
 
 
 def test_a_grid_without_a_sweet_spot_says_so(made: Pipeline, tmp_path: Path) -> None:
@@ -108,18 +117,18 @@ def test_a_grid_without_a_sweet_spot_says_so(made: Pipeline, tmp_path: Path) -> 
     for spots in [metrics["recommended"], *metrics["recommended_by_steps"].values()]:
         for by_bits in spots.values():
             by_bits.update(dict.fromkeys(by_bits))
-    write_json(path, metrics)
-    found = read_truncation(tmp_path / "fidelity")
+    write_finding(path, metrics)
+    found = read_grid(tmp_path / "fidelity")
     assert found is not None and found.spot is None
-    assert "var(--series-2)" not in truncation_maps(found).svg
+    assert "var(--series-2)" not in accuracy_maps(found).svg
     del metrics["policies"]["random"]["4"]
     write_json(path, metrics)
     with pytest.raises(KavaError, match="every policy with the same budgets"):
-        read_truncation(tmp_path / "fidelity")
+        read_grid(tmp_path / "fidelity")
 
 
-def test_one_problem_is_worked_through_by_every_latent_student(findings: Findings) -> None:
-    gap = headline(systems_of(findings, "synthetic", TEACHER))
+def test_one_problem_is_worked_through_by_every_latent_student(findings: PipelineFindings) -> None:
+    gap = headline(systems_of(findings, "synthetic"), findings.differences["synthetic"])
     assert gap is not None
     thoughts = work_through(findings, gap)
     assert thoughts[0].student == gap.best.name
@@ -137,9 +146,11 @@ def test_one_problem_is_worked_through_by_every_latent_student(findings: Finding
     assert work_through(replace(findings, insights={}), gap) == []
 
 
-def test_student_and_teacher_tokens_stand_side_by_side(findings: Findings, page: str) -> None:
+def test_student_and_teacher_tokens_stand_side_by_side(
+    findings: PipelineFindings, page: str
+) -> None:
     table = page[page.index('class="decoded"') : page.index("</table>", page.index("decoded"))]
-    gap = headline(systems_of(findings, "synthetic", TEACHER))
+    gap = headline(systems_of(findings, "synthetic"), findings.differences["synthetic"])
     slots = work_through(findings, gap)[0].decoded.iterations[-1].slots
     rows = re.findall(r"<tr><th scope=\"row\">(\d+)</th>(.*?)</tr>", table)
     assert [int(number) for number, _ in rows] == list(range(1, len(slots) + 1))
@@ -169,15 +180,15 @@ def test_what_is_turned_off_is_said_in_a_line(made: Pipeline, tmp_path: Path) ->
     assert "<code>evaluate.interpret_records</code> is 0" in page
     assert "kava fidelity --pipeline made\nkava" not in page
     assert not list((tmp_path / "page").glob("attention-*.png"))
-    assert summary(found, compare(found, TEACHER))["sweet_spot"] is None
+    assert summary(found, compare(found))["sweet_spot"] is None
 
 
 def test_without_interventions_the_rest_of_the_latents_is_shown(
-    findings: Findings, tmp_path: Path
+    findings: PipelineFindings, tmp_path: Path
 ) -> None:
     insights = {"kava": findings.insights["kava"].model_copy(update={"interventions": None})}
     students = {"kava": replace(findings.students["kava"], curves={})}
-    bare = replace(findings, insights=insights, students=students, truncation=None)
+    bare = replace(findings, insights=insights, students=students, grid=None)
     page = (build(bare, tmp_path) / "index.html").read_text()
     assert "<code>evaluate.intervention_problems</code> is 0" in page
     assert (tmp_path / "attention-kava.png").is_file()
@@ -203,13 +214,12 @@ def test_insights_that_do_not_fit_are_refused_by_name(
     inner[place[-1]] = value
     write_json(tmp_path / "interpretability.json", insights)
     with pytest.raises(KavaError, match=f"{message}.*Run `kava evaluate` again"):
-        read_insights(tmp_path / "interpretability.json")
+        read_finding(Insights, tmp_path / "interpretability.json", "evaluate")
 
 
-def test_provenance_names_commands_hardware_and_settings(page: str) -> None:
+def test_provenance_names_commands_and_settings(page: str) -> None:
     text = text_of(page)
     for stage in ("prepare", "teacher", "generate", "evict", "fidelity", "distill kava", "report"):
         assert f"kava {stage} --pipeline made" in text
-    assert "processor a <fast> one" in text
     for section in ("Fingerprints", "Seeds", "Software", "Settings"):
         assert section in text

@@ -7,13 +7,17 @@ from click.testing import CliRunner, Result
 
 from stages.report import report
 from tests.reporting.pipeline import STUDENTS, TRAINING, make_pipeline
+from tests.stages.project import digest
 
 SETTINGS = {
     "prepare": {"source": "synthetic", "train": 60, "validation": 60, "test": 60},
     "teacher": {"training": {**TRAINING, "learning_rate": 1e-3}},
     "generate": {},
     "evict": {"budget": 8},
-    "students": {name: {"training": {**TRAINING, "learning_rate": 1e-3}} for name in STUDENTS},
+    "students": {
+        name: {"reads": "kv_targets", "training": {**TRAINING, "learning_rate": 1e-3}}
+        for name in STUDENTS
+    },
     "evaluate": {},
     "report": {"title": "Made up"},
 }
@@ -43,3 +47,24 @@ def test_it_replaces_the_report_with_a_page_and_a_table(tmp_path: Path) -> None:
     assert {"summary.json", "accuracy-by-cost.png", "trace-lengths.png"} <= names
     assert "left.txt" not in names
     assert (made.folder / "kv_targets").is_dir()
+    costs = {p.name for p in (made.folder / "costs").iterdir()}
+    assert costs == {"index.html", "table.txt", "costs-1.png", "latency.png"}
+    assert 'href="../costs/index.html"' in page.read_text()
+    assert 'href="../report/index.html"' in (made.folder / "costs/index.html").read_text()
+    assert list((tmp_path / "data/.work").iterdir()) == []
+
+
+def test_again_and_elsewhere_the_report_is_the_same_and_only_the_costs_are_not(
+    tmp_path: Path,
+) -> None:
+    made = make_pipeline(tmp_path / "data")
+    assert run(tmp_path).exit_code == 0
+    first = digest(made.folder / "report"), digest(made.folder / "costs")
+    assert run(tmp_path).exit_code == 0
+    assert (digest(made.folder / "report"), digest(made.folder / "costs")) == first
+    measured = made.folder / "measured/evaluation.json"
+    measured.write_text(measured.read_text().replace("0.0033", "0.0099"))
+    made.log.unlink()
+    assert run(tmp_path).exit_code == 0
+    assert digest(made.folder / "report") == first[0]
+    assert digest(made.folder / "costs") != first[1]

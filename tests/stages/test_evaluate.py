@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 from pathlib import Path
@@ -18,24 +17,18 @@ from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.problems.folder import open_test_sets
 from kava_core.problems.parquet import save_problems
+from kava_core.settings import load_pipeline
 from stages.ask import ask
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.evict import evict
 from stages.generate import generate
+from stages.graph import project_files
 from stages.prepare import prepare
 from stages.teacher import teacher
 from tests.stages.project import ROOT, Project, digest
 
-TRAINING = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3, "log_every": 1}
-FIXED = [
-    "accuracy.json",
-    "accuracy_by_steps.json",
-    "comparisons.json",
-    "interpretability.json",
-    "similarity.json",
-    "summary.json",
-]
+TRAINING = {"steps": 2, "batch_size": 8, "learning_rate": 1.0e-3}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +65,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "generate": {"shard_size": 16},
         "evict": {"budget": 4},
         "students": {
-            "kava": {"training": TRAINING, "alpha_kv": 1.0, "iterations": 2},
-            "no-cot": {"training": TRAINING, "reasoning": "none"},
+            "kava": {
+                "reads": "kv_targets",
+                "training": TRAINING,
+                "alpha_kv": 1.0,
+                "iterations": 2,
+            },
+            "no-cot": {"reads": "problems", "training": TRAINING},
         },
         "evaluate": {"batch_size": 5, "max_new_tokens": 8, "similarity_records": 8, "limit": 12},
         "report": {"title": "Tiny"},
@@ -102,15 +100,19 @@ def call(command: click.Command, home: Path, *arguments: str) -> None:
 
 
 def change(home: Path, **settings: Any) -> None:
+    """Settings of `evaluate`; None takes one out."""
     file = home / "pipelines.yaml"
     document = yaml.safe_load(file.read_text())
-    document["pipelines"]["tiny"]["evaluate"].update(settings)
+    section = document["pipelines"]["tiny"]["evaluate"] | settings
+    section = {name: value for name, value in section.items() if value is not None}
+    document["pipelines"]["tiny"]["evaluate"] = section
     file.write_text(yaml.safe_dump(document))
 
 
 def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
     folder = made / "data/tiny/evaluation"
     metrics = read_json(folder / "metrics.json")
+    measured = read_json(made / "data/tiny/measured/evaluation.json")
     systems = ["kava", "no-cot", "teacher-cot", "teacher-no-cot"]
     sizes = {"synthetic": 12, "bare": 7}  # at most `limit` of each
     assert metrics.keys() == sizes.keys()
@@ -121,9 +123,11 @@ def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
             "kava": 3,
             "no-cot": 3,
         }
-        for entry in metrics[test_set].values():
+        for name, entry in metrics[test_set].items():
             assert entry["n"] == n == sum(part["n"] for part in entry["by_trace_length"].values())
-            assert entry["perplexity"] > 1 and entry["peak_memory_mb"] > 0
+            assert entry["perplexity"] > 1
+            cost = measured["systems"][test_set][name]
+            assert cost["peak_memory_mb"] > 0 and cost["seconds_per_problem"] > 0
     for entry in metrics["synthetic"].values():
         assert set(entry["by_operation"]) <= {"+", "−", "×", "÷"}
     for entry in metrics["bare"].values():
@@ -134,25 +138,50 @@ def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
         )
     rows = pq.read_table(folder / "predictions.parquet").to_pylist()
     assert len(rows) == 4 * (12 + 7) and all(row["question"] for row in rows)
+    assert measured["hardware"]["cores"]
 
 
-def test_again_it_differs_in_measured_seconds_only(made: Path, home: Path) -> None:
+def test_again_it_has_the_same_bytes_and_only_what_was_measured_differs(
+    made: Path, home: Path
+) -> None:
     call(evaluate, home)
     before, after = (digest(root / "data/tiny/evaluation") for root in (made, home))
-    assert [name for name in FIXED if before[name] != after[name]] == []
-
-    def timeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds_per_problem"}
-        return value
-
-    metrics = [timeless(read_json(r / "data/tiny/evaluation/metrics.json")) for r in (made, home)]
-    assert metrics[0] == metrics[1]
-    rows = [
-        pq.read_table(r / "data/tiny/evaluation/predictions.parquet").drop_columns(["seconds"])
-        for r in (made, home)
+    assert before == after
+    assert sorted(before) == [
+        "comparisons.json",
+        "interpretability.json",
+        "metrics.json",
+        "plots/steps.json",
+        "plots/systems.json",
+        "predictions.parquet",
+        "similarity.json",
+        "summary.json",
     ]
-    assert rows[0].equals(rows[1])
+    one, two = (
+        read_json(root / "data/tiny/measured/evaluation.json")["systems"] for root in (made, home)
+    )
+    assert one != two  # seconds
+
+    def memory(costs: Any) -> list[float]:
+        return [cost["peak_memory_mb"] for found in costs.values() for cost in found.values()]
+
+    assert memory(one) == memory(two)
+
+
+def test_a_student_that_is_no_longer_in_the_settings_is_left_out_with_a_word(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "pipelines.yaml"
+    document = yaml.safe_load(file.read_text())
+    del document["pipelines"]["tiny"]["students"]["no-cot"]
+    file.write_text(yaml.safe_dump(document))
+    change(home, limit=4, interpret_records=3, intervention_problems=0, max_new_tokens=2)
+    (home / "data/tiny/students/no-cot/student.json").unlink()
+    call(evaluate, home)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "students/no-cot is no student of the settings, and is left out" in said
+    summary = read_json(home / "data/tiny/evaluation/summary.json")
+    assert list(summary["synthetic"]) == ["teacher-cot", "teacher-no-cot", "kava"]
 
 
 def test_latents_are_looked_into_as_far_as_wanted(home: Path) -> None:
@@ -170,7 +199,7 @@ def test_latents_are_looked_into_as_far_as_wanted(home: Path) -> None:
     call(evaluate, home)
     found = read_json(file)["kava"]
     assert (found["records"], found["interventions"]) == (3, None)
-    change(home, interpret_records=0)
+    change(home, interpret_records=0, intervention_problems=None)
     call(evaluate, home)
     assert not file.exists()
 
@@ -250,28 +279,13 @@ def test_what_is_no_student_or_no_question_is_refused(home: Path) -> None:
             ask.main([str(folder), question], standalone_mode=False)
 
 
-def imported(path: Path) -> set[Path]:
-    """Files of kava_core/evaluation that a file imports, wherever in it, and what those import."""
-    found: set[Path] = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            file = Path(*node.module.split(".")).with_suffix(".py")
-            if file.parent == Path("kava_core/evaluation"):
-                found |= {file} | imported(file)
-    return found
-
-
-def test_dvc_knows_the_evaluation_code_that_the_stage_uses() -> None:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    deps = stages["evaluate"]["deps"]
-    listed = {Path(dep) for dep in deps if dep.startswith("kava_core/evaluation")}
-    assert listed == imported(Path("stages/evaluate.py"))
-
-
 def test_dvc_shows_few_metrics_readable_experiments_and_plots(home: Path) -> None:
     shutil.copytree(ROOT / ".dvc/plots", home / ".dvc/plots")
-    for name in ("dvc.yaml", ".dvc/config"):
-        shutil.copy(ROOT / name, home / name)
+    shutil.copy(ROOT / ".dvc/config", home / ".dvc/config")
+    _, settings = load_pipeline(home / "pipelines.yaml")
+    for file, text in project_files({"tiny": settings}).items():
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_text(text)
     project = Project(home)
     project.run("git", "init", "-q")
     (home / ".gitignore").write_text("/data\n")
@@ -296,10 +310,8 @@ def test_dvc_shows_few_metrics_readable_experiments_and_plots(home: Path) -> Non
     plots = json.loads(told("plots", "show", "--json")[0])["data"]
     drawn = {title: plot[0]["content"]["data"]["values"] for title, plot in plots.items() if plot}
     for title, name in (
-        ("exact match of the systems", "accuracy.json"),
-        ("exact match by number of steps", "accuracy_by_steps.json"),
+        ("exact match of the systems", "systems.json"),
+        ("exact match by number of steps", "steps.json"),
     ):
         rows = [{k: v for k, v in row.items() if k != "rev"} for row in drawn[title]]
-        assert rows == read_json(home / "data/tiny/evaluation" / name)
-    losses = {row["filename"].split("/")[0] for row in drawn["student loss on the answer"]}
-    assert losses == {"kava", "no-cot"}
+        assert rows == read_json(home / "data/tiny/evaluation/plots" / name)

@@ -27,13 +27,12 @@ from tests.stages.project import ROOT, digest
 
 GRID = {
     "limit": 12,
-    "policies": ["rkv", {"policy": "rkv", "lambda": 1.0}, "random"],
-    "budget": [8, 2],
+    "policies": ["rkv", {"name": "rkv", "lambda": 1.0}, "random"],
+    "budgets": [8, 2],
     "bits": [32, {"keys": 8, "values": 4}],
     "batch_size": 4,
     "max_new_tokens": 4,
 }
-FIXED = ["accuracy.png", "answers.parquet", "budgets.json", "metrics.json"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "generate": {},
         "evict": {"budget": 4},
         "fidelity": GRID,
-        "students": {"kava": {"training": training}},
+        "students": {"kava": {"reads": "kv_targets", "training": training}},
         "evaluate": {},
         "report": {"title": "Tiny"},
     }
@@ -109,14 +108,14 @@ def test_every_cell_of_the_grid_is_answered_and_counted(
     assert "Smallest budget within 2 points of the full cache" in printed.out
     assert "━" not in printed.err  # no progress bar where there is no terminal
     folder = home / "data/tiny/fidelity"
-    found = digest(folder)
-    assert [name for name in FIXED if found[name] != expected[name]] == []
-    assert sorted(found) == sorted([*FIXED, "latency.png", "timings.json"])
+    assert digest(folder) == expected
+    assert sorted(expected) == ["answers.parquet", "budgets.json", "metrics.json"]
 
     metrics = json.loads((folder / "metrics.json").read_text())
-    policies = ["random", "rkv", "rkv lambda=1.0"]
+    policies = ["random", "rkv", "rkv lambda=1"]
     assert sorted(metrics["policies"]) == policies == sorted(metrics["recommended"])
-    timings = json.loads((folder / "timings.json").read_text())
+    measured = json.loads((home / "data/tiny/measured/fidelity.json").read_text())
+    assert measured["hardware"]["cores"]
     for policy in policies:
         for budget in ("2", "8"):
             assert sorted(metrics["policies"][policy][budget]) == ["32", "8/4"]
@@ -130,7 +129,7 @@ def test_every_cell_of_the_grid_is_answered_and_counted(
             assert metrics["policies"][policy][budget]["8/4"]["bytes_per_problem"] == (
                 int(budget) * 4 * (12 + 8 + 4)
             )
-            assert timings["policies"][policy][budget]["32"]["seconds_per_problem"] > 0
+            assert measured["policies"][policy][budget]["32"]["seconds_per_problem"] > 0
     assert metrics["full"]["kl"] == 0 and metrics["none"]["tokens_kept"] == 0
     rows = pq.read_table(folder / "answers.parquet").to_pylist()
     assert len(rows) == 12 * (2 + 3 * 2 * 2)
@@ -167,20 +166,22 @@ def test_killed_with_sigkill_it_goes_on_and_redoes_nothing(
     assert not (home / "data/tiny/fidelity").exists()
     call(fidelity, home)
     assert f"{len(done)} of" in capsys.readouterr().err
-    found = digest(home / "data/tiny/fidelity")
-    assert [name for name in FIXED if found[name] != expected[name]] == []
+    assert digest(home / "data/tiny/fidelity") == expected
     assert parts() == {}
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"policies": ["psychic"]}, "fidelity.policies.0.policy"),
-        ({"policies": [{"policy": "rkv", "lambda": 2}]}, "fidelity.policies.0.lambda"),
+        ({"policies": ["psychic"]}, "fidelity.policies.0"),
+        ({"policies": [{"name": "rkv", "lambda": 2}]}, "fidelity.policies.0"),
         ({"policies": ["rkv", "rkv"]}, "policies must name at least one, and none twice"),
-        ({"policies": [{"policy": "crop", "first": 2}]}, "policy 'crop' has no setting 'first'"),
-        ({"budget": [4, 0]}, "fidelity.budget.1"),
-        ({"budget": []}, "budget must name at least one"),
+        (
+            {"policies": [{"name": "crop", "first": 2}]},
+            "fidelity.policies.0.first: no such setting",
+        ),
+        ({"budgets": [4, 0]}, "fidelity.budgets.1"),
+        ({"budgets": []}, "budgets must name at least one"),
         ({"bits": [7]}, "fidelity.bits.0.keys"),
         ({"layers": [0, 5]}, "expected `layers` to hold integers from 0 to 1"),
         ({"share": "merged", "share_size": 3}, "expected groups of 1 to 2 layers"),
@@ -203,7 +204,7 @@ def test_missing_inputs_are_named(home: Path) -> None:
 
 
 def test_layers_sharing_and_pyramids_come_from_the_settings(home: Path) -> None:
-    change(home, policies=["attention"], budget=[4], bits=[16], budgets="pyramid", limit=4)
+    change(home, policies=["attention"], budgets=[4], bits=[16], budget_shape="pyramid", limit=4)
     kept = {}
     for name, settings in {
         "all": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,15 @@ from kava_core.targets.generate import teacher_spec
 from tests.tiny import tiny_model
 
 FINGERPRINTS = {"problems": "p", "teacher": "t", "tokenizer": "k"}
+
+
+def with_steps(traces: list[Record]) -> list[Record]:
+    """The same traces in steps of three tokens, the last of each its result."""
+    found = []
+    for trace in traces:
+        ends = [*range(3, len(trace.cot_ids), 3), len(trace.cot_ids)]
+        found.append(replace(trace, step_ends=ends, results=[end - 1 for end in ends]))
+    return found
 
 
 def write_caches(

@@ -23,10 +23,10 @@ from kava_core.targets.evict import (
 )
 from kava_core.targets.plan import Plan
 from tests.distill.toy import toy_traces
-from tests.targets.caches import FINGERPRINTS, write_caches
+from tests.targets.caches import FINGERPRINTS, with_steps, write_caches
 
 EXACT = {"keys_bits": 32, "values_bits": 32, "endpoint_bits": 32}
-TRACES = toy_traces(14)
+TRACES = with_steps(toy_traces(14))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,8 @@ def test_a_shards_caches_are_those_of_its_records(caches: TeacherStore) -> None:
     assert torch.equal(batch.keys, shard.keys.dequantise())
     assert torch.equal(batch.values, shard.values.dequantise())
     assert batch.importance is not None and torch.equal(batch.importance, shard.importance)
+    assert batch.step_ends == tuple(tuple(record.step_ends) for record in shard.records)
+    assert batch.results == tuple(tuple(record.results) for record in shard.records)
     assert batch.rotary is not None
     assert batch.rotary.to_json() == caches.manifest.rotary.model_dump(
         mode="json", exclude={"phase"}

@@ -92,7 +92,7 @@ def test_no_training_problems(inputs: Path) -> None:
 def test_a_trace_that_the_teacher_cannot_hold_is_named_before_any_is_read(inputs: Path) -> None:
     config = LlamaConfig(**{**COMMON, "vocab_size": len(TOKENIZER), "max_position_embeddings": 40})
     save_model(inputs / "teacher", tiny_model(config, torch.float32), TOKENIZER)
-    with pytest.raises(KavaError, match=r"problem synthetic-train-\d+ is \d+ tokens long"):
+    with pytest.raises(KavaError, match=r"problem synthetic-train-\d+ takes \d+ positions"):
         generated(inputs, Generate())
     assert not (inputs / "data").exists()
 

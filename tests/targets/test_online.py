@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
-from kava_core.distill.student import student_terms
+from kava_core.distill.terms import student_terms
+from kava_core.eviction.policies.results import Results
 from kava_core.eviction.policies.rkv import RKV
+from kava_core.eviction.policies.steps import Steps
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model
 from kava_core.settings import Evict, Generate
@@ -22,7 +24,7 @@ from kava_core.targets.online import OnlineTargets
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
 from tests.distill.toy import toy_objective, toy_traces
-from tests.targets.caches import write_caches
+from tests.targets.caches import with_steps, write_caches
 from tests.tiny import EOS, PROMPT, tiny_model
 
 EXACT = {"keys_bits": 32, "values_bits": 32, "endpoint_bits": 32}
@@ -35,7 +37,7 @@ def made(
     """A store made as the stages make it, by the shard and in batches of their own, and the same
     targets online, from the store and the teacher's folder alone."""
     save_model(folder / "teacher", tiny_model(architecture, torch.float32), None)
-    caches = write_caches(folder / "teacher_kv", architecture, toy_traces(12), generate)
+    caches = write_caches(folder / "teacher_kv", architecture, with_steps(toy_traces(12)), generate)
     plan = Plan.of(evict, caches.geometry)
     (folder / "kv_targets").mkdir()
     job = EvictJob(caches.path, folder / "kv_targets", plan, targets_spec(plan, caches))
@@ -78,6 +80,11 @@ CASES = {
         Generate(),
         Evict(budget=4, phase="post_rope", layers={"last": 2}, budget_shape="pyramid"),  # type: ignore[arg-type]
     ),
+    "the last tokens of steps, alike in all layers and heads": (
+        Generate(),
+        Evict(budget=3, policy=Steps(), select="record"),
+    ),
+    "the results of steps": (Generate(), Evict(budget=4, policy=Results())),
     "codes of 8 bits, merged": (
         Generate(keys_bits=8, values_bits=8),
         Evict(budget=3, keys_bits=8, values_bits=4, share="merged"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
 from kava_core.distill.objective import kv_loss
-from kava_core.distill.student import student_terms
+from kava_core.distill.terms import student_terms
 from kava_core.errors import KavaError
 from kava_core.models.phase import rotary_of
 from kava_core.store import (

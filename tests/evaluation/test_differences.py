@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.comparisons import RESAMPLES, Difference, compare, paired_bootstrap
+from kava_core.evaluation.differences import RESAMPLES, compare, paired_bootstrap
+from kava_core.findings.evaluation import Difference
 
 
 def marks(both: int, left: int, right: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -55,9 +56,9 @@ def test_the_interval_of_many_problems_is_that_of_the_normal(n: int) -> None:
 
 def test_equal_marks_are_no_difference_and_opposite_ones_are_all_of_it() -> None:
     same = [True, False] * 20
-    assert paired_bootstrap(same, same) == Difference(0.0, (0.0, 0.0), 1.0)
+    assert paired_bootstrap(same, same) == Difference(difference=0.0, ci95=(0.0, 0.0), p_value=1.0)
     found = paired_bootstrap([True] * 40, [False] * 40)
-    assert found == Difference(100.0, (100.0, 100.0), 2 / (RESAMPLES + 1))
+    assert found == Difference(difference=100.0, ci95=(100.0, 100.0), p_value=2 / (RESAMPLES + 1))
     # As many won as lost: nothing to choose between them, however many there are.
     assert paired_bootstrap(*marks(0, 50, 50, 0)).p_value > 0.9
 
@@ -91,9 +92,9 @@ def test_every_student_against_every_other_system() -> None:
         "no-cot": ["kava", "teacher-cot"],
     }
     one, other = found["kava"]["no-cot"], found["no-cot"]["kava"]
-    assert one["difference"] == 15.0 and other["difference"] == -15.0
-    assert one["ci95"] == [-bound for bound in reversed(other["ci95"])]  # type: ignore[call-overload]
-    assert one["p_value"] == other["p_value"]
+    assert one.difference == 15.0 and other.difference == -15.0
+    assert one.ci95 == tuple(-bound for bound in reversed(other.ci95))
+    assert one.p_value == other.p_value
 
 
 @pytest.mark.parametrize(("left", "right"), [([], []), ([True], [True, False])])

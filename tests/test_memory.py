@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kava_core.evaluation.memory import peak_tensor_bytes
+from kava_core.memory import peak_tensor_bytes
 from kava_core.models.latent import LatentReasoner
 from tests.tiny import PROMPT, tiny_model, tiny_student
 

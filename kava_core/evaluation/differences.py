@@ -9,32 +9,14 @@ were drawn: those counts are multinomial, and are drawn directly instead of N in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from kava_core.errors import KavaError
+from kava_core.findings.evaluation import Difference
 
 RESAMPLES = 10_000
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Exact match of one system minus that of another, in points.
-
-    ci95: the 2.5th and 97.5th percentile over the resamples. p_value: two-sided, that of the
-    percentile intervals: twice the smaller share of resamples at or beyond no difference, at most 1
-    and never below 2 / (RESAMPLES + 1).
-    """
-
-    difference: float
-    ci95: tuple[float, float]
-    p_value: float
-
-    def __neg__(self) -> Difference:
-        low, high = self.ci95
-        return Difference(0.0 - self.difference, (0.0 - high, 0.0 - low), self.p_value)
 
 
 def paired_bootstrap(
@@ -62,24 +44,18 @@ def paired_bootstrap(
 
 def compare(
     marks: Mapping[str, Sequence[bool]], students: Sequence[str]
-) -> dict[str, dict[str, dict[str, object]]]:
-    """{student: {baseline: {difference, ci95, p_value}}} against every other system of `marks`.
+) -> dict[str, dict[str, Difference]]:
+    """Student → every other system of `marks` → difference.
 
     A against B is B against A with the sign turned.
     """
-    pairs: dict[tuple[str, str], Difference] = {}
+    found: dict[str, dict[str, Difference]] = {}
     for student in students:
-        for other in marks:
-            if other != student:
-                turned = pairs.get((other, student))
-                pairs[student, other] = (
-                    paired_bootstrap(marks[student], marks[other]) if turned is None else -turned
-                )
-    return {
-        student: {
-            other: {**asdict(found), "ci95": list(found.ci95)}
-            for (name, other), found in pairs.items()
-            if name == student
+        found[student] = {
+            other: -found[other][student]
+            if other in found
+            else paired_bootstrap(marks[student], marks[other])
+            for other in marks
+            if other != student
         }
-        for student in students
-    }
+    return found

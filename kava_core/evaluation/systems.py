@@ -1,0 +1,70 @@
+"""The systems of a pipeline: its teacher, asked in two ways, and its students."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kava_core.artefacts import read_json
+from kava_core.errors import KavaError
+from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import load_model, model_fingerprint
+from kava_core.models.students import open_student
+from kava_core.problems.traces import TraceEncoder
+from kava_core.store import TargetsStore
+
+TEACHER_COT, TEACHER_NO_COT = "teacher-cot", "teacher-no-cot"
+
+
+@dataclass(frozen=True)
+class Systems:
+    """Folders of the teacher and of the students by name; each is opened when it is asked.
+
+    native: the students whose latents are comparable with the targets: they have latents, and did
+    not begin as another model, whose slots have their own basis.
+    """
+
+    teacher: Path
+    students: Mapping[str, Path]
+    native: frozenset[str]
+
+    @classmethod
+    def of(cls, teacher: Path, students: Mapping[str, Path], targets: Path) -> Systems:
+        """KavaError names a student that is not there, was made from another teacher, or reasons
+        in another number of latents than `targets`, a store, has slots."""
+        fingerprint = model_fingerprint(str(teacher))
+        native = set()
+        for name, folder in students.items():
+            about = read_json(folder / "student.json")
+            made_from = about["fingerprints"]["teacher"]
+            if made_from != fingerprint:
+                raise KavaError(
+                    f"student {name} was made from the teacher {made_from[:12]}…, and the one in "
+                    f"{teacher} is {fingerprint[:12]}…. Run `kava distill {name}` again."
+                )
+            latents = read_json(folder / "config.json").get("latents", 0)
+            if not latents:
+                continue
+            slots = TargetsStore.open(targets).geometry.slots
+            if latents != slots:
+                raise KavaError(
+                    f"student {name} reasons in {latents} latents, and {targets} has {slots} slots "
+                    f"per layer and head. Run `kava distill {name}` again."
+                )
+            if about["settings"].get("model") is None:
+                native.add(name)
+        return cls(teacher, students, frozenset(native))
+
+    @property
+    def names(self) -> list[str]:
+        """The teacher with its chain of thought, the teacher asked at once, the students."""
+        return [TEACHER_COT, TEACHER_NO_COT, *self.students]
+
+    def open(self, name: str, encoder: TraceEncoder) -> LatentReasoner:
+        """The system, on the CPU."""
+        if name in self.students:
+            return open_student(self.students[name])
+        prompt = [] if name == TEACHER_COT else encoder.answer_prompt_ids
+        model = load_model(str(self.teacher))
+        return LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos)

@@ -1,0 +1,74 @@
+"""What a system does with a test set, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transformers import LlamaConfig
+
+from kava_core.errors import KavaError
+from kava_core.evaluation.examination import ProblemSet, examine
+from kava_core.models.latent import LatentReasoner
+from kava_core.problems.traces import TraceEncoder
+from tests.evaluation.talker import problems, some, system
+from tests.tiny import COMMON, tiny_model
+
+
+def test_a_set_knows_what_its_traces_are_like(encoder: TraceEncoder) -> None:
+    found = some(encoder)
+    assert found.operations[:3] == [["none"], ["÷"], ["+", "−"]]
+    assert found.trace_tokens[0] == 0
+    assert found.trace_tokens[2] == len(encoder.encode(found.problems[2]).cot_ids)
+
+
+def test_every_kind_of_system_is_examined(encoder: TraceEncoder, talker: LatentReasoner) -> None:
+    test_set = some(encoder)
+    advanced: list[int] = []
+    peaks = {}
+    for kind in ("latent", "at once", "with a chain"):
+        asked = system(talker, encoder, kind)
+        found = examine(
+            asked, encoder, test_set, batch_size=5, max_new_tokens=6, advance=advanced.append
+        )
+        assert [p.id for p in found.replies] == [p.id for p in test_set.problems]
+        assert [len(row) for row in found.nll] == [len(encoder.encode_answers(["5"])[0])] * 12
+        peaks[kind] = found.peak_bytes
+    assert sum(advanced) == 36
+    assert min(peaks.values()) > 0
+
+
+def test_what_cannot_be_scored_is_refused_with_name_and_number(encoder: TraceEncoder) -> None:
+    with pytest.raises(KavaError, match="test set svamp is empty"):
+        ProblemSet.of("svamp", [], encoder)
+    words = [replace(p, answer="a banana") for p in problems()]
+    with pytest.raises(KavaError, match=r"test set svamp: expected .* none in 12 .*'a banana'"):
+        ProblemSet.of("svamp", words, encoder)
+    assert ProblemSet.of("svamp", [*words, problems()[0]], encoder).name == "svamp"
+
+
+def test_a_problem_beyond_the_context_is_named(encoder: TraceEncoder) -> None:
+    test_set = some(encoder)
+    vocabulary = len(encoder.tokenizer)
+    short = tiny_model(
+        LlamaConfig(**{**COMMON, "vocab_size": vocabulary, "max_position_embeddings": 16})
+    )
+    asked = LatentReasoner.plain(short, answer_prompt_ids=[], eos_token_id=encoder.eos)
+    with pytest.raises(KavaError, match=r"toy, problem p\d+ takes \d+ .* context is 16"):
+        examine(asked, encoder, test_set, batch_size=5, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("kind", ["at once", "with a chain"])
+def test_learned_positions_bound_what_may_be_written(encoder: TraceEncoder, kind: str) -> None:
+    from transformers import GPT2Config
+
+    model = tiny_model(
+        GPT2Config(
+            vocab_size=len(encoder.tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64
+        )
+    )
+    prompt = encoder.answer_prompt_ids if kind == "at once" else []
+    asked = LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos)
+    examine(asked, encoder, some(encoder), batch_size=5, max_new_tokens=5)
+    with pytest.raises(KavaError, match=r"lower evaluate\.max_new_tokens"):
+        examine(asked, encoder, some(encoder), batch_size=5, max_new_tokens=64)

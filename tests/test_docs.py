@@ -1,0 +1,154 @@
+"""The pages: the site builds, numbers stand in one place, and what is shown is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kava_core import POLICIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def picture() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "picture.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["picture"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built by the command of `make docs` into another folder."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "WARNING" not in done.stdout, done.stdout
+    return folder
+
+
+def test_the_site_has_every_page_and_the_face(site: Path) -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (site / f"{page.stem}.html").is_file()
+    assert "make smoke" in (site / "index.html").read_text(encoding="utf-8")
+    reference = (site / "api.html").read_text(encoding="utf-8")
+    for name in (
+        "models.latent.LatentReasoner.generate",
+        "store.TargetsStore.open",
+        "store.TargetsStore.batch",
+        "store.TeacherStore.shard",
+        "eviction.evict",
+        "settings.Evict.budget_shape",
+    ):
+        assert f'id="kava_core.{name}"' in reference
+
+
+def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r'(?:\ssrc|<link[^>]*(?:stylesheet|icon)[^>]*href)="?https?://', text)
+        assert "fonts.g" not in text
+
+
+def test_the_picture_is_of_the_results(picture: ModuleType) -> None:
+    for path, content in picture.files().items():
+        assert path.read_text(encoding="utf-8") == content, "run `python docs/picture.py`"
+
+
+def test_the_picture_shows_every_system(picture: ModuleType) -> None:
+    systems = picture.read_systems(RESULTS)
+    assert len(systems) == 7
+    drawn = picture.draw(systems, 0)
+    for system in systems:
+        assert f"{system.name}: {system.accuracy:.1f}" in drawn
+        assert system.low <= system.accuracy <= system.high
+
+
+def test_the_readme_has_the_numbers_of_the_results(picture: ModuleType) -> None:
+    shown = re.findall(r"^\| .+? \| ([\d.]+) % \| ([\d.]+) \|$", README, re.M)
+    assert [(float(accuracy), float(passes)) for accuracy, passes in shown] == [
+        (system.accuracy, system.passes) for system in picture.read_systems(RESULTS)
+    ]
+
+
+def test_measurements_stand_with_the_results_alone() -> None:
+    row = re.compile(r"^\|(?=(?:[^|\n]*\|)*?(?: [\d.,]+×? \|){3}).*$", re.M)
+    assert row.search(RESULTS)
+    for page in PAGES:
+        if page.name != "results.md":
+            assert not row.findall(page.read_text(encoding="utf-8")), page.name
+
+
+def test_the_readme_names_every_policy() -> None:
+    (line,) = re.findall(r"^\| `evict.policy` \|.*$", README, re.M)
+    for name in POLICIES:
+        assert f"`{name}`" in line
+
+
+WORDS: dict[str, Callable[[int, int], int]] = {
+    "doubles them": lambda n, _: 2 * n,
+    "triples them": lambda n, _: 3 * n,
+    "gets": lambda n, m: n + m,
+    "finds": lambda n, m: n + m,
+    "sells": lambda n, m: n - m,
+    "gives": lambda n, m: n - m,
+}
+
+
+def solve(question: str) -> int:
+    """The answer to a generated word problem."""
+    start, *steps, _ = question.split(" . ")
+    quantity = int(start.split()[2])
+    for step in steps:
+        (change,) = [change for words, change in WORDS.items() if step.startswith(words)]
+        (operand,) = re.findall(r"\d+", step) or ["0"]
+        quantity = change(quantity, int(operand))
+    return quantity
+
+
+def test_every_question_shown_is_answered_and_rightly() -> None:
+    shown = [
+        (page.name, question, answer)
+        for page in PAGES
+        for question, answer in re.findall(
+            r'^\$ kava ask \S+ "(.+)"\n(.+)$', page.read_text(encoding="utf-8"), re.M
+        )
+    ]
+    assert {"README.md", "evaluation.md"} <= {name for name, _, _ in shown}
+    for name, question, answer in shown:
+        assert int(answer) == solve(question), (name, question)
+
+
+def test_no_question_is_shown_without_its_answer() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        questions = re.findall(r'"[^"\n]* how many [^"\n]*"', text)
+        assert len(questions) == len(re.findall(r'^\$ kava ask \S+ "', text, re.M)), page
+
+
+def test_links_to_the_repository_lead_somewhere() -> None:
+    for page in [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]:
+        for target in re.findall(r"\]\(([^):#\s]+)[)#]", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page, target)

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+from kava_core.answers import extract_answer, same_answer
 from kava_core.artefacts import read_json
 from kava_core.store import TargetsStore, TeacherStore
 from stages.cli import kava
@@ -47,6 +48,34 @@ EVICTIONS: dict[str, dict[str, Any]] = {
     "8 and 4 bits": {"keys_bits": 8, "values_bits": 4, "endpoint_bits": 8},
     "channels": {"keys_bits": 8, "values_bits": 8, "granularity": "channel"},
 }
+
+
+# The answers of random models are digits; what else an answer may be is judged beside them.
+GENERATED = (
+    "<<10-9=1>>The answer is: 1,234.50 dollars",
+    "The answer is: 12\nThe next problem has 99 apples",
+    "He sold 3.\n#### 1,080",
+    "so $x = \\boxed{\\frac{1}{2}}$ and that is 3",
+    "it grew by 50%",
+    "about 3 million",
+    "He had 10, sold 9, so -3 remains",
+    "The answer is: 13333.33",
+    "The answer is: $x^2 + 1$",
+    "The answer is: Evelyn",
+    "no number",
+)
+GOLD = (
+    "1234.5",
+    "12",
+    "1080",
+    "1/2",
+    "50",
+    "3000000",
+    "-3",
+    "13333.333333333334",
+    "1+x^2",
+    "evelyn",
+)
 
 
 @dataclass(frozen=True)
@@ -155,6 +184,7 @@ def fidelity(project: Project) -> dict[str, Any]:
     return {
         "metrics": without(read_json(folder / "metrics.json"), MEASURED),
         "answers": _table(folder / "answers.parquet"),
+        "judged": _judged(),
     }
 
 
@@ -181,6 +211,7 @@ def evaluate(project: Project) -> dict[str, Any]:
         "similarity": without(read_json(folder / "similarity.json"), MEASURED),
         "latents": {"numbers": signature(_numbers(insights)), "words": digest(_words(insights))},
         "answers": _table(folder / "predictions.parquet"),
+        "judged": _judged(),
     }
 
 
@@ -219,6 +250,15 @@ def _table(file: Path) -> dict[str, Any]:
         "rows": len(rows),
         "words": digest(_words(plain)),
         "numbers": signature(_numbers(plain)),
+    }
+
+
+def _judged() -> dict[str, list[str]]:
+    """Of each generated text the answer that is found in it, and which of the gold ones it is."""
+    found = {text: extract_answer(text) for text in GENERATED}
+    return {
+        text: [str(answer), *(gold for gold in GOLD if same_answer(answer, gold))]
+        for text, answer in found.items()
     }
 
 

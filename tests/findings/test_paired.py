@@ -1,0 +1,88 @@
+"""The paired bootstrap against one that draws every problem, and against known cases."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from kava_core.errors import KavaError
+from kava_core.findings.evaluation import Difference
+from kava_core.findings.paired import RESAMPLES, paired_bootstrap
+
+
+def marks(both: int, left: int, right: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """Marks of two systems of which so many problems were answered by both, by one, by none."""
+    pairs = [(True, True)] * both + [(True, False)] * left
+    pairs += [(False, True)] * right + [(False, False)] * neither
+    random.Random(0).shuffle(pairs)
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def slow(left: list[bool], right: list[bool], resamples: int, seed: int) -> list[float]:
+    """Resampled differences in points, sorted: N problems drawn one by one, both marks kept."""
+    rng, n = random.Random(seed), len(left)
+    drawn = []
+    for _ in range(resamples):
+        chosen = [rng.randrange(n) for _ in range(n)]
+        drawn.append(100 * (sum(left[i] for i in chosen) - sum(right[i] for i in chosen)) / n)
+    return sorted(drawn)
+
+
+@pytest.mark.parametrize("counts", [(30, 25, 10, 35), (5, 3, 3, 29), (0, 20, 0, 5), (60, 2, 18, 0)])
+def test_it_agrees_with_drawing_every_problem(counts: tuple[int, int, int, int]) -> None:
+    left, right = marks(*counts)
+    found, n, resamples = paired_bootstrap(left, right), len(left), 4000
+    drawn = slow(left, right, resamples, seed=1)
+    assert found.difference == pytest.approx(100 * (sum(left) - sum(right)) / n)
+    # Monte Carlo error of a quantile of two samples, and the differences come in steps of 100 / n.
+    for bound, share in zip(found.ci95, (0.025, 0.975), strict=True):
+        assert bound == pytest.approx(np.quantile(drawn, share), abs=0.1 * np.std(drawn) + 100 / n)
+    beyond = min(sum(d <= 1e-9 for d in drawn), sum(d >= -1e-9 for d in drawn))
+    assert found.p_value == pytest.approx(min(1.0, 2 * beyond / resamples), abs=0.03)
+
+
+@pytest.mark.parametrize("n", [200, 2000])
+def test_the_interval_of_many_problems_is_that_of_the_normal(n: int) -> None:
+    left, right = marks(n // 2, n // 4, n // 8, n - n // 2 - n // 4 - n // 8)
+    found = paired_bootstrap(left, right)
+    gains = np.subtract(left, right, dtype=float)
+    error = 100 * gains.std() / np.sqrt(n)
+    low, high = found.ci95
+    assert low == pytest.approx(found.difference - 1.96 * error, abs=0.1 * error + 50 / n)
+    assert high == pytest.approx(found.difference + 1.96 * error, abs=0.1 * error + 50 / n)
+
+
+def test_equal_marks_are_no_difference_and_opposite_ones_are_all_of_it() -> None:
+    same = [True, False] * 20
+    assert paired_bootstrap(same, same) == Difference(difference=0.0, ci95=(0.0, 0.0), p_value=1.0)
+    found = paired_bootstrap([True] * 40, [False] * 40)
+    assert found == Difference(difference=100.0, ci95=(100.0, 100.0), p_value=2 / (RESAMPLES + 1))
+    # As many won as lost: nothing to choose between them, however many there are.
+    assert paired_bootstrap(*marks(0, 50, 50, 0)).p_value > 0.9
+
+
+def test_p_and_interval_say_the_same() -> None:
+    for gained in range(4, 24):
+        found = paired_bootstrap(*marks(40, gained, 8, 60))
+        low, high = found.ci95
+        if abs(found.p_value - 0.05) > 0.01:
+            assert (found.p_value < 0.05) == (low > 0 or high < 0), gained
+
+
+def test_the_seed_decides_and_pairing_counts() -> None:
+    left, right = marks(30, 25, 10, 35)
+    assert paired_bootstrap(left, right) == paired_bootstrap(left, right)
+    assert paired_bootstrap(left, right) != paired_bootstrap(left, right, seed=1)
+    # The same two accuracies, agreeing on fewer problems: a wider interval.
+    apart = paired_bootstrap(*marks(10, 45, 30, 15))
+    together = paired_bootstrap(left, right)
+    assert apart.difference == together.difference
+    assert apart.ci95[1] - apart.ci95[0] > together.ci95[1] - together.ci95[0]
+
+
+@pytest.mark.parametrize(("left", "right"), [([], []), ([True], [True, False])])
+def test_marks_of_other_problems_are_refused(left: list[bool], right: list[bool]) -> None:
+    with pytest.raises(KavaError, match=f"found {len(left)} and {len(right)}"):
+        paired_bootstrap(left, right)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kava_core.answers import same_answer
 from kava_core.errors import KavaError
+from kava_core.findings.differences import paired_bootstrap
 from kava_core.findings.latents import (
     AloneScores,
     Changed,
@@ -21,7 +21,6 @@ from kava_core.findings.latents import (
     InterventionScores,
     TogetherScores,
 )
-from kava_core.findings.paired import paired_bootstrap
 from kava_core.findings.scores import wilson
 from kava_core.latents.student import latents_fed
 from kava_core.models.batching import by_length, pad

@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from kava_core.answers import same_answer
 from kava_core.errors import KavaError
 from kava_core.evaluation.asking import ask
+from kava_core.findings.differences import paired_bootstrap
 from kava_core.findings.evaluation import Difference
 from kava_core.findings.latents import INERT_PERCENT, Changed
-from kava_core.findings.paired import paired_bootstrap
 from kava_core.findings.scores import wilson
 from kava_core.latents.interventions import _others, donors_of, interventions
 from kava_core.models.latent import LatentReasoner

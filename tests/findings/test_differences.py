@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kava_core.errors import KavaError
+from kava_core.findings.differences import RESAMPLES, compare, paired_bootstrap
 from kava_core.findings.evaluation import Difference
-from kava_core.findings.paired import RESAMPLES, paired_bootstrap
 
 
 def marks(both: int, left: int, right: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -80,6 +80,21 @@ def test_the_seed_decides_and_pairing_counts() -> None:
     together = paired_bootstrap(left, right)
     assert apart.difference == together.difference
     assert apart.ci95[1] - apart.ci95[0] > together.ci95[1] - together.ci95[0]
+
+
+def test_every_student_against_every_other_system() -> None:
+    left, right = marks(30, 25, 10, 35)
+    found = compare(
+        {"teacher-cot": [True] * 100, "kava": left, "no-cot": right}, ["kava", "no-cot"]
+    )
+    assert {student: sorted(others) for student, others in found.items()} == {
+        "kava": ["no-cot", "teacher-cot"],
+        "no-cot": ["kava", "teacher-cot"],
+    }
+    one, other = found["kava"]["no-cot"], found["no-cot"]["kava"]
+    assert one.difference == 15.0 and other.difference == -15.0
+    assert one.ci95 == tuple(-bound for bound in reversed(other.ci95))
+    assert one.p_value == other.p_value
 
 
 @pytest.mark.parametrize(("left", "right"), [([], []), ([True], [True, False])])

@@ -1,6 +1,6 @@
-"""Whether more problems are answered in one way than in another: the paired bootstrap.
+"""Whether one system answers more problems than another: the paired bootstrap.
 
-The same N problems were answered in both ways, so what is resampled is problems, each with both marks
+Both systems were asked the same N problems, so what is resampled is problems, each with both marks
 (Efron and Tibshirani 1993, chapters 13 and 16; Koehn 2004 for the use on test sets). A problem's
 difference is +1, 0 or −1, and the mean of N draws with replacement depends only on how many of each
 were drawn: those counts are multinomial, and are drawn directly instead of N indices.
@@ -8,7 +8,7 @@ were drawn: those counts are multinomial, and are drawn directly instead of N in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,3 +40,22 @@ def paired_bootstrap(
         ci95=(low, high),
         p_value=min(1.0, 2 * (extreme + 1) / (resamples + 1)),
     )
+
+
+def compare(
+    marks: Mapping[str, Sequence[bool]], students: Sequence[str]
+) -> dict[str, dict[str, Difference]]:
+    """Student → every other system of `marks` → difference.
+
+    A against B is B against A with the sign turned.
+    """
+    found: dict[str, dict[str, Difference]] = {}
+    for student in students:
+        found[student] = {
+            other: -found[other][student]
+            if other in found
+            else paired_bootstrap(marks[student], marks[other])
+            for other in marks
+            if other != student
+        }
+    return found

@@ -16,6 +16,6 @@ VERSIONS = {
     "evict": 2,
     "fidelity": 1,
     "distill": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "report": 2,
 }

@@ -10,6 +10,7 @@ from typing import Any
 from kava_core.artefacts import atomic_path, write_json
 from kava_core.findings.base import write_finding
 from kava_core.findings.evaluation import Difference, Score
+from kava_core.findings.latents import INERT_PERCENT
 from kava_core.reporting.examples import Example, choose_examples
 from kava_core.reporting.figures import (
     accuracy_by_cost,
@@ -79,10 +80,12 @@ def write_report(
     `dvc plots`: the loss on the answer of whatever students there are.
     """
     figures = _figures(findings)
+    insights = in_order(findings, comparisons[0].headline)
     looked = {
         name: [attention_flow(name, insight), magnitudes(name, insight)]
-        for name, insight in in_order(findings, comparisons[0].headline).items()
+        for name, insight in insights.items()
     }
+    carried = {name: i.interventions for name, i in insights.items() if i.interventions}
     page = render(
         "page.html.jinja",
         title=title,
@@ -91,6 +94,8 @@ def write_report(
         overview=_overview(findings, comparisons),
         figures=figures,
         looked=looked,
+        carried=carried,
+        inert_percent=INERT_PERCENT,
         worked=work_through(findings, comparisons[0].headline),
         findings=findings,
         facts=_facts(findings, comparisons),

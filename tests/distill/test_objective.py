@@ -535,7 +535,7 @@ def test_the_kv_term_reaches_all_of_the_student_but_the_named(tmp_path: Path) ->
 
 def test_the_kv_term_trains_lora_b_and_not_the_frozen_weights(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", toy_traces(5))
-    student = toy_student(lora=True)
+    student = toy_student(adapted=True)
     reached = trained(student, store)
     adapters = {name for name, _ in student.named_parameters() if "lora_" in name}
     assert {n for n in adapters if "lora_B" in n} <= reached

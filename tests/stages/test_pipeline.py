@@ -9,12 +9,12 @@ import pytest
 
 from tests.stages.project import Project
 
-STUDENTS = {"kava", "codi", "pccot", "no-cot", "no-cot-equal-time"}
+STUDENTS = {"kava", "endpoint", "answer-only", "no-cot", "no-cot-equal-time"}
 AFTER_EVICTION = {
     "evict",
     "distill@kava",
-    "distill@codi",
-    "distill@pccot",
+    "distill@endpoint",
+    "distill@answer-only",
     "evaluate",
     "report",
 }

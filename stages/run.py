@@ -38,6 +38,13 @@ class Run:
         return (self.data / self.name).joinpath(*parts).absolute()
 
 
+pipelines_option = click.option(
+    "--pipelines",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("pipelines.yaml"),
+    show_default=True,
+    help="File with the settings of all pipelines.",
+)
 data_option = click.option(
     "--data",
     type=click.Path(file_okay=False, path_type=Path),
@@ -66,13 +73,7 @@ def tool(function: Callable[..., None]) -> click.Command:
     """Make a click command of `function(run, …)` that makes no artefact: options and settings."""
 
     @click.option("--pipeline", help="Name of the pipeline; default: the active one of the file.")
-    @click.option(
-        "--pipelines",
-        type=click.Path(dir_okay=False, path_type=Path),
-        default=Path("pipelines.yaml"),
-        show_default=True,
-        help="File with the settings of all pipelines.",
-    )
+    @pipelines_option
     @data_option
     @functools.wraps(function)
     def command(pipeline: str | None, pipelines: Path, data: Path, **options: Any) -> None:

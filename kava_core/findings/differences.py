@@ -42,6 +42,50 @@ def paired_bootstrap(
     )
 
 
+def seeded_bootstrap(
+    left: Sequence[Sequence[bool]],
+    right: Sequence[Sequence[bool]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Difference:
+    """left − right, each trained with S seeds: [S, N], row s of both of the same seed.
+
+    Seeds and problems are both drawn with replacement, independently of each other; one draw of
+    problems is asked of all seeds that were drawn. With one seed it says nothing about others.
+    KavaError if the marks are not of the same seeds and problems.
+    """
+    shapes = [[len(row) for row in rows] for rows in (left, right)]
+    if shapes[0] != shapes[1] or len(set(shapes[0])) != 1 or not shapes[0][0]:
+        raise KavaError(
+            f"expected two systems' marks on the same problems with the same seeds, found "
+            f"{shapes[0]} and {shapes[1]} problems per seed."
+        )
+    gains = np.asarray(left, dtype=int) - np.asarray(right, dtype=int)  # [S, N]
+    seeds, n = gains.shape
+    # Problems on which all seeds differ alike are as good as one another: their counts are drawn.
+    kinds, counts = np.unique(gains, axis=1, return_counts=True)  # [S, K], [K]
+    rng = np.random.default_rng(seed)
+    problems = rng.multinomial(n, counts / n, size=resamples) @ kinds.T  # [resamples, S]
+    drawn = (problems * rng.multinomial(seeds, [1 / seeds] * seeds, size=resamples)).sum(1)
+    low, high = (100 * float(x) / (n * seeds) for x in np.quantile(drawn, [0.025, 0.975]))
+    extreme = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return Difference(
+        difference=100 * float(gains.sum()) / (n * seeds),
+        ci95=(low, high),
+        p_value=min(1.0, 2 * (extreme + 1) / (resamples + 1)),
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrected so that the chance of any false finding among all of them is held (Holm 1979)."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def compare(
     marks: Mapping[str, Sequence[bool]], students: Sequence[str]
 ) -> dict[str, dict[str, Difference]]:

@@ -12,6 +12,7 @@ from kava_core.settings.generate import Generate
 from kava_core.settings.pipeline import Cadence, Pipeline, Resources, load_pipeline, read_document
 from kava_core.settings.prepare import Prepare, TestSet
 from kava_core.settings.student import Student
+from kava_core.settings.study import Study, load_study
 from kava_core.settings.teacher import Scratch, Teacher
 from kava_core.settings.training import HeldOut, LoRA, Training
 
@@ -32,9 +33,11 @@ __all__ = [
     "Resources",
     "Scratch",
     "Student",
+    "Study",
     "Teacher",
     "TestSet",
     "Training",
     "load_pipeline",
+    "load_study",
     "read_document",
 ]

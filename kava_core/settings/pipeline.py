@@ -98,10 +98,11 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
     try:
         return name, Pipeline.model_validate(pipelines[name])
     except ValidationError as error:
-        raise KavaError(_explain(path, f"pipelines.{name}", error)) from None
+        raise KavaError(explain(path, f"pipelines.{name}", error)) from None
 
 
-def _explain(path: Path, root: str, error: ValidationError) -> str:
+def explain(path: Path, root: str, error: ValidationError) -> str:
+    """What is wrong with the settings below the key `root` of the file: a line each."""
     lines = list(_wrong(root, error.errors()))
     return f"{path} has {len(lines)} wrong setting(s):\n  " + "\n  ".join(lines)
 

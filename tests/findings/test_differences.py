@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
 
 from kava_core.errors import KavaError
-from kava_core.findings.differences import RESAMPLES, compare, paired_bootstrap
+from kava_core.findings.differences import (
+    RESAMPLES,
+    compare,
+    holm,
+    paired_bootstrap,
+    seeded_bootstrap,
+)
 from kava_core.findings.evaluation import Difference
 
 
@@ -101,3 +108,103 @@ def test_every_student_against_every_other_system() -> None:
 def test_marks_of_other_problems_are_refused(left: list[bool], right: list[bool]) -> None:
     with pytest.raises(KavaError, match=f"found {len(left)} and {len(right)}"):
         paired_bootstrap(left, right)
+
+
+# --- over seeds -----------------------------------------------------------------------------------
+
+
+def seeds_of(
+    *shares: tuple[float, float], n: int = 40
+) -> tuple[list[list[bool]], list[list[bool]]]:
+    """Marks of two systems, a row for each seed, each answering its share of n problems."""
+    draw = random.Random(3)
+    rows = [[[draw.random() < share for _ in range(n)] for share in pair] for pair in shares]
+    return [left for left, _ in rows], [right for _, right in rows]
+
+
+def slow_seeds(left: list[list[bool]], right: list[list[bool]], resamples: int) -> list[float]:
+    """Seeds drawn one by one, problems drawn one by one, every difference added up."""
+    rng, s, n = random.Random(1), len(left), len(left[0])
+    drawn = []
+    for _ in range(resamples):
+        seeds = [rng.randrange(s) for _ in range(s)]
+        problems = [rng.randrange(n) for _ in range(n)]
+        gained = sum(left[k][i] - right[k][i] for k in seeds for i in problems)
+        drawn.append(100 * gained / (s * n))
+    return sorted(drawn)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [(0.6, 0.45)],
+        [(0.7, 0.6), (0.5, 0.5), (0.6, 0.5)],
+        [(0.9, 0.4), (0.4, 0.5), (0.8, 0.4), (0.5, 0.45), (0.7, 0.6)],
+    ],
+)
+def test_over_seeds_it_agrees_with_drawing_each_and_every_problem(
+    shares: list[tuple[float, float]],
+) -> None:
+    left, right = seeds_of(*shares)
+    found, resamples = seeded_bootstrap(left, right), 3000
+    drawn = slow_seeds(left, right, resamples)
+    step = 100 / (len(left) * len(left[0]))
+    rights = [100 * sum(map(sum, rows)) / sum(map(len, rows)) for rows in (left, right)]
+    assert found.difference == pytest.approx(rights[0] - rights[1])
+    for bound, share in zip(found.ci95, (0.025, 0.975), strict=True):
+        assert bound == pytest.approx(np.quantile(drawn, share), abs=0.15 * np.std(drawn) + step)
+    beyond = min(sum(d <= 1e-9 for d in drawn), sum(d >= -1e-9 for d in drawn))
+    assert found.p_value == pytest.approx(min(1.0, 2 * beyond / resamples), abs=0.03)
+    assert seeded_bootstrap(left, right) == found
+
+
+def test_the_p_value_of_a_tiny_case_is_that_of_counting_every_draw() -> None:
+    left, right = [[True, True, False], [True, False, True]], [[False, True, False]] * 2
+    draws = [
+        sum(left[k][i] - right[k][i] for k in seeds for i in problems)
+        for seeds in product(range(2), repeat=2)
+        for problems in product(range(3), repeat=3)
+    ]
+    exact = 2 * min(sum(d <= 0 for d in draws), sum(d >= 0 for d in draws)) / len(draws)
+    assert seeded_bootstrap(left, right, resamples=50_000).p_value == pytest.approx(exact, abs=0.02)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    left, right = [[True] * 20 + [False] * 20] * 4, [[False] * 40] * 4
+    apart = [[True] * 40, [False] * 40] * 2
+    same, other = seeded_bootstrap(left, right), seeded_bootstrap(apart, right)
+    assert same.difference == other.difference == 50
+    assert other.ci95[1] - other.ci95[0] > same.ci95[1] - same.ci95[0]
+
+
+@pytest.mark.parametrize("right", [[[True]], [[True], [True, False]], [[True], [True], [True]]])
+def test_marks_of_other_seeds_are_refused(right: list[list[bool]]) -> None:
+    with pytest.raises(KavaError, match="with the same seeds"):
+        seeded_bootstrap([[True], [False]], right)
+
+
+def slow_holm(p_values: list[float]) -> list[float]:
+    """By its definition: the level at which the step-down procedure first rejects each."""
+
+    def rejected(level: float) -> set[int]:
+        found: set[int] = set()
+        while left := [i for i in range(len(p_values)) if i not in found]:
+            smallest = min(left, key=p_values.__getitem__)
+            if p_values[smallest] * len(left) > level + 1e-12:
+                break
+            found.add(smallest)
+        return found
+
+    levels = sorted({min(1.0, p * k) for p in p_values for k in range(1, len(p_values) + 1)})
+    return [next((a for a in levels if i in rejected(a)), 1.0) for i in range(len(p_values))]
+
+
+@pytest.mark.parametrize(
+    "p_values", [[], [0.2], [0.01, 0.04, 0.03, 0.005], [0.5, 0.5, 0.9], [0.02, 0.02, 0.001, 1.0]]
+)
+def test_holm_is_the_level_at_which_each_is_rejected(p_values: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(slow_holm(p_values))
+
+
+def test_holm_of_the_textbook() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

@@ -1,0 +1,78 @@
+"""What a study found: every cell's answers, and what they say together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kava_core.findings.base import Finding
+from kava_core.findings.evaluation import Difference
+from kava_core.findings.scores import Percent
+
+RESULTS, ANSWERS, SUMMARY, ASKED = "results.csv", "answers.parquet", "summary.json", "asked.jsonl"
+
+
+class CellAnswers(Finding):
+    """One system's answers: per problem its id, whether it was right, and calls of the decoder."""
+
+    ids: list[str]
+    correct: list[bool]
+    passes: list[int]
+
+
+class CellAnswer(Finding):
+    """One answer in a study, a row of answers.parquet. variant: "" where there is no grid."""
+
+    variant: str
+    system: str
+    seed: int | None
+    id: str
+    correct: bool
+
+
+class Asking(Finding):
+    """When a cell was asked test problems, a line of asked.jsonl. key: of the cell."""
+
+    at: str
+    system: str
+    variant: str
+    seed: int | None
+    problems: int
+    key: str
+
+
+class Group(Finding):
+    """A system at one point of the grid, over its seeds.
+
+    exact_match: of each seed, in their order; mean and standard deviation (n − 1; None for one
+    seed) of these; forward_passes: per problem, mean; n: problems.
+    """
+
+    variant: str
+    system: str
+    seeds: list[int | None]
+    exact_match: list[Percent]
+    mean: Percent
+    deviation: float | None
+    forward_passes: float
+    n: int
+
+
+class Compared(Finding):
+    """A student minus the baseline. p_holm: the p-value corrected for all that a study compares."""
+
+    variant: str
+    system: str
+    baseline_variant: str
+    baseline: str
+    difference: Difference
+    p_holm: float
+
+
+class StudySummary(Finding):
+    """A whole study, in the order of its grid and its students."""
+
+    study: str
+    pipeline: str
+    split: Literal["validation", "test"]
+    groups: list[Group]
+    compared: list[Compared]

@@ -1,0 +1,133 @@
+"""A study as a table for the terminal and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kava_core.findings.study import Compared, Group, StudySummary
+from kava_core.reporting.style import INK, MUTED, SERIES, Drawing, canvas, finish
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+
+def words_of(summary: StudySummary) -> str:
+    """What the numbers are."""
+    asked = sorted({group.n for group in summary.groups})
+    problems = " or ".join(f"{n:,}" for n in asked)
+    words = (
+        f"Exact match on {problems} {summary.split} problems, mean ± standard deviation over "
+        "seeds; forward passes per problem, mean."
+    )
+    if summary.compared:
+        words += (
+            " Differences in points, with their 95 % intervals: paired bootstrap over problems and "
+            f"seeds; p corrected by Holm over {len(summary.compared)} comparisons."
+        )
+    return words
+
+
+def score_of(group: Group) -> str:
+    """As 87.3 ± 1.2 %."""
+    deviation = "" if group.deviation is None else f" ± {group.deviation:.1f}"
+    return f"{group.mean:.1f}{deviation} %"
+
+
+def against(compared: Compared) -> str:
+    """The baseline, with its variant where it has another."""
+    other = compared.baseline_variant
+    return compared.baseline + (f" {other}" if other and other != compared.variant else "")
+
+
+def difference_of(compared: Compared) -> str:
+    """As +4.0 (1.5 to 6.6)."""
+    low, high = compared.difference.ci95
+    return f"{compared.difference.difference:+.1f} ({low:.1f} to {high:.1f})"
+
+
+def p_of(p: float) -> str:
+    """Four digits behind the point, or that it is less."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def as_table(summary: StudySummary) -> RenderableType:
+    """Systems at every point of the grid, then what is compared."""
+    from rich import box
+    from rich.console import Group as Stack
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(*columns: str) -> Table:
+        made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
+        for i, column in enumerate(columns):
+            made.add_column(column, overflow="fold", justify="right" if i else "left")
+        return made
+
+    scores = table("system", "exact match", "seeds", "passes")
+    before = None
+    for group in summary.groups:
+        if group.variant and group.variant != before:
+            scores.add_section()
+            scores.add_row(Text(group.variant, style="bold"))
+        before = group.variant
+        cells = score_of(group), str(len(group.seeds)), f"{group.forward_passes:.1f}"
+        scores.add_row(Text(group.system), *cells)
+    parts: list[RenderableType] = [scores]
+    if summary.compared:
+        differences = table("student", "against", "difference", "p", "p, Holm")
+        for each in summary.compared:
+            student = f"{each.system} {each.variant}".rstrip()
+            numbers = difference_of(each), p_of(each.difference.p_value), p_of(each.p_holm)
+            differences.add_row(Text(student), Text(against(each)), *numbers)
+        parts.append(differences)
+    return Stack(*parts, Text(words_of(summary), style="dim"))
+
+
+def as_page(summary: StudySummary) -> str:
+    """The same as one HTML page that needs nothing but itself."""
+    from kava_core.reporting.page import render
+
+    rows = [
+        (group, score_of(group), ", ".join(f"{score:.1f}" for score in group.exact_match))
+        for group in summary.groups
+    ]
+    compared = [
+        (each, against(each), difference_of(each), p_of(each.difference.p_value), p_of(each.p_holm))
+        for each in summary.compared
+    ]
+    return render(
+        "study.html.jinja",
+        title=f"Study {summary.study}",
+        summary=summary,
+        words=words_of(summary),
+        rows=rows,
+        compared=compared,
+        drawing=_dots(summary.groups),
+    )
+
+
+def _dots(groups: Sequence[Group]) -> Drawing:
+    """A line per system and variant: every seed a point, the mean a stroke."""
+
+    def draw() -> Figure:
+        figure = canvas(70 + 22 * len(groups))
+        ax = figure.subplots()
+        for row, group in enumerate(groups):
+            scores = group.exact_match
+            ax.plot(scores, [row] * len(scores), "o", color=SERIES[0], markersize=6, alpha=0.6)
+            ax.plot([group.mean] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=2)
+        for row in range(len(groups) - 1):
+            ax.axhline(row + 0.5, color=MUTED, linewidth=0.5, dashes=(1, 3))
+        ax.set_ylim(len(groups) - 0.5, -0.5)
+        labels = [f"{group.system} {group.variant}".rstrip() for group in groups]
+        ax.set_yticks(range(len(groups)), labels)
+        ax.grid(visible=False)
+        ax.grid(visible=True, axis="x")
+        ax.set_xlim(0, 102)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        ax.set_xlabel("exact match: a point per seed, a stroke at their mean")
+        return figure
+
+    return finish("exact-match", "Exact match", "", draw)

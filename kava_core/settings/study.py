@@ -1,0 +1,77 @@
+"""Studies: pipelines run many times over, with other seeds and other settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, StrictInt, ValidationError, model_validator
+
+from kava_core.errors import KavaError
+from kava_core.settings.base import NAME, Name, Section
+from kava_core.settings.pipeline import explain, read_document
+
+# The sections of a pipeline that decide what a study finds.
+DECISIVE = ("prepare", "teacher", "generate", "evict", "students")
+
+
+class Study(Section):
+    """A named study of `studies:` in pipelines.yaml: students × seeds × settings of one pipeline.
+
+    students: null: all of the pipeline's. seeds: each in turn is every student's `training.seed`,
+    with `reseed: all` the teacher's too. split: whose problems are asked; settings are chosen on
+    validation problems. baseline: the student with which the others are compared; null: none are.
+    settings: dotted key of the pipeline → another value, for the whole study; what is not there yet
+    is made, so a student can be added. grid: dotted key → values, crossed with each other.
+    """
+
+    pipeline: Name
+    students: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
+    reseed: Literal["students", "all"] = "students"
+    split: Literal["validation", "test"] = "validation"
+    baseline: Name | None = None
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Study:
+        for setting, named in (("students", self.students or ()), ("seeds", self.seeds)):
+            if len(set(named)) < len(named):
+                raise ValueError(f"{setting}: each counts once. Name it once")
+        for key, values in self.grid.items():
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise ValueError(f"grid: {key} has a value twice. Name it once")
+        if both := sorted(self.settings.keys() & self.grid.keys()):
+            raise ValueError(f"{both[0]} stands in both settings and grid. Leave one out")
+        for key in (*self.settings, *self.grid):
+            section, _, rest = key.partition(".")
+            if section not in DECISIVE or not rest:
+                raise ValueError(
+                    f"{key} should be a dotted key below {', '.join(DECISIVE)}: the other sections "
+                    "change nothing that a study finds"
+                )
+            if section == "students" and key.endswith(".training.seed"):
+                raise ValueError(f"{key}: the seeds are those of `seeds`. Leave it out")
+        return self
+
+
+def load_study(path: Path, name: str) -> Study:
+    """The study `name` of the file; KavaError with the key path of every wrong setting."""
+    studies = read_document(path).get("studies") or {}
+    if not isinstance(studies, dict):
+        raise KavaError(f"{path}: studies should be a mapping of names to studies.")
+    if name not in studies:
+        raise KavaError(
+            f"{path} has no study {name!r}. There are: {', '.join(map(str, studies)) or 'none'}."
+        )
+    if not re.fullmatch(NAME, name):
+        raise KavaError(
+            f"study name {name!r} must be of letters, digits, - and _ only: it names a folder. "
+            "Rename it."
+        )
+    try:
+        return Study.model_validate(studies[name])
+    except ValidationError as error:
+        raise KavaError(explain(path, f"studies.{name}", error)) from None

@@ -1,0 +1,211 @@
+"""What a study runs: cells, and the pieces that they are made of.
+
+A piece is what one stage makes from certain settings and certain pieces before it, and has a key of
+all that; so whatever several cells have in common is one piece, made once: a budget leaves the
+teacher and its caches as they are, and a student that reads problems knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue, ValidationError
+
+from kava_core.artefacts import canonical_json, fingerprint
+from kava_core.errors import KavaError
+from kava_core.evaluation.systems import TEACHER_COT, TEACHER_NO_COT
+from kava_core.settings import Evaluate, Pipeline, Study
+from kava_core.settings.pipeline import explain, read_document
+from kava_core.versions import VERSIONS
+
+Point = Mapping[str, JsonValue]  # dotted key of the grid → its value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one stage makes.
+
+    stage: the command, with its argument; makes: names in the folder of a pipeline, the last of
+    which is there once all are; settings: the pipeline, as it stands in a file; before: all pieces
+    that it is made from.
+    """
+
+    stage: tuple[str, ...]
+    key: str
+    makes: tuple[str, ...]
+    settings: Mapping[str, Any] = field(compare=False, repr=False)
+    before: tuple[Piece, ...] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and of the pipeline in it."""
+        return f"{self.stage[-1]}-{self.key[:16]}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One system, asked once.
+
+    variant: the values of the grid that concern it, in words; seed: that of its training, None for
+    a teacher that all seeds share; piece: the student, or the teacher; key: all that decides what
+    it answers.
+    """
+
+    system: str
+    variant: str
+    seed: int | None
+    key: str
+    piece: Piece
+    evaluate: Evaluate = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of the file of its answers."""
+        return f"{self.system}-{self.key[:16]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole study. pairs: ((variant, student), (variant, baseline)), what is compared."""
+
+    name: str
+    study: Study
+    cells: tuple[Cell, ...]
+    pairs: tuple[tuple[tuple[str, str], tuple[str, str]], ...]
+
+    def pieces(self, cells: tuple[Cell, ...]) -> dict[str, tuple[Piece, ...]]:
+        """Stage → its pieces that `cells` need, the stages in order."""
+        needed = dict.fromkeys(p for cell in cells for p in (*cell.piece.before, cell.piece))
+        return {
+            stage: tuple(piece for piece in needed if piece.stage[0] == stage)
+            for stage in ("prepare", "teacher", "generate", "evict", "distill")
+        }
+
+
+def plan_study(path: Path, name: str, study: Study) -> Plan:
+    """Expand the study called `name` of the file at `path`.
+
+    KavaError if it names a pipeline or a student that is not there, or if any of its settings are
+    wrong, before anything runs.
+    """
+    pipelines = read_document(path)["pipelines"]
+    if study.pipeline not in pipelines:
+        raise KavaError(
+            f"{path}: studies.{name}.pipeline: there is no pipeline {study.pipeline!r}. There are: "
+            f"{', '.join(pipelines)}."
+        )
+    base = _with(pipelines[study.pipeline] or {}, study.settings)
+    names = study.students or tuple(map(str, base.get("students") or {}))
+    for student in (*names, *([study.baseline] if study.baseline else [])):
+        if student not in names or student not in (base.get("students") or {}):
+            raise KavaError(
+                f"{path}: studies.{name}: there is no student {student!r}. There are: "
+                f"{', '.join(study.students or base.get('students') or {})}."
+            )
+    cells: dict[tuple[str, str, int | None], Cell] = {}
+    pairs: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}
+    for point in _points(study):
+        groups: dict[str, str] = {}
+        for seed in study.seeds:
+            raw = _seeded(_with(base, point), names, seed, study, f"{path}: studies.{name}")
+            try:
+                settings = Pipeline.model_validate(raw)
+            except ValidationError as error:
+                where = f"studies.{name}: pipelines.{study.pipeline}"
+                raise KavaError(explain(path, where, error)) from None
+            for cell in _cells(raw, settings, names, point, seed, study):
+                cells.setdefault((cell.variant, cell.system, cell.seed), cell)
+                groups[cell.system] = cell.variant
+        if study.baseline is not None:
+            other = (groups[study.baseline], study.baseline)
+            pairs |= {((groups[s], s), other): None for s in names if s != study.baseline}
+    return Plan(name, study, tuple(cells.values()), tuple(pairs))
+
+
+def _points(study: Study) -> Iterator[Point]:
+    for values in itertools.product(*study.grid.values()):
+        yield dict(zip(study.grid, values, strict=True))
+
+
+def _with(pipeline: Any, changes: Point) -> dict[str, Any]:
+    """A copy of the pipeline with other values at dotted keys."""
+    changed: dict[str, Any] = _apart(pipeline)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = changed
+        for i, section in enumerate(sections):
+            if not isinstance(place.setdefault(section, {}), dict):
+                raise KavaError(
+                    f"{key}: expected {'.'.join(sections[: i + 1])} to be a mapping, found "
+                    f"{place[section]!r}. Write it as one, or change it as a whole."
+                )
+            place = place[section]
+        place[last] = _apart(value)
+    return changed
+
+
+def _apart(value: Any) -> Any:
+    """A copy whose parts are its own: a YAML alias is one object in several places."""
+    if isinstance(value, dict):
+        return {str(key): _apart(part) for key, part in value.items()}
+    return [_apart(part) for part in value] if isinstance(value, list) else value
+
+
+def _seeded(
+    pipeline: dict[str, Any], students: tuple[str, ...], seed: int, study: Study, where: str
+) -> dict[str, Any]:
+    keys = [f"students.{name}.training.seed" for name in students]
+    if study.reseed == "all":
+        if (pipeline.get("teacher") or {}).get("training") is None:
+            raise KavaError(f"{where}.reseed: the teacher is not trained. Leave it at `students`.")
+        keys.append("teacher.training.seed")
+    return _with(pipeline, dict.fromkeys(keys, seed))
+
+
+def _cells(
+    raw: dict[str, Any],
+    settings: Pipeline,
+    students: tuple[str, ...],
+    point: Point,
+    seed: int,
+    study: Study,
+) -> Iterator[Cell]:
+    """Those of one point of the grid and one seed."""
+    plain = settings.model_dump(mode="json", by_alias=True)
+
+    def piece(
+        stage: tuple[str, ...], section: Any, before: tuple[Piece, ...], *makes: str
+    ) -> Piece:
+        key = fingerprint([stage, section, VERSIONS[stage[0]], [p.key for p in before]])
+        return Piece(stage, key, makes, raw, before)
+
+    def cell(system: str, asked: Piece, *concerned_by: str) -> Cell:
+        own = seed if system in students or study.reseed == "all" else None
+        variant = " ".join(
+            f"{key}={value if isinstance(value, str) else canonical_json(value)}"
+            for key, value in point.items()
+            if f"{key}.".startswith(concerned_by)
+        )
+        asking = [settings.evaluate.limit, settings.evaluate.max_new_tokens, VERSIONS["evaluate"]]
+        key = fingerprint([system, study.split, asking, asked.key])
+        return Cell(system, variant, own, key, asked, settings.evaluate)
+
+    problems = piece(("prepare",), plain["prepare"], (), "problems", "test_sets")
+    teacher = piece(("teacher",), plain["teacher"], (problems,), "teacher")
+    caches = piece(("generate",), plain["generate"], (problems, teacher), "teacher_kv")
+    targets = piece(("evict",), plain["evict"], (problems, teacher, caches), "kv_targets")
+    shared = ("prepare.", "teacher.")
+    for system in (TEACHER_COT, TEACHER_NO_COT):
+        yield cell(system, teacher, *shared)
+    for student in students:
+        reads = settings.students[student].reads
+        before = (problems, teacher) + ((caches, targets) if reads == "kv_targets" else ())
+        made = piece(
+            ("distill", student), plain["students"][student], before, f"students/{student}"
+        )
+        latent = ("generate.", "evict.") if reads == "kv_targets" else ()
+        yield cell(student, made, *shared, *latent, f"students.{student}.")

@@ -1,0 +1,161 @@
+"""`kava study` as a person runs it, on a pipeline of seconds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kava_core.artefacts import read_json
+from kava_core.models.loading import model_fingerprint
+from kava_core.settings import load_study
+from kava_core.studies.plan import plan_study
+from tests.stages.project import ROOT, Project, digest
+
+TRAINING = {"steps": 2, "batch_size": 8, "threads": 1}
+SCRATCH = {
+    "vocabulary": 300,
+    "hidden_size": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate_size": 48,
+}
+TINY: dict[str, Any] = {
+    "prepare": {"source": "synthetic", "train": 32, "validation": 12, "test": 14},
+    "teacher": {"scratch": SCRATCH, "training": TRAINING, "validate_on": 4, "max_new_tokens": 8},
+    "generate": {"threads": 1},
+    "evict": {"budget": 3, "threads": 1},
+    "students": {
+        "kava": {"reads": "kv_targets", "iterations": 1, "alpha_kv": 1.0, "training": TRAINING},
+        "no-cot": {"reads": "problems", "training": TRAINING},
+    },
+    "evaluate": {"max_new_tokens": 6, "threads": 1},
+    "report": {"title": "Tiny"},
+    "resources": {"workers": 0},
+}
+STUDY = {"pipeline": "tiny", "seeds": [0, 1], "baseline": "no-cot", "split": "test"}
+
+
+class Bench:
+    """A file of settings and a data folder, from which `kava study tiny` runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path / "data/studies/tiny"
+
+    def write(self, **study: Any) -> None:
+        document = {
+            "pipeline": "tiny",
+            "pipelines": {"tiny": TINY},
+            "studies": {"tiny": {**STUDY, **study}},
+        }
+        (self.path / "pipelines.yaml").write_text(yaml.safe_dump(document))
+
+    def kava(self, *arguments: str, expect: int = 0) -> str:
+        places = ["--pipelines", f"{self.path}/pipelines.yaml", "--data", f"{self.path}/data"]
+        return Project(ROOT).kava(*arguments, *places, expect=expect)
+
+    def made(self) -> dict[str, int]:
+        """Every piece, and when it was made."""
+        return {path.name: path.stat().st_mtime_ns for path in (self.folder / "made").iterdir()}
+
+    def asked(self) -> list[tuple[str, int | None]]:
+        lines = (self.folder / "asked.jsonl").read_text().splitlines()
+        return [(line["system"], line["seed"]) for line in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, str]:
+    """The study, run to its end, and what it said. Leave it as it is."""
+    bench = Bench(tmp_path_factory.mktemp("study"))
+    bench.write()
+    return bench, bench.kava("study", "tiny", "--jobs", "2")
+
+
+@pytest.fixture
+def copy(done: tuple[Bench, str], tmp_path: Path) -> Bench:
+    shutil.copytree(done[0].path, tmp_path / "copy", symlinks=True)
+    return Bench(tmp_path / "copy")
+
+
+def test_every_student_is_trained_with_every_seed_from_one_store(done: tuple[Bench, str]) -> None:
+    bench, said = done
+    assert "6 cells, 6 to do" in said
+    made = sorted(name.rsplit("-", 1)[0] for name in bench.made())
+    assert made == ["evict", "generate", *["kava"] * 2, *["no-cot"] * 2, "prepare", "teacher"]
+    students = [path for path in bench.folder.glob("made/*/students/*") if path.is_dir()]
+    seeds = {
+        (path.name, read_json(path / "student.json")["settings"]["training"]["seed"])
+        for path in students
+    }
+    assert seeds == {(name, seed) for name in ("kava", "no-cot") for seed in (0, 1)}
+    assert len({model_fingerprint(str(path)) for path in students}) == 4
+
+
+def test_what_it_wrote_and_when_it_asked(done: tuple[Bench, str]) -> None:
+    bench, said = done
+    asked = [("teacher-cot", None), ("teacher-no-cot", None)]
+    asked += [(name, seed) for name in ("kava", "no-cot") for seed in (0, 1)]
+    assert sorted(map(str, bench.asked())) == sorted(map(str, asked))
+    assert "Test problems were asked 6 times" in said
+    for name in ("results.csv", "answers.parquet", "summary.json", "index.html"):
+        assert (bench.folder / name).is_file()
+    assert len((bench.folder / "results.csv").read_text().splitlines()) == 7
+    assert "Holm" in said and "no-cot" in said
+
+
+def test_run_again_it_does_nothing_and_says_the_same(copy: Bench) -> None:
+    names = ("results.csv", "answers.parquet", "summary.json", "index.html", "asked.jsonl")
+    before = {name: (copy.folder / name).read_bytes() for name in names}, copy.made()
+    said = copy.kava("study", "tiny", "--json")
+    assert "6 cells, 0 to do" in said
+    assert ({name: (copy.folder / name).read_bytes() for name in names}, copy.made()) == before
+    shown = json.loads(said[said.index("{\n") : said.rindex("\n}") + 2])
+    assert shown == read_json(copy.folder / "summary.json")
+
+
+def test_interrupted_it_does_what_is_missing(copy: Bench) -> None:
+    results, made = (copy.folder / "results.csv").read_bytes(), copy.made()
+    settings = copy.path / "pipelines.yaml"
+    cells = plan_study(settings, "tiny", load_study(settings, "tiny")).cells
+    lost = next(cell for cell in cells if (cell.system, cell.seed) == ("no-cot", 1))
+    place = copy.folder / "made" / lost.piece.name
+    weights = digest(place / "students")
+    shutil.rmtree(place)
+    (copy.folder / "cells" / f"{lost.name}.json").unlink()
+    said = copy.kava("study", "tiny")
+    assert "6 cells, 1 to do" in said
+    assert copy.asked()[6:] == [("no-cot", 1)]
+    assert (copy.folder / "results.csv").read_bytes() == results
+    assert digest(place / "students") == weights
+    again = copy.made()
+    assert {name for name in made if made[name] != again[name]} == {lost.piece.name}
+
+
+def test_more_seeds_train_what_is_new_and_test_problems_are_remembered(copy: Bench) -> None:
+    made = copy.made()
+    copy.write(seeds=[1, 2], students=["no-cot"], baseline=None)
+    said = copy.kava("study", "tiny")
+    assert "4 cells, 1 to do" in said
+    assert "asked before with other settings (3 times" in said
+    (new,) = set(copy.made()) - set(made)
+    assert new.startswith("no-cot-")
+
+
+def test_a_stage_that_fails_is_named_with_what_it_said(copy: Bench) -> None:
+    copy.write(settings={"students.no-cot.model": "/nowhere/at-all"})
+    said = copy.kava("study", "tiny", expect=1)
+    assert "`kava distill no-cot` ended with status 1" in said
+    assert "log.txt ends with:" in said and "/nowhere/at-all" in said
+
+
+def test_it_is_run_once_at_a_time(done: tuple[Bench, str]) -> None:
+    bench, _ = done
+    with (bench.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is in use" in bench.kava("study", "tiny", expect=1)

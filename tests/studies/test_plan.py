@@ -1,0 +1,137 @@
+"""What a study expands to: shared pieces once, seeds and values where they matter."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kava_core.errors import KavaError
+from kava_core.settings import load_pipeline, load_study
+from kava_core.studies.plan import Plan, plan_study
+from tests.settings.test_pipeline import SMALL
+
+
+def plan(tmp_path: Path, study: dict[str, Any], pipeline: dict[str, Any] | None = None) -> Plan:
+    path = tmp_path / "pipelines.yaml"
+    document = {
+        "pipeline": "small",
+        "pipelines": {"small": pipeline or SMALL},
+        "studies": {"s": {"pipeline": "small", "seeds": [0, 1], **study}},
+    }
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    assert load_pipeline(path)[0] == "small"
+    return plan_study(path, "s", load_study(path, "s"))
+
+
+def cells(found: Plan) -> list[tuple[str, str, int | None]]:
+    return [(cell.system, cell.variant, cell.seed) for cell in found.cells]
+
+
+def pieces(found: Plan) -> dict[str, int]:
+    return {stage: len(made) for stage, made in found.pieces(found.cells).items()}
+
+
+def test_every_student_with_every_seed_and_the_teacher_once(tmp_path: Path) -> None:
+    found = plan(tmp_path, {})
+    assert cells(found) == [
+        ("teacher-cot", "", None),
+        ("teacher-no-cot", "", None),
+        ("kava", "", 0),
+        ("no-cot", "", 0),
+        ("kava", "", 1),
+        ("no-cot", "", 1),
+    ]
+    assert pieces(found) == {"prepare": 1, "teacher": 1, "generate": 1, "evict": 1, "distill": 4}
+    assert len({cell.key for cell in found.cells}) == 6
+    for cell in found.cells[2:]:
+        assert cell.piece.settings["students"][cell.system]["training"]["seed"] == cell.seed
+
+
+def test_every_seed_has_a_teacher_where_it_is_said(tmp_path: Path) -> None:
+    found = plan(tmp_path, {"reseed": "all", "students": ["kava"]})
+    assert pieces(found) == {"prepare": 1, "teacher": 2, "generate": 2, "evict": 2, "distill": 2}
+    assert ("teacher-cot", "", 1) in cells(found)
+    trained = copy.deepcopy(SMALL)
+    trained["teacher"] = {"model": "owner/name", "training": None}
+    with pytest.raises(KavaError, match=r"s\.reseed: the teacher is not trained"):
+        plan(tmp_path, {"reseed": "all"}, trained)
+
+
+def test_a_value_of_the_grid_reaches_those_whom_it_concerns(tmp_path: Path) -> None:
+    grid = {"evict.budget": [4, 8], "students.kava.alpha_kv": [1, 10]}
+    found = plan(tmp_path, {"seeds": [0], "grid": grid, "baseline": "no-cot"})
+    assert pieces(found) == {"prepare": 1, "teacher": 1, "generate": 1, "evict": 2, "distill": 5}
+    kava = [f"evict.budget={m} students.kava.alpha_kv={alpha}" for m in (4, 8) for alpha in (1, 10)]
+    assert [v for system, v, _ in cells(found) if system == "kava"] == kava
+    assert [v for system, v, _ in cells(found) if system == "no-cot"] == [""]
+    assert found.pairs == tuple(((v, "kava"), ("", "no-cot")) for v in kava)
+    budgets = [
+        cell.piece.settings["evict"]["budget"] for cell in found.cells if "=8" in cell.variant
+    ]
+    assert budgets == [8, 8]
+    turned = plan(tmp_path, {"seeds": [0], "grid": grid, "baseline": "kava"})
+    assert turned.pairs == tuple((("", "no-cot"), (v, "kava")) for v in kava)
+
+
+def test_settings_are_for_all_and_may_add_a_student(tmp_path: Path) -> None:
+    more = {**SMALL["students"]["kava"], "alpha_codi": 1.0}
+    study = {"settings": {"students.both": more, "evict.policy": "random"}, "seeds": [3]}
+    found = plan(tmp_path, study)
+    assert ("both", "", 3) in cells(found)
+    assert {cell.piece.settings["evict"]["policy"] for cell in found.cells} == {"random"}
+
+
+def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
+    def keys(pipeline: dict[str, Any]) -> list[str]:
+        return [cell.key for cell in plan(tmp_path, {}, pipeline).cells]
+
+    before = keys(SMALL)
+    same = {**SMALL, "cadence": {"save_every": 3}, "resources": {"workers": 0}}
+    assert keys({**same, "evict": {"budget": 4, "policy": {"name": "rkv"}}}) == before
+    other = keys({**SMALL, "evict": {"budget": 5}})
+    changed = [system for system, a, b in zip("TNkcKC", before, other, strict=True) if a != b]
+    assert changed == ["k", "K"]  # not the teachers, nor those that read problems
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"sedes": [1]}, "studies.s.sedes: no such setting"),
+        ({"seeds": []}, "studies.s.seeds: Tuple should have at least 1 item"),
+        ({"seeds": [1, 1]}, "studies.s: seeds: each counts once"),
+        ({"split": "train"}, "studies.s.split: Input should be 'validation' or 'test'"),
+        ({"grid": {"evict.budget": []}}, "studies.s.grid.evict.budget: List should have at least"),
+        ({"grid": {"evict.budget": [4, 4]}}, "grid: evict.budget has a value twice"),
+        ({"grid": {"cadence.log_every": [1]}}, "cadence.log_every should be a dotted key below"),
+        ({"grid": {"evict": [1]}}, "evict should be a dotted key below prepare, teacher"),
+        ({"grid": {"students.kava.training.seed": [1]}}, "the seeds are those of `seeds`"),
+        (
+            {"grid": {"evict.budget": [4]}, "settings": {"evict.budget": 3}},
+            "evict.budget stands in both settings and grid",
+        ),
+        ({"pipeline": "none"}, "there is no pipeline 'none'. There are: small"),
+        ({"students": ["cody"]}, "there is no student 'cody'. There are: cody"),
+        ({"baseline": "codi"}, "there is no student 'codi'. There are: kava, no-cot"),
+        (
+            {"grid": {"evict.bugdet": [4]}},
+            "studies.s: pipelines.small.evict.bugdet: no such setting",
+        ),
+        ({"grid": {"evict.budget.x": [4]}}, "expected evict.budget to be a mapping, found 4"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    study: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(KavaError) as caught:
+        plan(tmp_path, study)
+    assert message in str(caught.value)
+
+
+def test_another_name_is_answered_with_those_there_are(tmp_path: Path) -> None:
+    plan(tmp_path, {})
+    with pytest.raises(KavaError, match=r"no study 'x'\. There are: s"):
+        load_study(tmp_path / "pipelines.yaml", "x")

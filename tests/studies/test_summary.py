@@ -1,0 +1,114 @@
+"""Means over seeds, what is compared, and the files."""
+
+from __future__ import annotations
+
+import csv
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+
+from kava_core.errors import KavaError
+from kava_core.findings.differences import holm, seeded_bootstrap
+from kava_core.findings.study import CellAnswer, CellAnswers, StudySummary
+from kava_core.findings.tables import read_table
+from kava_core.reporting.study import as_page
+from kava_core.studies.plan import Cell, Plan
+from kava_core.studies.summary import summarise, write_study
+from tests.studies.test_plan import plan
+
+SHARES = {"kava": 0.9, "no-cot": 0.3, "teacher-cot": 1.0, "teacher-no-cot": 0.1}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Plan:
+    grid = {"evict.budget": [4, 8]}
+    return plan(tmp_path, {"grid": grid, "baseline": "no-cot", "split": "test"})
+
+
+def answers(found: Plan) -> dict[Cell, CellAnswers]:
+    """As if every system answered its share of 50 problems."""
+    draw = random.Random(0)
+    return {
+        cell: CellAnswers(
+            ids=[f"p{i}" for i in range(50)],
+            correct=[draw.random() < SHARES[cell.system] for _ in range(50)],
+            passes=[4] * 50,
+        )
+        for cell in found.cells
+    }
+
+
+def test_groups_are_over_seeds_and_comparisons_at_each_point(small: Plan) -> None:
+    found = answers(small)
+    summary = summarise(small, found)
+    groups = {(group.variant, group.system): group for group in summary.groups}
+    assert list(groups) == [
+        ("", "teacher-cot"),
+        ("", "teacher-no-cot"),
+        ("evict.budget=4", "kava"),
+        ("", "no-cot"),
+        ("evict.budget=8", "kava"),
+    ]
+    kava = groups["evict.budget=8", "kava"]
+    marks = [
+        found[cell].correct
+        for cell in small.cells
+        if (cell.variant, cell.system) == (kava.variant, "kava")
+    ]
+    assert kava.seeds == [0, 1] and kava.n == 50 and kava.forward_passes == 4
+    assert kava.exact_match == [2.0 * sum(row) for row in marks]
+    assert kava.mean == statistics.mean(kava.exact_match)
+    assert kava.deviation == pytest.approx(statistics.stdev(kava.exact_match))
+    assert groups["", "teacher-cot"].deviation is None
+    baseline = [found[cell].correct for cell in small.cells if cell.system == "no-cot"]
+    first, second = summary.compared
+    assert second.difference == seeded_bootstrap(marks, baseline)
+    assert [first.p_holm, second.p_holm] == holm(
+        [first.difference.p_value, second.difference.p_value]
+    )
+    assert summarise(small, found) == summary
+
+
+def test_the_files_have_every_answer_and_the_same_bytes_again(small: Plan, tmp_path: Path) -> None:
+    found = answers(small)
+    summary = summarise(small, found)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        write_study(folder, small, found, summary)
+    for name in ("results.csv", "answers.parquet", "summary.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert as_page(summary) == as_page(summary)
+    with (one / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(small.cells)
+    table = read_table(CellAnswer, one / "answers.parquet", "study s")
+    for row, cell in zip(rows, small.cells, strict=True):
+        seed = "" if cell.seed is None else str(cell.seed)
+        assert (row["variant"], row["system"], row["seed"]) == (cell.variant, cell.system, seed)
+        own = [
+            answer
+            for answer in table
+            if (answer.variant, answer.system, answer.seed)
+            == (cell.variant, cell.system, cell.seed)
+        ]
+        assert [answer.correct for answer in own] == found[cell].correct
+        assert float(row["exact_match"]) == 2 * sum(found[cell].correct)
+    read = StudySummary.model_validate_json((one / "summary.json").read_text())
+    assert read == summary
+
+
+def test_the_page_shows_it_all(small: Plan) -> None:
+    page = as_page(summarise(small, answers(small)))
+    for words in ("kava", "evict.budget=8", "no-cot", "50 test problems", "Holm over 2"):
+        assert words in page
+
+
+def test_other_problems_are_not_compared(small: Plan) -> None:
+    found = answers(small)
+    cell = next(cell for cell in small.cells if cell.system == "no-cot")
+    found[cell] = found[cell].model_copy(update={"ids": [f"q{i}" for i in range(50)]})
+    with pytest.raises(KavaError, match="were asked different problems"):
+        summarise(small, found)

@@ -39,13 +39,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
-from kava_core.distill.objective import cross_entropy
-from kava_core.distill.student import objective_of, student_terms
+from kava_core.distill.objective import cross_entropy, objective_of
+from kava_core.distill.terms import student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import to_device
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
-from kava_core.settings import Evict
+from kava_core.settings import Evict, Student, Training
 from kava_core.store import (
     Codec,
     ShardShuffleSampler,
@@ -166,17 +166,9 @@ class Steps:
         if variant == "joint":
             self.joint = JointPass(self.student.decoder)
             online = OnlineTargets(self.joint, EXACT, plan.cut, Rounding(EXACT, {}))
-        objective = objective_of(
-            store,
-            alpha_kv=1.0,
-            alpha_codi=1.0,
-            w_cot=0.0,
-            kv_distance="smooth_l1",
-            kv_std=True,
-            codi_distance="smooth_l1",
-            codi_std=True,
-        )
-        self.terms = student_terms(objective, Match.of(store), online)
+        training = Training(steps=1)  # not asked: the steps are taken here
+        settings = Student(reads="kv_targets", training=training, alpha_kv=1.0, alpha_codi=1.0)
+        self.terms = student_terms(objective_of(settings, store), Match.of(store), online)
         dataset = TargetsDataset(store, chains=variant == "joint", online=online is not None)
         sampler = ShardShuffleSampler(store.sizes, seed=0)
         self.loader = DataLoader(

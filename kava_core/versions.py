@@ -13,9 +13,9 @@ VERSIONS = {
     "prepare": 1,
     "teacher": 1,
     "generate": 1,
-    "evict": 1,
+    "evict": 2,
     "fidelity": 1,
     "distill": 1,
-    "evaluate": 1,
-    "report": 1,
+    "evaluate": 2,
+    "report": 2,
 }

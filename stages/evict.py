@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kava_core.artefacts import publish, write_json
+from kava_core.artefacts import publish
 from kava_core.console import say
 
 from .run import Run, stage
@@ -13,20 +13,25 @@ def evict(run: Run) -> None:
     """Cut the teacher's caches down to M slots per layer and head.
 
     Writes kv_targets/, from which students are trained without the teacher, and eviction.json with
-    the share of (record, layer, head) from which a token was really dropped. A new budget, policy,
-    layer set or bit width reruns this stage and what follows, nothing before.
+    the share of (record, layer, head) from which a token was really dropped, and how far slots have
+    an identity. A new budget, policy, layer set or bit width reruns this stage and what follows,
+    nothing before.
     """
+    from kava_core.findings.base import write_finding
+    from kava_core.findings.eviction import FILE
     from kava_core.store import TargetsStore
-    from kava_core.targets.evict import build_kv_targets, eviction_metrics
+    from kava_core.store.summary import eviction_findings
+    from kava_core.targets.evict import build_kv_targets
 
     output = run.path("kv_targets")
     built = build_kv_targets(
         run.path("teacher_kv"), run.settings.evict, output, run.settings.resources
     )
     publish((built.folder, output))
-    metrics = eviction_metrics(TargetsStore.open(output))
-    write_json(run.path("eviction.json"), metrics)
+    found = eviction_findings(TargetsStore.open(output))
+    write_finding(run.path(FILE), found)
+    identity = "; ".join(f"{what} {how_much}" for what, how_much in found.identity)
     say(
-        f"kv_targets: {built.manifest.records} records, {metrics['megabytes']:.1f} MB; eviction "
-        f"engaged on {metrics['engaged_percent']:.1f} % of (record, layer, head)"
+        f"kv_targets: {built.manifest.records} records, {found.megabytes:.1f} MB; eviction "
+        f"engaged on {found.engaged_percent:.1f} % of (record, layer, head); {identity}"
     )

@@ -118,7 +118,7 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         "report": stage(
             "report",
             "report",
-            made(*results, "students", "evaluation", "curves"),
+            made(*results, "eviction.json", "students", "evaluation", "curves"),
             made("report", "costs"),
         ),
     }

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kava_core.evaluation.breakdown import length_bin, score_groups
 from kava_core.evaluation.comparison import Comparison
-from kava_core.evaluation.differences import compare
 from kava_core.evaluation.examination import Examination, ProblemSet
 from kava_core.evaluation.perplexity import perplexity
 from kava_core.findings.base import write_finding
+from kava_core.findings.differences import compare
 from kava_core.findings.evaluation import (
     COMPARISONS,
     INSIGHTS,

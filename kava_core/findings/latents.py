@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, computed_field, model_validator
 
 from kava_core.findings.base import Finding
+from kava_core.findings.evaluation import Difference
 from kava_core.findings.scores import Percent
 
 Token = tuple[str, float]  # and its probability
 Grid = list[list[float | None]]  # null where no record has a number
+Interval = tuple[Percent, Percent]
+
+INERT_PERCENT = 5.0  # the most answers that an intervention may change and be called inert
 
 
 class Maps(Finding):
@@ -126,20 +130,89 @@ class CacheNorms(Finding):
     teacher_truncated: dict[int, Maps]
 
 
-class InterventionScores(Finding):
-    """Exact match in % on n problems: untouched, and with latent i changed, [M].
+class Changed(Finding):
+    """Answers given with changed latents, held against the untouched ones on the same problems.
 
-    The change is to the input embedding of that latent when it is fed for the last time: to zero,
-    to its mean over the problems, or to that of the next problem in their order (the last problem
-    takes that of the first). Its keys and values follow, and what later latents and the answer
-    read.
+    exact_match, ci95: in %, with the Wilson interval; difference: exact match less the untouched,
+    paired; changed: % of problems with another answer than the untouched one.
+    """
+
+    exact_match: Percent
+    ci95: Interval
+    difference: Difference
+    changed: Percent
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated properties
+    @property
+    def inert(self) -> bool:
+        """It changes nothing: no difference is clear, and hardly an answer is another."""
+        return not self.difference.clear and self.changed <= INERT_PERCENT
+
+
+class Following(Finding):
+    """How often (%, Wilson interval) an answer is the donor's gold one.
+
+    n: the problems that count, whose own gold answer is another one. untouched: the same share of
+    the untouched answers, which know nothing of a donor.
+    """
+
+    share: Percent
+    ci95: Interval
+    n: Annotated[int, Field(gt=0)]
+    untouched: Percent
+
+
+class Donated(Changed):
+    """Answers given with a donor's latents; follows: None where all share their gold answers."""
+
+    follows: Following | None
+
+
+class TogetherScores(Finding):
+    """All latents changed at once.
+
+    removed: to zero; mean: each to its slot's mean over the problems; shuffled: each to one of
+    another slot of the same problem, None where there is one slot; donor: each to that of its slot
+    in another problem, None where there is one problem.
+    """
+
+    removed: Changed
+    mean: Changed
+    shuffled: Changed | None
+    donor: Donated | None
+
+
+class AloneScores(Finding):
+    """One latent changed and the others let be, [M]: as in `TogetherScores`."""
+
+    removed: list[Changed]
+    mean: list[Changed]
+    donor: list[Donated] | None
+
+
+class InterventionScores(Finding):
+    """Answers to n problems with the latents untouched and changed; none, ci95: untouched (%).
+
+    The change is to the input embedding of a latent when it is fed for the last time. Its keys and
+    values follow, and what later latents and the answer read. iterations [T]: the answer reads the
+    latents of iteration 0 … T − 1 in place of those of T; [] for sequential reasoning.
     """
 
     n: int
     none: Percent
-    zero: list[Percent]
-    mean: list[Percent]
-    shuffle: list[Percent]
+    ci95: Interval
+    together: TogetherScores
+    alone: AloneScores
+    iterations: list[Changed]
+
+    @model_validator(mode="after")
+    def _fits(self) -> InterventionScores:
+        alone = (self.alone.removed, self.alone.mean, self.alone.donor or self.alone.mean)
+        if not self.alone.removed or len({len(slots) for slots in alone}) > 1:
+            raise ValueError("expected as many latents removed, mean-filled and taken from donors")
+        if (self.alone.donor is None) != (self.together.donor is None):
+            raise ValueError("expected donors for all latents and for each, or for neither")
+        return self
 
 
 class Insight(Finding):

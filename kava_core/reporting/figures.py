@@ -293,8 +293,8 @@ def trace_lengths(targets: TargetsOverview) -> Drawing:
     median = int(np.median(lengths))
     caption = (
         f"{len(lengths):,} traces of {lengths.min():,} to {lengths.max():,} tokens, median "
-        f"{median:,}. Eviction engages on {targets.engaged_percent:.1f} % of (record, layer, "
-        "head): from these it really drops a token."
+        f"{median:,}. Eviction engages on {targets.eviction.engaged_percent:.1f} % of (record, "
+        "layer, head): from these it really drops a token."
     )
     return finish("trace-lengths", "Trace lengths and the budget", caption, draw)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kava_core.errors import KavaError
-from kava_core.findings import evaluation, fidelity
+from kava_core.findings import evaluation, eviction, fidelity
 from kava_core.findings.base import Finding, check_finding, read_finding
 from kava_core.findings.evaluation import (
     Differences,
@@ -21,6 +21,7 @@ from kava_core.findings.evaluation import (
     Prediction,
     Scores,
 )
+from kava_core.findings.eviction import EvictionFindings
 from kava_core.findings.fidelity import FidelityCosts
 from kava_core.findings.latents import Insights, Similarities
 from kava_core.findings.scores import Percent
@@ -28,7 +29,6 @@ from kava_core.findings.tables import read_table
 from kava_core.reporting.truncation import BudgetGrid, read_grid
 from kava_core.store import TargetsStore
 from kava_core.store.manifest import Manifest, load_manifest
-from kava_core.store.summary import EvictionCounts
 
 STAGES = ("prepare", "teacher", "generate", "evict", "fidelity", "evaluate", "report")
 
@@ -139,15 +139,14 @@ class TargetsOverview:
     """The targets store, seen from the traces.
 
     lengths: N_C per record [N]. smallest, largest: the fewest and most slots that any layer and
-    head keeps of a long enough trace. engaged_percent: of (record, layer, head), those from
-    which a token was really dropped.
+    head keeps of a long enough trace. eviction: what was counted when the store was made.
     """
 
     manifest: Manifest
     lengths: np.ndarray
     smallest: int
     largest: int
-    engaged_percent: float
+    eviction: EvictionFindings
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def read_findings(folder: Path, students: Sequence[str]) -> PipelineFindings:
     scores = read_scores(results)
     similarity = read_finding(Similarities, results / evaluation.SIMILARITY, "evaluate")
     looked = results / evaluation.INSIGHTS
-    targets = _read_targets(folder / "kv_targets")
+    targets = _read_targets(folder)
     found = {name: _read_student(folder, name) for name in students}
     _check_targets(found, targets.manifest)
     teacher_kv = folder / "teacher_kv"
@@ -309,9 +308,10 @@ def _read_curve(path: Path) -> Curve:
 
 
 def _read_targets(folder: Path) -> TargetsOverview:
-    if not folder.exists():
-        raise KavaError(f"{folder} is missing. Run `kava evict` first.")
-    store = TargetsStore.open(folder, checksums=False)  # slot counts are a small part of the files
+    path = folder / "kv_targets"
+    if not path.exists():
+        raise KavaError(f"{path} is missing. Run `kava evict` first.")
+    store = TargetsStore.open(path, checksums=False)  # slot counts are a small part of the files
     counts = [store.slot_counts(shard).max(0) for shard in range(len(store.sizes))]  # [L', H] each
     budgets = np.max(counts, 0)
     return TargetsOverview(
@@ -319,7 +319,7 @@ def _read_targets(folder: Path) -> TargetsOverview:
         lengths=store.index.column("n_cot"),
         smallest=int(budgets.min()),
         largest=int(budgets.max()),
-        engaged_percent=EvictionCounts.of(store).engaged_percent,
+        eviction=read_finding(EvictionFindings, folder / eviction.FILE, "evict"),
     )
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kava_core.findings.latents import Insight, LayerMaps
+from kava_core.findings.latents import Changed, Insight, InterventionScores, LayerMaps
 from kava_core.reporting.heatmaps import heatmap, limits_of, numbers
 from kava_core.reporting.style import (
+    COLOURS,
     INK,
     MUTED,
     SERIES,
@@ -145,7 +146,7 @@ def interventions(insights: Mapping[str, Insight]) -> Drawing | None:
     made = {name: i.interventions for name, i in insights.items() if i.interventions is not None}
     if not made:
         return None
-    kinds = {"zero": SERIES[7], "mean": SERIES[2], "shuffle": SERIES[4]}
+    kinds = {"removed": SERIES[7], "mean": SERIES[2], "donor": SERIES[4]}
 
     def draw() -> Figure:
         from matplotlib.ticker import MaxNLocator
@@ -155,17 +156,16 @@ def interventions(insights: Mapping[str, Insight]) -> Drawing | None:
         figure = canvas(240 * down + 50)
         axes = figure.subplots(down, across, squeeze=False, sharey=True)
         for ax, (student, found) in zip(axes.flat, made.items(), strict=False):
+            ax.axhspan(*found.ci95, color=INK, alpha=0.08, linewidth=0)
             ax.axhline(found.none, color=INK, linewidth=1.4)
-            slots = range(1, len(found.zero) + 1)
-            for kind, colour in kinds.items():
-                ax.plot(slots, getattr(found, kind), ".-", color=colour, linewidth=1.6)
+            for number, (kind, colour) in enumerate(kinds.items()):
+                _by_slot(ax, getattr(found.alone, kind) or [], colour, 0.12 * (number - 1))
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.set_title(student)
             ax.set_xlabel("latent slot that is changed")
         for ax in list(axes.flat)[len(made) :]:
             ax.set_axis_off()
-        highest = max(max([f.none, *f.zero, *f.mean, *f.shuffle]) for f in made.values())
-        percent_axis(axes[0, 0], highest)
+        percent_axis(axes[0, 0], max(map(_highest, made.values())))
         for ax in axes[:, 0]:
             ax.set_ylabel("exact match")
         legend(figure, {"untouched": (INK, "-"), **{k: (c, "-") for k, c in kinds.items()}})
@@ -173,11 +173,29 @@ def interventions(insights: Mapping[str, Insight]) -> Drawing | None:
 
     asked = max(found.n for found in made.values())
     caption = (
-        f"{asked:,} test problems, asked with one latent set to zero, to its mean over problems, "
-        "or to that of another problem. A latent that changes nothing holds nothing that the "
-        "answer needs."
+        f"{asked:,} test problems, asked with one latent removed (set to zero), set to its mean "
+        "over problems, or taken from another problem (the donor); bars and band: 95 % intervals. "
+        "Hollow: inert, the answer does not need this latent."
     )
     return finish("interventions", "What the answer needs of each latent", caption, draw)
+
+
+def _by_slot(ax: Axes, slots: Sequence[Changed], colour: str, aside: float) -> None:
+    """Exact match by slot with its interval, hollow where inert; aside: of the slot's place."""
+    places = [slot + 1 + aside for slot in range(len(slots))]
+    heights = [changed.exact_match for changed in slots]
+    low, high = ([changed.ci95[i] for changed in slots] for i in (0, 1))
+    ax.vlines(places, low, high, color=colour, linewidth=1.0, alpha=0.6)
+    ax.plot(places, heights, "-", color=colour, linewidth=1.6)
+    for place, changed in zip(places, slots, strict=True):
+        face = COLOURS["paper"][0] if changed.inert else colour
+        ax.plot(place, changed.exact_match, "o", color=colour, markerfacecolor=face, markersize=5)
+
+
+def _highest(found: InterventionScores) -> float:
+    """The highest bound of what `interventions` draws."""
+    slots = [*found.alone.removed, *found.alone.mean, *(found.alone.donor or [])]
+    return max(found.ci95[1], *(changed.ci95[1] for changed in slots))
 
 
 def _along(ax: Axes, line: Sequence[float | None], colour: str, dash: Dash, alpha: float) -> None:

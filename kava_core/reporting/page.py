@@ -10,6 +10,7 @@ from typing import Any
 from kava_core.artefacts import atomic_path, write_json
 from kava_core.findings.base import write_finding
 from kava_core.findings.evaluation import Difference, Score
+from kava_core.findings.latents import INERT_PERCENT
 from kava_core.reporting.examples import Example, choose_examples
 from kava_core.reporting.figures import (
     accuracy_by_cost,
@@ -79,10 +80,12 @@ def write_report(
     `dvc plots`: the loss on the answer of whatever students there are.
     """
     figures = _figures(findings)
+    insights = in_order(findings, comparisons[0].headline)
     looked = {
         name: [attention_flow(name, insight), magnitudes(name, insight)]
-        for name, insight in in_order(findings, comparisons[0].headline).items()
+        for name, insight in insights.items()
     }
+    carried = {name: i.interventions for name, i in insights.items() if i.interventions}
     page = render(
         "page.html.jinja",
         title=title,
@@ -91,6 +94,8 @@ def write_report(
         overview=_overview(findings, comparisons),
         figures=figures,
         looked=looked,
+        carried=carried,
+        inert_percent=INERT_PERCENT,
         worked=work_through(findings, comparisons[0].headline),
         findings=findings,
         facts=_facts(findings, comparisons),
@@ -180,7 +185,7 @@ def summary(findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
             }
             for c in comparisons
         },
-        "engaged_percent": findings.targets.engaged_percent,
+        "engaged_percent": findings.targets.eviction.engaged_percent,
         "median_trace_tokens": float(_median(findings)),
         "sweet_spot": findings.grid.spot if findings.grid else None,
     }
@@ -223,7 +228,7 @@ def _median(findings: PipelineFindings) -> float:
 def _facts(
     findings: PipelineFindings, comparisons: Sequence[ComparisonSection]
 ) -> list[tuple[str, str]]:
-    manifest = findings.targets.manifest
+    manifest, eviction = findings.targets.manifest, findings.targets.eviction
     geometry = manifest.geometry
     tested = {c.systems[0].score.n for c in comparisons}
     return [
@@ -231,7 +236,7 @@ def _facts(
         (" and ".join(f"{n:,}" for n in sorted(tested)), "test problems"),
         (f"{geometry.model_layers} × {geometry.kv_heads}", "layers × KV heads"),
         (str(geometry.slots), "slots kept per layer and head (M)"),
-        (f"{findings.targets.engaged_percent:.0f} %", "of (record, layer, head) lose tokens"),
+        (f"{eviction.engaged_percent:.0f} %", "of (record, layer, head) lose tokens"),
         (readable_bytes(_bytes(manifest)), "of KV targets"),
     ]
 

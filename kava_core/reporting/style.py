@@ -48,8 +48,8 @@ KNOWN = {
     "teacher-cot": (INK, "s"),
     "teacher-no-cot": (MUTED, "D"),
     "kava": (SERIES[0], "o"),
-    "codi": (SERIES[1], "^"),
-    "pccot": (SERIES[2], "v"),
+    "endpoint": (SERIES[1], "^"),
+    "answer-only": (SERIES[2], "v"),
     "no-cot": (SERIES[3], "P"),
     "no-cot-equal-time": (SERIES[4], "X"),
 }

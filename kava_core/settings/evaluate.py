@@ -12,7 +12,7 @@ class Evaluate(Section):
 
     limit: null asks all of them. batch_size: peak memory is that of one batch. interpret_records:
     test problems over which latents are looked into; intervention_problems: those that are asked
-    again with each latent changed. 0 turns either off; without records there is neither.
+    again with latents changed. 0 turns either off; without records there is neither.
     """
 
     limit: Positive | None = None

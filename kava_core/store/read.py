@@ -346,6 +346,13 @@ class TargetsStore(_Store):
         heads = self.geometry.kv_heads
         return counts.copy().view(np.int32).reshape(len(counts), -1, heads)
 
+    def slot_positions(self, shard: int) -> np.ndarray:
+        """The places in the trace that a shard's slots hold, int32 [N, L', H, M]; −1 = none."""
+        with self._lock:
+            positions = self._shard(shard)[self._place("slot_positions")]
+        shape = (len(positions), -1, self.geometry.kv_heads, self.geometry.slots)
+        return positions.copy().view(np.int32).reshape(shape)
+
     def _place(self, name: str) -> int:
         layout = shard_layout(self.kind, self.geometry, self.codec, records=1, tokens=0)
         return list(layout).index(name)

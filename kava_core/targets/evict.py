@@ -14,12 +14,10 @@ from kava_core.settings import Evict, Resources
 from kava_core.store import (
     Ranges,
     StoreSpec,
-    TargetsStore,
     TeacherStore,
     calibrate,
     write_targets_shard,
 )
-from kava_core.store.summary import EvictionCounts
 from kava_core.targets.build import Build, ShardCounts, build_store
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
@@ -117,17 +115,3 @@ def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:
         if seen >= settings.calibration_records:
             break
     return calibrate(samples, settings.granularity, settings.calibration_percentile)
-
-
-def eviction_metrics(store: TargetsStore) -> dict[str, float]:
-    """What eviction did, read from the finished store, so that a continued run counts alike.
-
-    engaged_percent: of (record, layer, head), those from which a token was really dropped;
-    kept_percent: of all tokens there, those that fill a slot; megabytes: of the store's files.
-    """
-    counts = EvictionCounts.of(store)
-    return {
-        "engaged_percent": counts.engaged_percent,
-        "kept_percent": counts.kept_percent,
-        "megabytes": sum(info.bytes for info in store.manifest.files.values()) / 1e6,
-    }

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from kava_core.distill.teacher import chain_terms
 
 from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
+from kava_core.distill.terms import chain_terms
 from tests.distill.toy import toy_traces, write_store
 from tests.tiny import tiny_model
 
@@ -50,6 +50,9 @@ def test_a_store_gives_the_batches_of_its_traces(tmp_path: Path, chains: bool) -
     for indices in (ORDER, [3], list(range(12))):
         batch, expected = ours.__getitems__(indices), theirs.__getitems__(indices)
         assert batch.pop("targets").indices == indices
+        for row, index in zip(batch.pop("cot_ids").tolist(), indices, strict=True):
+            chain = traces[index].cot_ids
+            assert row == chain + [0] * (len(row) - len(chain))
         assert batch.keys() == expected.keys()
         for name, value in expected.items():
             assert (

@@ -14,17 +14,19 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
+from kava_core.distill.adapters import add_lora, merge_lora
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.fit import Stopped, fit
 from kava_core.distill.match import Match, choose_layers, cut_heads
 from kava_core.distill.projectors import ProjectedReasoning, add_projectors, drop_projectors
-from kava_core.distill.student import add_lora, merge_lora, objective_of, student_terms
+from kava_core.distill.terms import student_terms
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model
+from kava_core.settings import Cadence
 from kava_core.store import Geometry, ShardShuffleSampler, TargetsStore
 from tests.distill import toy
-from tests.distill.toy import SETTINGS, files, same, toy_objective, toy_traces, write_store
+from tests.distill.toy import TRAINING, files, same, toy_objective, toy_traces, write_store
 from tests.tiny import COMMON, EOS, PROMPT, tiny_model
 
 # The teacher: 4 layers of 2 heads of 8; students of 2 layers, with the same and with other heads.
@@ -125,10 +127,7 @@ def test_layers_levels_and_heads_are_matched_as_mapped(
     student = student_of(num_key_value_heads=heads, head_dim=16 // heads).eval()
     match = Match.between(student, store, layer_map)
     assert list(zip(match.layers, match.rows, strict=True)) == pairs
-    objective = objective_of(
-        store, alpha_kv=1.0, alpha_codi=1.0, w_cot=0.0, kv_distance="mse", kv_std=True,
-        codi_distance="l1", codi_std=True, match=match,
-    )  # fmt: skip
+    objective = toy_objective(store, match, kv_distance="mse")
     batch = TargetsDataset(store, chains=False).__getitems__(INDICES)
     terms = student_terms(objective, match)(student, batch)
     reasoning, targets = reasoned(student, batch), batch["targets"].dequantise()
@@ -289,7 +288,7 @@ def test_a_saved_student_holds_no_projectors_and_loads(tmp_path: Path) -> None:
     student = student_of()
     untouched = set(student.state_dict())
     match, _ = crossed(store, student)
-    adapters = add_lora(student, rank=2, alpha=2, dropout=0.0, targets=["q_proj"], seed=0)
+    adapters = add_lora(student, toy.lora(2, 2, 0.0, "q_proj"), seed=0)
     add_projectors(student, match)
     assert {n for n in student.state_dict() if n.startswith("projectors.")} == {
         "projectors.keys",
@@ -315,7 +314,7 @@ class Cross:
         torch.set_num_threads(1)
         student = student_of(attention_dropout=0.1)
         match, terms = crossed(self.store, student)
-        add_lora(student, rank=2, alpha=4, dropout=0.1, targets=["q_proj", "k_proj"], seed=0)
+        add_lora(student, toy.lora(2, 4, 0.1, "q_proj", "k_proj"), seed=0)
         add_projectors(student, match)
         batches = 0
 
@@ -331,11 +330,11 @@ class Cross:
             counted,
             TargetsDataset(self.store, chains=False),
             ShardShuffleSampler(self.store.sizes, seed=0),
-            toy.replace(SETTINGS, steps=6, accumulation=1, log_every=2, precision=precision),
+            toy.but(TRAINING, steps=6, accumulation=1, precision=precision),
+            Cadence(log_every=2, save_every=3, gradient_share_every=3),
             folder=self.folder / "checkpoints",
-            live_folder=self.folder / "live",
+            curves=self.folder / "curves",
             title="cross",
-            shares_every=3,
         )
         return {name: x.detach().clone() for name, x in student.state_dict().items()}
 
@@ -350,7 +349,7 @@ def test_a_stopped_run_goes_on_with_its_projectors(tmp_path: Path, precision: st
     with pytest.raises(Stopped, match="at step 4 of 6"):
         parts.run(stop_at=4, precision=precision)
     assert same(parts.run(precision=precision), weights)
-    assert files(tmp_path / "parts" / "live") == files(tmp_path / "whole" / "live")
+    assert files(tmp_path / "parts" / "curves") == files(tmp_path / "whole" / "curves")
 
 
 def test_several_processes_can_train_projectors(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective, cross_entropy, endpoint_loss, kv_loss
-from kava_core.distill.student import objective_of, student_terms
+from kava_core.distill.terms import student_terms
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner, Reasoning
 from kava_core.store import Geometry, TargetsStore
-from tests.distill.toy import PLAIN, toy_student, toy_traces, write_store
+from tests.distill.toy import PLAIN, toy_objective, toy_student, toy_traces, write_store
 
 KINDS = ["l1", "smooth_l1", "mse"]
 B, L, H, M, D, E = 4, 3, 2, 5, 6, 7
@@ -335,19 +335,8 @@ def test_the_gradients_of_every_term_match_finite_differences(kind: str) -> None
 
 
 def all_objective(store: TargetsStore, **changes: Any) -> Objective:
-    return objective_of(
-        store,
-        **{
-            "alpha_kv": 1.0,
-            "alpha_codi": 1.0,
-            "w_cot": 1.0,
-            "kv_distance": "mse",
-            "kv_std": True,
-            "codi_distance": "mse",
-            "codi_std": True,
-            **changes,
-        },
-    )
+    distances = {"kv_distance": "mse", "codi_distance": "mse"}
+    return toy_objective(store, **{"w_cot": 1.0, **distances, **changes})
 
 
 def terms_of(
@@ -484,16 +473,7 @@ def test_half_and_coded_targets_are_worked_out_before_they_are_compared(tmp_path
 
 def test_without_targets_only_the_answer_and_the_chain_are_learnt(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", toy_traces(4))
-    nothing = objective_of(
-        None,
-        alpha_kv=1.0,
-        alpha_codi=1.0,
-        w_cot=1.0,
-        kv_distance="l1",
-        kv_std=True,
-        codi_distance="l1",
-        codi_std=True,
-    )
+    nothing = toy_objective(None, w_cot=1.0)
     batch = TargetsDataset(store, chains=True).__getitems__([0, 1])
     del batch["targets"]
     assert student_terms(nothing, None)(toy_student(latents=0), batch).keys() == {"answer", "cot"}
@@ -555,7 +535,7 @@ def test_the_kv_term_reaches_all_of_the_student_but_the_named(tmp_path: Path) ->
 
 def test_the_kv_term_trains_lora_b_and_not_the_frozen_weights(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", toy_traces(5))
-    student = toy_student(lora=True)
+    student = toy_student(adapted=True)
     reached = trained(student, store)
     adapters = {name for name, _ in student.named_parameters() if "lora_" in name}
     assert {n for n in adapters if "lora_B" in n} <= reached

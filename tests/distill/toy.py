@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from kava_core.distill.adapters import add_lora
 from kava_core.distill.batches import TargetsDataset
-from kava_core.distill.fit import FitSettings, fit
+from kava_core.distill.fit import fit
 from kava_core.distill.match import Match
-from kava_core.distill.objective import Objective
-from kava_core.distill.student import add_lora, objective_of, student_terms
+from kava_core.distill.objective import Objective, objective_of
+from kava_core.distill.terms import student_terms
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.phase import rotary_of
 from kava_core.record import Record
+from kava_core.settings import Cadence, LoRA, Student, Training
 from kava_core.store import (
     Codec,
     Geometry,
@@ -37,22 +40,19 @@ from tests.tiny import COMMON, EOS, PROMPT, VOCABULARY, tiny_model
 
 FLOAT32 = Codec(keys="float32", values="float32", endpoint="float32")
 PLAIN = Geometry.plain(layers=3, kv_heads=2, head_dim=8, hidden_size=32, slots=4)
-SETTINGS = FitSettings(
-    steps=10,
-    batch_size=4,
-    accumulation=2,
-    learning_rate=1e-2,
-    weight_decay=0.01,
-    warmup=0.2,
-    max_grad_norm=2.0,
-    precision="float32",
-    log_every=4,
-    save_every=3,
-    seed=5,
+TRAINING = Training(
+    steps=10, batch_size=4, accumulation=2, learning_rate=1e-2, warmup=0.2, seed=5, threads=1
 )
+CADENCE = Cadence(log_every=4, save_every=3, gradient_share_every=7)
+EVERY_STEP = Cadence(log_every=1, save_every=3, gradient_share_every=0)
 
 
-def toy_student(dropout: float = 0.0, lora: bool = False, **settings: Any) -> LatentReasoner:
+def but(training: Training, **changes: Any) -> Training:
+    """The same settings but for some."""
+    return training.model_copy(update=changes)
+
+
+def toy_student(dropout: float = 0.0, adapted: bool = False, **settings: Any) -> LatentReasoner:
     """A Llama of 3 layers, 4 latents, 2 Jacobi iterations, in float32."""
     teacher = tiny_model(LlamaConfig(**COMMON, attention_dropout=dropout), torch.float32)
     student = LatentReasoner.from_teacher(
@@ -69,9 +69,13 @@ def toy_student(dropout: float = 0.0, lora: bool = False, **settings: Any) -> La
             **settings,
         },
     )
-    if lora:
-        add_lora(student, rank=4, alpha=8, dropout=0.2, targets=["q_proj", "v_proj"], seed=0)
+    if adapted:
+        add_lora(student, lora(4, 8, 0.2, "q_proj", "v_proj"), seed=0)
     return student
+
+
+def lora(rank: int, alpha: int, dropout: float, *targets: str) -> LoRA:
+    return LoRA(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
 
 
 def toy_traces(n: int) -> list[Record]:
@@ -142,15 +146,14 @@ def write_store(
     return TargetsStore.open(folder)
 
 
-def toy_objective(store: TargetsStore | None, **changes: Any) -> Objective:
-    return objective_of(
-        store,
-        **{"alpha_kv": 1.0, "alpha_codi": 1.0, "w_cot": 0.0, **changes},
-        kv_distance="smooth_l1",
-        kv_std=True,
-        codi_distance="l1",
-        codi_std=True,
-    )
+def toy_objective(
+    store: TargetsStore | None, match: Match | None = None, **changes: Any
+) -> Objective:
+    settings = {"alpha_kv": 1.0, "alpha_codi": 1.0, "codi_distance": "l1", **changes}
+    if not settings["alpha_codi"]:  # then a distance of it means nothing
+        del settings["codi_distance"]
+    student = Student(reads="kv_targets", training=TRAINING, **settings)
+    return objective_of(student, store, match)
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,11 @@ class Toy:
 
     store: Path
     folder: Path
-    settings: FitSettings = SETTINGS
+    settings: Training = TRAINING
+    cadence: Cadence = CADENCE
     dropout: float = 0.1
-    lora: bool = False
+    adapted: bool = False
     chains: bool = False
-    shares_every: int = 0
     loader_workers: int = 0
     held_out: int = 0
     signal_at: int | None = None
@@ -179,7 +182,7 @@ class Toy:
 
     def run(self) -> dict[str, Tensor]:
         """The weights the run ends with."""
-        model = toy_student(self.dropout, self.lora)
+        model = toy_student(self.dropout, self.adapted)
         store = TargetsStore.open(self.store)
         last, held_out = (
             store.sizes[-1] - self.held_out,
@@ -201,11 +204,11 @@ class Toy:
             TargetsDataset(store, chains=self.chains),
             ShardShuffleSampler([*store.sizes[:-1], last], seed=self.settings.seed),
             self.settings,
+            self.cadence,
             folder=self.checkpoints,
-            live_folder=self.folder / "live",
+            curves=self.folder / "curves",
             title="toy",
             loader_workers=self.loader_workers,
-            shares_every=self.shares_every,
             held_out=held_out,
         )
         return {name: x.detach().clone() for name, x in model.state_dict().items()}
@@ -229,3 +232,28 @@ def files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def curve(run: Toy, name: str) -> list[float]:
+    """The values of a curve in DVCLive's file: a header, then `step`, tab, value."""
+    text = (run.folder / "curves" / "plots" / "metrics" / f"{name}.tsv").read_text()
+    header, *rows = text.splitlines()
+    assert header.split("\t") == ["step", name]
+    assert [int(row.split("\t")[0]) for row in rows] == list(
+        range(run.cadence.log_every, run.settings.steps + 1, run.cadence.log_every)
+    )
+    return [float(row.split("\t")[1]) for row in rows]
+
+
+def killed(toy: Toy) -> int | None:
+    """The exit code of a process that does `run`; −9 for SIGKILL."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distill.toy"])
+    process = context.Process(target=main, args=(toy,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def checkpoints(run: Toy) -> list[int]:
+    return sorted(int(p.name.split("-")[1]) for p in run.checkpoints.glob("checkpoint-*"))

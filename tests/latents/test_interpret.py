@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ from torch.nn.functional import cosine_similarity
 from transformers import DynamicCache, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.asking import ask
 from kava_core.eviction import POLICIES, group_layers
 from kava_core.fidelity.examiner import Layers
 from kava_core.findings.base import read_finding, write_finding
 from kava_core.findings.latents import Insight, Insights
 from kava_core.latents.interpret import BINS, head, interpret
-from kava_core.latents.interventions import interventions
 from kava_core.latents.student import ANSWER, LATENTS, PARTS, PROMPT
 from kava_core.latents.teacher import TeacherView, Truncation, read_teacher, readable
 from kava_core.models.latent import LatentReasoner
@@ -34,11 +31,11 @@ from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
 from kava_core.rotary import unrotate
 from tests.evaluation.talker import make_talker, problems
-from tests.latents.test_student import naive_answer, naive_passes
+from tests.latents.test_interventions import ASKED, answered
+from tests.latents.test_student import naive_passes
 from tests.tiny import ARCHITECTURES, assert_near, tiny_model, tiny_trace
 
 M = 3  # latents of the talker
-ASKED = {"batch_size": 5, "max_new_tokens": 4}
 
 
 def truncation(phase: str = "pre_rope", layers: tuple[int, ...] = (0, 1, 2)) -> Truncation:
@@ -310,55 +307,6 @@ def test_latents_and_kept_tokens_decode_side_by_side(
                 ]
 
 
-# --- interventions ------------------------------------------------------------------------------
-
-
-def answered(talker: LatentReasoner, encoder: TraceEncoder) -> list[Problem]:
-    """Problems, every other of which the talker answers as the gold answer says."""
-    told = ask(talker, encoder, problems(), **ASKED)
-    return [
-        replace(p, answer=said.answer or p.answer) if i % 2 else p
-        for i, (p, said) in enumerate(zip(problems(), told, strict=True))
-    ]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("reasoning", ["jacobi", "sequential"])
-def test_a_latent_is_put_to_zero_mean_or_anothers(encoder: TraceEncoder, reasoning: str) -> None:
-    talker = make_talker(encoder)
-    talker.config.reasoning = reasoning
-    asked = answered(talker, encoder)
-    found = interventions(talker, encoder, asked, **ASKED)
-    questions = encoder.encode_questions([p.question for p in asked])
-    fed = torch.stack([naive_passes(talker, question)[-1][-M:] for question in questions])
-    assert found.n == 12
-    told = ask(talker, encoder, asked, **ASKED)
-    assert found.none == pytest.approx(100 * sum(p.correct for p in told) / 12)
-    assert found.none >= 50
-    unchanged = [naive_answer(talker, question, 4, lambda _, z: z) for question in questions]
-    ended = [len(written) for written in unchanged if written[-1] == encoder.eos]
-    limit = max(ended, default=4)
-    others = {
-        "zero": torch.zeros_like(fed),
-        "mean": fed.mean(0, keepdim=True).expand_as(fed),
-        "shuffle": torch.stack([fed[(i + 1) % 12] for i in range(12)]),
-    }
-    for kind, instead in others.items():
-        for slot in range(M):
-            correct = 0
-            for i, question in enumerate(questions):
-                written = naive_answer(
-                    talker,
-                    question,
-                    limit,
-                    lambda s, z, i=i: instead[i, s] if s == slot else z,  # noqa: B023
-                )
-                text = encoder.tokenizer.decode(written, skip_special_tokens=True).strip()
-                correct += text == asked[i].answer
-            assert getattr(found, kind)[slot] == pytest.approx(100 * correct / 12), (kind, slot)
-    assert any(x != found.none for kind in others for x in getattr(found, kind))
-
-
 # --- the whole ----------------------------------------------------------------------------------
 
 
@@ -382,7 +330,7 @@ def test_the_file_is_what_the_report_reads_and_no_batch_shows(
     assert json.loads((tmp_path / "insights.json").read_text())["kava"] == plain
     assert read_finding(Insights, tmp_path / "insights.json", "evaluate") == {"kava": insight}
     assert insight.records == 7 and len(insight.decoded) == 2
-    assert insight.interventions is not None and len(insight.interventions.zero) == M
+    assert insight.interventions is not None and len(insight.interventions.alone.removed) == M
     flow = insight.attention
     assert len(flow.iterations) == 3 and len(flow.sources) == M + 1
     for iteration, grid in enumerate(flow.iterations):

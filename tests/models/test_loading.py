@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,17 +33,20 @@ PROGRAM = """
 import json, sys
 from kava_core.errors import KavaError
 from kava_core.models.loading import commit_of, load_model, load_tokenizer, model_fingerprint
-name, revision = sys.argv[1], sys.argv[2] or None
-try:
-    model = load_model(name, revision=revision)
-    print(json.dumps({
-        "commit": commit_of(name, revision),
-        "weight": float(next(model.parameters()).flatten()[0]),
-        "fingerprint": model_fingerprint(name, revision),
-        "tokens": len(load_tokenizer(name, revision)),
-    }))
-except KavaError as error:
-    print(json.dumps({"error": str(error)}))
+found = []
+for asked in sys.argv[1:]:
+    name, revision = (asked.split("@") + [None])[:2]
+    try:
+        model = load_model(name, revision=revision)
+        found.append({
+            "commit": commit_of(name, revision),
+            "weight": float(next(model.parameters()).flatten()[0]),
+            "fingerprint": model_fingerprint(name, revision),
+            "tokens": len(load_tokenizer(name, revision)),
+        })
+    except KavaError as error:
+        found.append({"error": str(error)})
+print(json.dumps(found))
 """
 
 
@@ -71,29 +75,33 @@ def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def asked(hub: Path, name: str, revision: str = "") -> dict[str, object]:
+def asked(hub: Path, *names: str) -> list[dict[str, Any]]:
+    """What a machine without a network loads for each name or name@revision."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name, revision],
+        [sys.executable, "-c", PROGRAM, *names],
         env={**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def test_a_revision_names_the_weights_and_its_commit_is_known(hub: Path, folder: Path) -> None:
-    newest, older = asked(hub, "team/tiny"), asked(hub, "team/tiny", "v1")
+    newest, older, same = asked(hub, "team/tiny", "team/tiny@v1", f"team/tiny@{COMMITS['v1']}")
     assert newest["commit"] == COMMITS["main"] and newest["weight"] == 7.0
     assert older["commit"] == COMMITS["v1"] and older["weight"] != 7.0
     assert older["fingerprint"] == model_fingerprint(str(folder)) != newest["fingerprint"]
-    assert asked(hub, "team/tiny", COMMITS["v1"]) == older
+    assert same == older
 
 
 def test_what_the_cache_lacks_says_what_to_do_without_a_network(hub: Path) -> None:
-    for name, revision, at in (("team/none", "", ""), ("team/tiny", "v2", " at revision v2")):
-        said = str(asked(hub, name, revision)["error"])
+    places = {"team/none": "", "team/tiny": " at revision v2"}
+    for (name, at), found in zip(
+        places.items(), asked(hub, "team/none", "team/tiny@v2"), strict=True
+    ):
+        said = found["error"]
         assert said.startswith(f"no model configuration could be loaded from {name}{at}: ")
         assert f"without a network, run `hf download {name}`" in said
         assert "\n" not in said

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.distill.batches import TargetsDataset
-from kava_core.distill.fit import STOP_FILE, Stopped, fit
+from kava_core.distill.callbacks import STOP_FILE
+from kava_core.distill.fit import Stopped, fit
 from kava_core.distill.match import Match
-from kava_core.distill.student import student_terms
+from kava_core.distill.terms import student_terms
 from kava_core.errors import KavaError
 from kava_core.parallel import group
 from kava_core.parallel.processes import run_processes
+from kava_core.settings import Cadence, HeldOut
 from kava_core.store import ShardShuffleSampler, TargetsStore
 from tests.distill import toy
-from tests.distill.toy import SETTINGS, files, same, toy_student, toy_traces, write_store
+from tests.distill.toy import TRAINING, files, same, toy_student, toy_traces, write_store
 
-STEPS = toy.replace(SETTINGS, steps=8, log_every=1, evaluate_every=4)
+STEPS = toy.but(TRAINING, steps=8, held_out=HeldOut(records=5, every=4))
+CADENCE = Cadence(log_every=1, save_every=3, gradient_share_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +84,12 @@ class Training:
             model,
             recorded,
             TargetsDataset(store, chains=True),
-            ShardShuffleSampler((6, 6, 6, 6, 2), seed=SETTINGS.seed),
+            ShardShuffleSampler((6, 6, 6, 6, 2), seed=TRAINING.seed),
             STEPS,
+            CADENCE,
             folder=self.folder / "checkpoints",
-            live_folder=self.folder / "live",
+            curves=self.folder / "curves",
             title="toy",
-            shares_every=4,
             held_out=range(26, 31),
         )
         if group.rank() == 0:
@@ -101,7 +104,7 @@ class Training:
         return [line.split() for line in text.splitlines()]
 
     def curve(self, name: str) -> list[float]:
-        text = (self.folder / "live" / "plots" / "metrics" / f"{name}.tsv").read_text()
+        text = (self.folder / "curves" / "plots" / "metrics" / f"{name}.tsv").read_text()
         return [float(row.split("\t")[1]) for row in text.splitlines()[1:]]
 
     def but(self, **changes: Any) -> Training:
@@ -139,8 +142,8 @@ class TestTwo:
         assert len(one.seen(0)) == 16
         for whole, first, second in zip(one.seen(0), two.seen(0), two.seen(1), strict=True):
             assert whole == first + second and len(first) == 2
-        names = {p.name for p in (one.folder / "live" / "plots" / "metrics").iterdir()}
-        assert names == {p.name for p in (two.folder / "live" / "plots" / "metrics").iterdir()}
+        names = {p.name for p in (one.folder / "curves" / "plots" / "metrics").iterdir()}
+        assert names == {p.name for p in (two.folder / "curves" / "plots" / "metrics").iterdir()}
         assert {"loss_kv.tsv", "eval_loss_kv.tsv", "gradient_share_kv.tsv"} <= names
         for name in sorted(names):
             stem = name.removesuffix(".tsv")
@@ -182,7 +185,7 @@ class TestTwo:
         assert signal.getsignal(signal.SIGTERM) is before
         in_two(run)
         assert same(run.weights, whole.weights)
-        assert files(run.folder / "live") == files(whole.folder / "live")
+        assert files(run.folder / "curves") == files(whole.folder / "curves")
 
     @pytest.mark.slow
     def test_what_goes_wrong_in_one_process_arrives_as_it_is(

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from kava_core.distill.student import student_terms
 
 from kava_core.distill.batches import TargetsDataset, writes_rest
 from kava_core.distill.match import Match
+from kava_core.distill.terms import student_terms
 from kava_core.evaluation.asking import ask
 from kava_core.evaluation.perplexity import gold_nll
 from kava_core.models.students import open_student

@@ -20,8 +20,10 @@ from kava_core.fidelity.results import costs_of, write_results
 from kava_core.fidelity.trial import Result
 from kava_core.findings.base import write_finding
 from kava_core.findings.fidelity import BatchCost, CachedAnswer
+from kava_core.findings.scores import wilson
 from kava_core.record import Record
-from kava_core.store import Geometry, write_targets_shard
+from kava_core.store import Geometry, TargetsStore, write_targets_shard
+from kava_core.store.summary import eviction_findings
 from tests.store.make import finish, make_spec
 
 GEOMETRY = Geometry.plain(layers=2, kv_heads=2, head_dim=4, hidden_size=8, slots=8)
@@ -69,6 +71,8 @@ def make_pipeline(
     """Write everything that a report reads; the same arguments write the same files."""
     made = Pipeline(data, name)
     digest = _targets(made.folder / "kv_targets", records)
+    store = TargetsStore.open(made.folder / "kv_targets")
+    write_finding(made.folder / "eviction.json", eviction_findings(store))
     _evaluation(made.folder / "evaluation", problems, test_sets)
     write_json(made.folder / "evaluation/interpretability.json", _insights())
     _fidelity(made.folder)
@@ -261,16 +265,57 @@ def _insights() -> dict[str, Any]:
                 "teacher_full": maps(20, 12.0),
                 "teacher_truncated": {"4": maps(4, 12.0), "8": maps(8, 12.0)},
             },
-            "interventions": {
-                "n": 60,
-                "none": 61.0,
-                **{
-                    kind: [round(61 - 8 * i * rng.random(), 1) for i in range(8)]
-                    for kind in ("zero", "mean", "shuffle")
-                },
-            },
+            "interventions": _interventions(rng),
         }
         for name in WEIGHTS
+    }
+
+
+def _interventions(rng: random.Random) -> dict[str, Any]:
+    """Of 60 problems with 8 latents, the first of which hold nothing."""
+
+    def changed(right: int, others: int) -> dict[str, Any]:
+        """So many answers right, and so many others than the 37 of 60 untouched ones."""
+        difference = 100 * (right - 37) / 60
+        return {
+            "exact_match": 100 * right / 60,
+            "ci95": wilson(right, 60),
+            "difference": {
+                "difference": difference,
+                "ci95": (difference - 6, difference + 6),
+                "p_value": 0.5,
+            },
+            "changed": 100 * others / 60,
+        }
+
+    def donated(right: int, following: int) -> dict[str, Any]:
+        follows = {
+            "share": 100 * following / 54,
+            "ci95": wilson(following, 54),
+            "n": 54,
+            "untouched": 7.4,
+        }
+        return {**changed(right, following), "follows": follows}
+
+    def slot(i: int) -> int:
+        return 37 - int(4 * i * rng.random())
+
+    return {
+        "n": 60,
+        "none": 100 * 37 / 60,
+        "ci95": wilson(37, 60),
+        "together": {
+            "removed": changed(6, 50),
+            "mean": changed(9, 48),
+            "shuffled": changed(36, 2),
+            "donor": donated(7, 45),
+        },
+        "alone": {
+            "removed": [changed(slot(i), 3 * i) for i in range(8)],
+            "mean": [changed(slot(i), 3 * i) for i in range(8)],
+            "donor": [donated(slot(i), 4 * i) for i in range(8)],
+        },
+        "iterations": [changed(5, 50), changed(30, 20)],
     }
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kava_core.findings.eviction import EvictionFindings, Explained
 from kava_core.findings.latents import LayerMaps
 from kava_core.reporting.figures import gradient_shares, loss_curves, trace_lengths
 from kava_core.reporting.heatmaps import heatmap, limits_of
@@ -103,7 +104,15 @@ def test_few_cells_have_their_numbers_and_marked_ones_a_frame() -> None:
 
 @pytest.mark.parametrize("lengths", [[7], [1, 2, 5000], list(range(1, 200))])
 def test_any_lengths_make_a_histogram(lengths: list[int]) -> None:
-    targets = TargetsOverview(None, np.array(lengths), 4, 6, 50.0)  # type: ignore[arg-type]
+    eviction = EvictionFindings(
+        engaged_percent=50.0,
+        kept_percent=30.0,
+        agreement_percent=100.0,
+        result_percent=None,
+        identity_explained=Explained(keys=None, values=None),
+        megabytes=1.0,
+    )
+    targets = TargetsOverview(None, np.array(lengths), 4, 6, eviction)  # type: ignore[arg-type]
     figure = trace_lengths(targets)
     assert "budget M = 4 to 6" in figure.svg
     assert "50.0 %" in figure.caption

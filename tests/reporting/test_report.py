@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -335,8 +336,17 @@ def test_questions_and_answers_are_text_whatever_they_contain(
 def test_engagement_counts_the_places_that_lose_tokens(findings: PipelineFindings) -> None:
     targets = findings.targets
     assert (targets.smallest, targets.largest) == (8, 8)
-    assert targets.engaged_percent == pytest.approx(100 * (targets.lengths > 8).mean())
-    assert 0 < targets.engaged_percent < 100
+    assert targets.eviction.engaged_percent == pytest.approx(100 * (targets.lengths > 8).mean())
+    assert 0 < targets.eviction.engaged_percent < 100
+
+
+def test_the_page_says_how_far_slots_have_an_identity(
+    findings: PipelineFindings, page: Path
+) -> None:
+    html = (page / "index.html").read_text()
+    assert findings.targets.eviction.agreement_percent == 100  # the first tokens, everywhere
+    for what, how_much in findings.targets.eviction.identity:
+        assert f'<th scope="row">{what}</th><td>{escape(how_much)}</td>' in html
 
 
 def test_examples_show_agreement_of_every_kind(findings: PipelineFindings) -> None:

@@ -183,6 +183,65 @@ def test_what_is_turned_off_is_said_in_a_line(made: Pipeline, tmp_path: Path) ->
     assert summary(found, compare(found))["sweet_spot"] is None
 
 
+def cells(row: str) -> list[str]:
+    return [text_of(cell).strip() for cell in re.findall(r"<td class=\"n\">(.*?)</td>", row)]
+
+
+def test_what_the_latents_carry_stands_beside_the_accuracies(
+    findings: PipelineFindings, page: str
+) -> None:
+    section = page[page.index('id="comparison"') : page.index("Paired differences")]
+    assert section.index('class="comparison"') < section.index('id="carried"')
+    assert page.count('id="carried"') == 1  # the pipeline's own test set
+    table = section[section.index('id="carried"') :]
+    rows = dict(re.findall(r"<span class=\"swatch\".*?></span>(\S+)</th>(.*?)</tr>", table))
+    assert set(rows) == {n for n, i in findings.insights.items() if i.interventions is not None}
+    assert cells(rows["kava"]) == [
+        "61.7 % 49.0 to 72.9",
+        "10.0 % 4.7 to 20.1",
+        "15.0 % 8.1 to 26.1",
+        "60.0 % 47.4 to 71.4 inert",
+        "11.7 % 5.8 to 22.2",
+        "83.3 % 71.3 to 91.0 of 54; untouched 7.4 %",
+    ]
+    assert "at most 5 % of the answers are others" in text_of(section)
+
+
+def test_each_latent_and_iteration_is_told(findings: PipelineFindings, page: str) -> None:
+    told = page[page.index("Each latent and iteration of kava") :]
+    told = told[: told.index("</details>")]
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</th>(.*?)</tr>", told)
+    assert [name for name, _ in rows] == [*map(str, range(1, 9)), "exact match"]
+    found = findings.insights["kava"].interventions
+    assert found is not None and found.alone.donor is not None
+    for i, (_, row) in enumerate(rows[:-1]):
+        three = (found.alone.removed[i], found.alone.mean[i], found.alone.donor[i])
+        for changed, cell in zip(three, cells(row), strict=False):
+            assert cell.startswith(f"{changed.exact_match:.1f} %")
+            assert cell.endswith("inert") == changed.inert
+    assert {c.inert for c in found.alone.removed} == {True, False}
+    assert [cell.split()[0] for cell in cells(rows[-1][1])] == ["8.3", "50.0", "61.7"]
+
+
+def test_what_cannot_be_changed_is_a_dash(findings: PipelineFindings, tmp_path: Path) -> None:
+    """One latent has no other slot, one problem no donor, sequential reasoning no iterations."""
+    insight = findings.insights["kava"]
+    found = insight.interventions
+    assert found is not None
+    bare = found.model_copy(
+        update={
+            "together": found.together.model_copy(update={"shuffled": None, "donor": None}),
+            "alone": found.alone.model_copy(update={"donor": None}),
+            "iterations": [],
+        }
+    )
+    insights = {"kava": insight.model_copy(update={"interventions": bare})}
+    page = (build(replace(findings, insights=insights), tmp_path) / "index.html").read_text()
+    table = page[page.index('id="carried"') : page.index("Paired differences")]
+    assert cells(table)[3:] == ["–", "–", "–"]
+    assert "the answer reads the latents of" not in page
+
+
 def test_without_interventions_the_rest_of_the_latents_is_shown(
     findings: PipelineFindings, tmp_path: Path
 ) -> None:
@@ -193,6 +252,7 @@ def test_without_interventions_the_rest_of_the_latents_is_shown(
     assert "<code>evaluate.intervention_problems</code> is 0" in page
     assert (tmp_path / "attention-kava.png").is_file()
     assert not (tmp_path / "interventions.png").exists()
+    assert "Do the latents carry it?" not in page
 
 
 @pytest.mark.parametrize(
@@ -202,6 +262,8 @@ def test_without_interventions_the_rest_of_the_latents_is_shown(
         (("decoded", 0, "trace"), ["a"], "teacher positions within the 1 tokens"),
         (("attention", "targets"), ["latents"], "a row per source and a column per target"),
         (("interventions", "none"), 101.0, "kava → interventions → none"),
+        (("interventions", "alone", "mean"), [], "as many latents removed, mean-filled"),
+        (("interventions", "together", "donor"), None, "donors for all latents and for each"),
     ],
 )
 def test_insights_that_do_not_fit_are_refused_by_name(

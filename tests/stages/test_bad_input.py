@@ -63,7 +63,7 @@ def test_an_impossible_setting_is_refused_by_its_stage(
 
 def test_a_pipeline_or_student_that_is_not_there(finished: Project) -> None:
     assert "smoke" in refused(finished.kava("prepare", "--pipeline", "nope", expect=1))
-    assert "pccot" in refused(finished.kava("distill", "nope", expect=1))
+    assert "answer-only" in refused(finished.kava("distill", "nope", expect=1))
 
 
 def test_a_missing_artefact_names_itself(copy: Project) -> None:

@@ -13,7 +13,7 @@ import yaml
 from kava_core.versions import VERSIONS
 from tests.stages.project import ROOT, Project, digest, ran
 
-LATENT = {"distill@kava", "distill@codi", "distill@pccot"}
+LATENT = {"distill@kava", "distill@endpoint", "distill@answer-only"}
 AFTER_EVICTION = {"evict", *LATENT, "evaluate", "report"}
 TINY = {"steps": 4, "batch_size": 16}
 

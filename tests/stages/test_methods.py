@@ -38,7 +38,7 @@ TERMS = {
     name: set(terms.split(", "))
     for name, terms in re.findall(r"^\|[^|]*\| `([a-z-]+)` \| ([a-z, ]+) \|$", PAGE, re.M)
 }
-QUICK = {"steps": 3, "batch_size": 8, "log_every": 1}
+QUICK = {"steps": 3, "batch_size": 8}
 SMALL = {"hidden_size": 32, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 48}
 PIPELINE: dict[str, Any] = {
     "prepare": {"source": "synthetic", "train": 32, "validation": 8, "test": 8},
@@ -50,10 +50,11 @@ PIPELINE: dict[str, Any] = {
     },
     "generate": {"shard_size": 16},
     "evict": {"budget": 4},
-    "students": {},
+    "students": {"none": {"reads": "problems", "training": QUICK}},
     "evaluate": {"max_new_tokens": 4},
     "report": {"title": "Tiny"},
     "resources": {"workers": 0},
+    "cadence": {"log_every": 1},
 }
 
 
@@ -99,13 +100,15 @@ def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def student(home: Path, evict_settings: dict[str, Any] | None = None, **settings: Any) -> None:
     """Distil a student `it` of these settings."""
     training = {"learning_rate": 1.0e-3, **QUICK, **settings.pop("training", {})}
+    settings = {"reads": "kv_targets", **settings}
     changed = {"evict": {**PIPELINE["evict"], **(evict_settings or {})}}
     write(home, {**PIPELINE, **changed, "students": {"it": {"training": training, **settings}}})
     call(distill, home, "it")
 
 
-def curves(folder: Path) -> set[str]:
-    return {file.stem for file in (folder / "live" / "plots" / "metrics").iterdir()}
+def curves(home: Path, name: str) -> set[str]:
+    folder = home / "data/tiny/curves/students" / name / "plots/metrics"
+    return {file.stem for file in folder.iterdir()}
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -135,13 +138,13 @@ def test_a_method_trains_with_the_terms_it_says(home: Path, name: str) -> None:
         call(evict, home)
     call(distill, home, name)
     folder = home / "data/tiny/students" / name
-    assert {x.removeprefix("loss_") for x in curves(folder) if x.startswith("loss_")} == TERMS[name]
-    assert any(x.startswith("gradient_share") for x in curves(folder)) == bool(
-        settings.gradient_share_every
-    )
+    logged = curves(home, name)
+    assert {x.removeprefix("loss_") for x in logged if x.startswith("loss_")} == TERMS[name]
+    shares = {x.removeprefix("gradient_share_") for x in logged if x.startswith("gradient_share_")}
+    assert shares == (TERMS[name] if len(TERMS[name]) > 1 else set())
     trained = LatentReasoner.from_pretrained(folder).eval()
     assert not any("projectors" in parameter for parameter, _ in trained.named_parameters())
-    assert trained.config.latents == (0 if settings.reasoning == "none" else 4)
+    assert trained.config.latents == (0 if settings.reads == "problems" else 4)
     assert trained.decoder.config.num_hidden_layers == (2 if settings.model else 4)
     assert (trained.generate(torch.tensor([[9, 10, 11]]), max_new_tokens=2).passes > 0).all()
     about = read_json(folder / "student.json")
@@ -176,7 +179,7 @@ def test_another_number_of_slots_than_evict_makes_is_refused(home: Path) -> None
     said = r"kv_targets has 4 slots per layer and head, and evict\.budget 6 makes 6\. Run `kava ev"
     refused(said, lambda: student(home, {"budget": 6}, alpha_kv=1.0))
     assert not (home / "data/tiny/students").exists()
-    student(home, {"budget": 6}, reasoning="none")  # which reads no targets
+    student(home, {"budget": 6}, reads="problems")  # which reads no targets
 
 
 def test_a_student_with_other_latents_than_there_are_slots_is_not_evaluated(home: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_student_from_another_model_is_evaluated_without_similarity(home: Path
 
 
 def test_a_pyramid_has_the_slots_of_its_largest_layer(home: Path) -> None:
-    settings = {"budgets": "pyramid"}
+    settings = {"budget_shape": "pyramid"}
     refused(r"has 4 slots .*budget 4 makes 7", lambda: student(home, settings, alpha_kv=1.0))
     call(evict, home)
     student(home, settings, alpha_kv=1.0)
@@ -210,7 +213,7 @@ def test_a_pyramid_has_the_slots_of_its_largest_layer(home: Path) -> None:
     ("settings", "said"),
     [
         ({"alpha_kv": 1.0}, r"record \S+ takes \d+ positions .* context is 24\. Leave long"),
-        ({"reasoning": "none"}, r"record \S+ takes \d+ positions .* context is 24\. Leave long"),
+        ({"reads": "problems"}, r"record \S+ takes \d+ positions .* context is 24\. Leave long"),
     ],
 )
 def test_a_question_longer_than_the_context_is_named(
@@ -250,7 +253,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(home: Path) -> None
     other = train_tokenizer(["some other text entirely , with 1 2 3"] * 8, 280)
     small_model(home, "models/foreign", tokenizer=other)
     said = r"tokenizer of \S+foreign is [0-9a-f]{64}, and the teacher's is [0-9a-f]{64}"
-    for settings in ({"alpha_kv": 1.0}, {"reasoning": "none"}):
+    for settings in ({"alpha_kv": 1.0}, {"reads": "problems"}):
         refused(said, lambda s=settings: student(home, model="models/foreign", **s))  # type: ignore[misc]
 
 
@@ -278,8 +281,14 @@ def test_another_model_that_does_not_fit_is_refused_with_both_values(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"fake_quantise": True}, r"students\.it: fake_quantise changes the KV term alone, and al"),
-        ({"layer_map": [0, 1]}, r"students\.it: layer_map says what is compared, and alpha_kv and"),
+        (
+            {"fake_quantise": True},
+            r"students\.it: fake_quantise: means nothing here: .* alpha_kv is 0",
+        ),
+        (
+            {"layer_map": [0, 1]},
+            r"students\.it: layer_map: means nothing here: it says what is compared",
+        ),
         ({"alpha_kv": 1.0, "layer_map": []}, r"students\.it\.layer_map: should be `uniform` or"),
         ({"alpha_kv": 1.0, "layer_map": "even"}, r"layer_map: should be .*, found 'even'"),
         ({"alpha_kv": 1.0, "layer_map": [-1, 0]}, r"students\.it\.layer_map: should be `uniform`"),

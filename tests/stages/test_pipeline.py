@@ -9,12 +9,12 @@ import pytest
 
 from tests.stages.project import Project
 
-STUDENTS = {"kava", "codi", "pccot", "no-cot", "no-cot-equal-time"}
+STUDENTS = {"kava", "endpoint", "answer-only", "no-cot", "no-cot-equal-time"}
 AFTER_EVICTION = {
     "evict",
     "distill@kava",
-    "distill@codi",
-    "distill@pccot",
+    "distill@endpoint",
+    "distill@answer-only",
     "evaluate",
     "report",
 }
@@ -41,6 +41,9 @@ def test_eviction_says_how_much_it_dropped(finished: Project) -> None:
     manifest = json.loads((finished.path / "data/smoke/kv_targets/manifest.json").read_text())
     kept = 100 * 4 * manifest["records"] / manifest["trace_tokens"]
     assert metrics["kept_percent"] == pytest.approx(kept)
+    assert 0 < metrics["agreement_percent"] <= 100
+    assert 0 < metrics["result_percent"] < 100  # the generator says which tokens are results
+    assert all(0 < share < 1 for share in metrics["identity_explained"].values())
 
 
 def test_dvc_shows_metrics_and_plots(finished: Project) -> None:

@@ -20,7 +20,7 @@ SETTINGS = "pipelines.smoke.students.kava"
 
 def curves(project: Project) -> dict[str, list[float]]:
     """Every curve of the student, by name."""
-    folder = project.path / STUDENT / "live" / "plots" / "metrics"
+    folder = project.path / "data/smoke/curves/students/kava/plots/metrics"
     return {
         file.stem: [float(row.split("\t")[1]) for row in file.read_text().splitlines()[1:]]
         for file in sorted(folder.iterdir())
@@ -47,12 +47,23 @@ def test_two_processes_and_online_targets_lose_what_one_process_and_the_store_do
     assert not list((copy.path / "data/.work").glob("kava-*"))
 
 
+def test_how_often_is_logged_saved_and_measured_changes_nothing_but_curves(copy: Project) -> None:
+    folders = (copy.path / "data/smoke/teacher", copy.path / STUDENT)
+    expected, drawn = [digest(folder) for folder in folders], curves(copy)
+    copy.change("pipelines.smoke.cadence", {"log_every": 2, "save_every": 7})
+    copy.kava("teacher")
+    copy.kava("distill", "kava")
+    assert [digest(folder) for folder in folders] == expected
+    assert len(curves(copy)["loss"]) == 10 > len(drawn["loss"])
+    assert (copy.path / "data/smoke/curves/teacher/plots/metrics/loss.tsv").is_file()
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_same_command_goes_on(copy: Project, processes: int) -> None:
     copy.change(f"{SETTINGS}.training.steps", 60)
     copy.change(f"{SETTINGS}.processes", processes)
     copy.kava("distill", "kava")
-    expected = digest(copy.path / STUDENT)
+    expected, drawn = digest(copy.path / STUDENT), curves(copy)
     process = subprocess.Popen(
         [sys.executable, "-m", "stages", "distill", "kava"],
         cwd=copy.path,
@@ -72,7 +83,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(copy: Project, processes: in
     assert "of 60 and saved. Run the same command again to go on." in said
     assert "Traceback" not in said
     assert "continuing from checkpoint-" in copy.kava("distill", "kava")
-    assert digest(copy.path / STUDENT) == expected
+    assert (digest(copy.path / STUDENT), curves(copy)) == (expected, drawn)
 
 
 def test_processes_that_cannot_share_a_batch_are_refused(copy: Project) -> None:

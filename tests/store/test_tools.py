@@ -10,7 +10,12 @@ from click.testing import CliRunner
 from kava_core.errors import KavaError
 from kava_core.store import Codec, TargetsStore, TeacherStore
 from kava_core.store.export import export
-from kava_core.store.summary import EvictionCounts, length_histogram, readable
+from kava_core.store.summary import (
+    EvictionCounts,
+    eviction_findings,
+    length_histogram,
+    readable,
+)
 from kava_core.store.verify import verify
 from stages.store import store_group
 from tests.store.make import make_targets_store, make_teacher_store
@@ -38,6 +43,8 @@ def test_inspect_says_what_a_store_is(tmp_path: Path) -> None:
     for first, last, count in histogram:
         assert count == sum(first <= n <= last for n in lengths)
     assert f"on {counts.engaged_percent:.1f} % of (record, layer, head)" in result.stdout
+    for what, how_much in eviction_findings(store).identity:
+        assert what in result.stdout and how_much in result.stdout
 
 
 def test_inspect_of_a_teacher_store(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from kava_core.artefacts import work_folder
 from kava_core.eviction.policies.attention import Attention
 from kava_core.settings import Evict, Generate, Resources
 from kava_core.store import TargetsStore, TeacherStore, calibrate
+from kava_core.store.summary import eviction_findings
 from kava_core.targets.build import Build
 from kava_core.targets.evict import (
     EvictJob,
     build_kv_targets,
     cache_batch,
     calibrate_ranges,
-    eviction_metrics,
     targets_spec,
 )
 from kava_core.targets.plan import Plan
@@ -163,13 +163,22 @@ def test_a_stores_metrics_are_those_of_the_targets_in_it(
     engaged = torch.cat([targets.engaged for targets in cuts])
     kept = torch.cat([targets.slot_counts for targets in cuts])
     tokens = torch.cat([targets.lengths for targets in cuts])[:, None, None].expand_as(kept)
-    metrics = eviction_metrics(store)
-    assert metrics["engaged_percent"] == pytest.approx(100 * engaged.double().mean().item())
-    assert metrics["kept_percent"] == pytest.approx(100 * kept.sum().item() / tokens.sum().item())
+    found = eviction_findings(store)
+    assert found.engaged_percent == pytest.approx(100 * engaged.double().mean().item())
+    assert found.kept_percent == pytest.approx(100 * kept.sum().item() / tokens.sum().item())
     files = [file for file in store.path.iterdir() if file.name != "manifest.json"]
-    assert metrics["megabytes"] == pytest.approx(sum(f.stat().st_size for f in files) / 1e6)
+    assert found.megabytes == pytest.approx(sum(f.stat().st_size for f in files) / 1e6)
     if settings.budget == 1000:
-        assert (metrics["engaged_percent"], metrics["kept_percent"]) == (0, 100)
+        assert (found.engaged_percent, found.kept_percent) == (0, 100)
+
+
+@pytest.mark.parametrize(("select", "policy"), [("head", "random"), ("record", "rkv")])
+def test_slots_chosen_once_for_a_record_agree(
+    caches: TeacherStore, tmp_path: Path, select: str, policy: str
+) -> None:
+    settings = Evict.model_validate({"budget": 2, "select": select, "policy": policy})
+    agreed = eviction_findings(TargetsStore.open(evicted(caches, settings, tmp_path).folder))
+    assert (agreed.agreement_percent == 100) == (select == "record")
 
 
 def test_a_killed_stage_goes_on_where_it_was(caches: TeacherStore, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kava_core.errors import KavaError
-from kava_core.evaluation.differences import RESAMPLES, compare, paired_bootstrap
+from kava_core.findings.differences import RESAMPLES, compare, paired_bootstrap
 from kava_core.findings.evaluation import Difference
 
 

@@ -1,0 +1,30 @@
+"""Help is there at once: no command waits for torch to say what it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from stages.cli import COMMANDS
+from tests.stages.project import ROOT
+
+HEAVY = ("torch", "transformers", "ray", "dvc", "datasets", "pyarrow", "matplotlib", "peft")
+SCRIPT = f"""
+import sys
+from stages.cli import COMMANDS, kava
+for name in COMMANDS:
+    try:
+        kava.main([name, "--help"], standalone_mode=True)
+    except SystemExit as end:
+        assert end.code == 0, name
+    loaded = [module for module in {HEAVY} if module in sys.modules]
+    assert not loaded, (name, loaded)
+"""
+
+
+def test_the_help_of_every_command_loads_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: ") >= len(COMMANDS)

@@ -99,12 +99,14 @@ def plan_study(path: Path, name: str, study: Study) -> Plan:
             f"{', '.join(pipelines)}."
         )
     base = _with(pipelines[study.pipeline] or {}, study.settings)
-    names = study.students or tuple(map(str, base.get("students") or {}))
-    for student in (*names, *([study.baseline] if study.baseline else [])):
-        if student not in names or student not in (base.get("students") or {}):
+    there = tuple(map(str, base.get("students") or {}))
+    names = study.students or there
+    baseline = [study.baseline] if study.baseline else []
+    for named, known in ((names, there), (baseline, names)):
+        if unknown := [student for student in named if student not in known]:
             raise KavaError(
-                f"{path}: studies.{name}: there is no student {student!r}. There are: "
-                f"{', '.join(study.students or base.get('students') or {})}."
+                f"{path}: studies.{name}: there is no student {unknown[0]!r}. There are: "
+                f"{', '.join(known)}."
             )
     cells: dict[tuple[str, str, int | None], Cell] = {}
     pairs: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}

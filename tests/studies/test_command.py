@@ -62,7 +62,7 @@ class Bench:
 
     def made(self) -> dict[str, int]:
         """Every piece, and when it was made."""
-        return {path.name: path.stat().st_mtime_ns for path in (self.folder / "made").iterdir()}
+        return {path.name: path.stat().st_mtime_ns for path in self.folder.glob("made/*-*")}
 
     def asked(self) -> list[tuple[str, int | None]]:
         lines = (self.folder / "asked.jsonl").read_text().splitlines()

@@ -114,7 +114,7 @@ def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
             "evict.budget stands in both settings and grid",
         ),
         ({"pipeline": "none"}, "there is no pipeline 'none'. There are: small"),
-        ({"students": ["cody"]}, "there is no student 'cody'. There are: cody"),
+        ({"students": ["cody"]}, "there is no student 'cody'. There are: kava, no-cot"),
         ({"baseline": "codi"}, "there is no student 'codi'. There are: kava, no-cot"),
         (
             {"grid": {"evict.bugdet": [4]}},

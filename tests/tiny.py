@@ -124,7 +124,8 @@ def tiny_student(name: str, **settings: Any) -> LatentReasoner:
 
 
 def tiny_trace(name: str, question: int, cot: int, answer: int, seed: int = 0) -> Record:
-    """A trace of random tokens with the given lengths; the answer's includes its last token."""
+    """A trace of random tokens with the given lengths, in steps of 3 of which the second token is
+    the result; the answer's length includes its last token."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> list[int]:
@@ -140,6 +141,8 @@ def tiny_trace(name: str, question: int, cot: int, answer: int, seed: int = 0) -
         topic="",
         n_steps=1,
         answer="",
+        step_ends=[*range(3, cot, 3), cot],
+        results=[*range(1, cot, 3)] or [0],
     )
 
 

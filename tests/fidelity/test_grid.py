@@ -12,7 +12,7 @@ def test_the_grid_has_every_cell_once_by_number() -> None:
         [POLICIES["crop"](), POLICIES["rkv"]()],
         [16, 2, 8],
         [(4, 4), (16, 16), (8, 4), (8, 8)],
-        Layers.of("all", "none", 2, 3),
+        Layers.of("all", "none", 2, "head", 3),
         budget_shape="uniform",
         half="bfloat16",
     )
@@ -25,10 +25,10 @@ def test_the_grid_has_every_cell_once_by_number() -> None:
 
 
 def test_layers_that_share_have_budgets_together() -> None:
-    layers = Layers.of({"last": 3}, "merged", 2, 4)
+    layers = Layers.of({"last": 3}, "merged", 2, "head", 4)
     assert (layers.chosen, layers.groups) == ([1, 2, 3], [[0, 1], [2]])
     grid = Grid.of(
         [POLICIES["rkv"]()], [4], [(32, 32)], layers, budget_shape="uniform", half="bfloat16"
     )
     assert grid.budgets == {4: [4, 4]}
-    assert Layers.of([0, 2], "none", 2, 4).groups == [[0], [1]]
+    assert Layers.of([0, 2], "none", 2, "record", 4).groups == [[0], [1]]

@@ -391,7 +391,7 @@ def _student(folder: Path, name: str, digest: str) -> None:
     curves = {f"loss_{term}": terms[term] for term in used}
     curves["loss"] = (sum(terms[t][0] for t in used), sum(terms[t][1] for t in used))
     curves |= {f"gradient_share_{t}": (1 / len(used), 1 / len(used)) for t in used}
-    _curves(folder.parents[1] / "curves/students" / name, curves)
+    _curves(folder / "curves/students" / name, curves)
 
 
 def _curves(folder: Path, ends: dict[str, tuple[float, float]]) -> None:

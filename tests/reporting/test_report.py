@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
 from kava_core.artefacts import write_json

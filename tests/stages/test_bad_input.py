@@ -51,13 +51,19 @@ def test_a_wrong_setting_is_named_by_its_path(
         ("evict.layers", [0, 7], "evict", "layers"),
         ("students.kava.training.lora", {"targets": ["nothing"]}, "distill kava", "lora.targets"),
         ("students.kava.training.batch_size", 100000, "distill kava", "batch_size"),
-        ("teacher.model", "nowhere/at/all", "teacher", "nowhere/at/all"),
+        (
+            "teacher",
+            {"model": "nowhere/at/all", "training": {"steps": 2}},
+            "teacher",
+            "nowhere/at/all",
+        ),
     ],
 )
 def test_an_impossible_setting_is_refused_by_its_stage(
     copy: Project, key: str, value: Any, stage: str, said: str
 ) -> None:
     copy.change(f"pipelines.smoke.{key}", value)
+    copy.kava("sync")
     assert said in refused(copy.kava(*stage.split(), expect=1))
 
 
@@ -85,6 +91,7 @@ def test_gsm8k_that_is_not_there_or_malformed(copy: Project) -> None:
     folder = copy.path / "gsm8k"
     copy.change("pipelines.smoke.prepare.path", str(folder))
     copy.change("pipelines.smoke.prepare.source", "gsm8k")
+    copy.kava("sync")
     assert str(folder) in refused(copy.kava("prepare", expect=1))
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"question": "How many?", "answer": "#### 1"}\n{"quest')

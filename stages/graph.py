@@ -102,8 +102,7 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
             "fidelity",
             "fidelity",
             made("test_sets" if asks_test else "problems", "teacher"),
-            made("fidelity"),
-            metrics=made("measured/fidelity.json"),
+            made("fidelity", "measured/fidelity.json"),
         ),
         "distill": {"foreach": f"${{pipelines.{name}.students}}", "do": students},
         "evaluate": stage(

@@ -33,6 +33,7 @@ def test_a_clone_trains_from_targets_and_teacher_alone(team_a: Project, tmp_path
     for command in commands("Team B: in a clone of the repository, train from them"):
         team_b.run(*command)
     assert sorted(p.name for p in (team_b.path / DATA).iterdir() if p.is_dir()) == [
+        "curves",
         "kv_targets",
         "students",
         "teacher",

@@ -22,7 +22,7 @@ from kava_core.findings.study import ASKED, Asking
 from .run import data_option, pipelines_option
 
 if TYPE_CHECKING:
-    from kava_core.studies.plan import Cell, Piece, Plan
+    from kava_core.studies.plan import Piece, StudyCell, StudyPlan
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def _alone(folder: Path) -> Iterator[int]:
 class Bench:
     """Where a study is run: every stage is a process of its own, in the folder of its piece."""
 
-    def __init__(self, folder: Path, plan: Plan, lock: int) -> None:
+    def __init__(self, folder: Path, plan: StudyPlan, lock: int) -> None:
         self.folder = folder
         self.plan = plan
         self.lock = lock
@@ -158,7 +158,7 @@ class Bench:
             )
         say(f"made {piece.name}")
 
-    def _ask(self, cell: Cell) -> None:
+    def _ask(self, cell: StudyCell) -> None:
         from kava_core.findings.base import write_finding
         from kava_core.studies.cells import ask_cell
 
@@ -205,7 +205,7 @@ def _together(jobs: int, work: Callable[[T], None], items: Sequence[T]) -> None:
             raise
 
 
-def _answers(folder: Path, cell: Cell) -> Path:
+def _answers(folder: Path, cell: StudyCell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
 
 
@@ -215,7 +215,7 @@ def _asked(folder: Path) -> list[Asking]:
     return [Asking.model_validate_json(line) for line in lines]
 
 
-def _say_when_asked(folder: Path, plan: Plan) -> None:
+def _say_when_asked(folder: Path, plan: StudyPlan) -> None:
     keys = {cell.key for cell in plan.cells}
     times = [asking.at for asking in _asked(folder) if asking.key in keys]
     if times and plan.study.split == "test":

@@ -11,10 +11,10 @@ from kava_core.models.loading import load_tokenizer, to_device
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
 from kava_core.problems.traces import TraceEncoder
-from kava_core.studies.plan import Cell
+from kava_core.studies.plan import StudyCell
 
 
-def ask_cell(cell: Cell, folder: Path, split: str) -> CellAnswers:
+def ask_cell(cell: StudyCell, folder: Path, split: str) -> CellAnswers:
     """Ask the cell's system, in the folder of its piece, the first problems of `split`."""
     source: ProblemFolder | AskedFolder
     if split == "test":

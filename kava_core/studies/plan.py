@@ -47,7 +47,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One system, asked once.
 
     variant: the values of the grid that concern it, in words; seed: that of its training, None for
@@ -69,15 +69,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A whole study. pairs: ((variant, student), (variant, baseline)), what is compared."""
 
     name: str
     study: Study
-    cells: tuple[Cell, ...]
+    cells: tuple[StudyCell, ...]
     pairs: tuple[tuple[tuple[str, str], tuple[str, str]], ...]
 
-    def pieces(self, cells: tuple[Cell, ...]) -> dict[str, tuple[Piece, ...]]:
+    def pieces(self, cells: tuple[StudyCell, ...]) -> dict[str, tuple[Piece, ...]]:
         """Stage → its pieces that `cells` need, the stages in order."""
         needed = dict.fromkeys(p for cell in cells for p in (*cell.piece.before, cell.piece))
         return {
@@ -86,7 +86,7 @@ class Plan:
         }
 
 
-def plan_study(path: Path, name: str, study: Study) -> Plan:
+def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
     """Expand the study called `name` of the file at `path`.
 
     KavaError if it names a pipeline or a student that is not there, or if any of its settings are
@@ -108,7 +108,7 @@ def plan_study(path: Path, name: str, study: Study) -> Plan:
                 f"{path}: studies.{name}: there is no student {unknown[0]!r}. There are: "
                 f"{', '.join(known)}."
             )
-    cells: dict[tuple[str, str, int | None], Cell] = {}
+    cells: dict[tuple[str, str, int | None], StudyCell] = {}
     pairs: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}
     for point in _points(study):
         groups: dict[str, str] = {}
@@ -125,7 +125,7 @@ def plan_study(path: Path, name: str, study: Study) -> Plan:
         if study.baseline is not None:
             other = (groups[study.baseline], study.baseline)
             pairs |= {((groups[s], s), other): None for s in names if s != study.baseline}
-    return Plan(name, study, tuple(cells.values()), tuple(pairs))
+    return StudyPlan(name, study, tuple(cells.values()), tuple(pairs))
 
 
 def _points(study: Study) -> Iterator[Point]:
@@ -175,7 +175,7 @@ def _cells(
     point: Point,
     seed: int,
     study: Study,
-) -> Iterator[Cell]:
+) -> Iterator[StudyCell]:
     """Those of one point of the grid and one seed."""
     plain = settings.model_dump(mode="json", by_alias=True)
 
@@ -185,7 +185,7 @@ def _cells(
         key = fingerprint([stage, section, VERSIONS[stage[0]], [p.key for p in before]])
         return Piece(stage, key, makes, raw, before)
 
-    def cell(system: str, asked: Piece, *concerned_by: str) -> Cell:
+    def cell(system: str, asked: Piece, *concerned_by: str) -> StudyCell:
         own = seed if system in students or study.reseed == "all" else None
         variant = " ".join(
             f"{key}={value if isinstance(value, str) else canonical_json(value)}"
@@ -194,7 +194,7 @@ def _cells(
         )
         asking = [settings.evaluate.limit, settings.evaluate.max_new_tokens, VERSIONS["evaluate"]]
         key = fingerprint([system, study.split, asking, asked.key])
-        return Cell(system, variant, own, key, asked, settings.evaluate)
+        return StudyCell(system, variant, own, key, asked, settings.evaluate)
 
     problems = piece(("prepare",), plain["prepare"], (), "problems", "test_sets")
     teacher = piece(("teacher",), plain["teacher"], (problems,), "teacher")

@@ -22,18 +22,18 @@ from kava_core.findings.study import (
     StudySummary,
 )
 from kava_core.findings.tables import write_table
-from kava_core.studies.plan import Cell, Plan
+from kava_core.studies.plan import StudyCell, StudyPlan
 
-Found = Mapping[Cell, CellAnswers]
+Found = Mapping[StudyCell, CellAnswers]
 
 
-def summarise(plan: Plan, found: Found) -> StudySummary:
+def summarise(plan: StudyPlan, found: Found) -> StudySummary:
     """Means over seeds of every system at every point of the grid, and what is compared.
 
     found: of every cell of the plan. KavaError if systems that are compared were not asked the
     same problems.
     """
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[StudyCell]] = {}
     for cell in plan.cells:
         groups.setdefault((cell.variant, cell.system), []).append(cell)
     differences = []
@@ -72,7 +72,7 @@ def summarise(plan: Plan, found: Found) -> StudySummary:
     )
 
 
-def _group(cells: list[Cell], found: Found) -> Group:
+def _group(cells: list[StudyCell], found: Found) -> Group:
     scores = [_exact_match(found[cell]) for cell in cells]
     return Group(
         variant=cells[0].variant,
@@ -94,7 +94,7 @@ def _passes(answers: CellAnswers) -> float:
     return statistics.fmean(answers.passes)
 
 
-def write_study(folder: Path, plan: Plan, found: Found, summary: StudySummary) -> None:
+def write_study(folder: Path, plan: StudyPlan, found: Found, summary: StudySummary) -> None:
     """Write results.csv, a row for each cell, answers.parquet, a row for each of its answers, and
     summary.json. Equal answers give equal bytes."""
     columns = ("variant", "system", "seed", "n", "exact_match", "forward_passes")

@@ -11,11 +11,13 @@ import yaml
 
 from kava_core.errors import KavaError
 from kava_core.settings import load_pipeline, load_study
-from kava_core.studies.plan import Plan, plan_study
+from kava_core.studies.plan import StudyPlan, plan_study
 from tests.settings.test_pipeline import SMALL
 
 
-def plan(tmp_path: Path, study: dict[str, Any], pipeline: dict[str, Any] | None = None) -> Plan:
+def plan(
+    tmp_path: Path, study: dict[str, Any], pipeline: dict[str, Any] | None = None
+) -> StudyPlan:
     path = tmp_path / "pipelines.yaml"
     document = {
         "pipeline": "small",
@@ -27,11 +29,11 @@ def plan(tmp_path: Path, study: dict[str, Any], pipeline: dict[str, Any] | None 
     return plan_study(path, "s", load_study(path, "s"))
 
 
-def cells(found: Plan) -> list[tuple[str, str, int | None]]:
+def cells(found: StudyPlan) -> list[tuple[str, str, int | None]]:
     return [(cell.system, cell.variant, cell.seed) for cell in found.cells]
 
 
-def pieces(found: Plan) -> dict[str, int]:
+def pieces(found: StudyPlan) -> dict[str, int]:
     return {stage: len(made) for stage, made in found.pieces(found.cells).items()}
 
 

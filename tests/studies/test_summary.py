@@ -14,7 +14,7 @@ from kava_core.findings.differences import holm, seeded_bootstrap
 from kava_core.findings.study import CellAnswer, CellAnswers, StudySummary
 from kava_core.findings.tables import read_table
 from kava_core.reporting.study import as_page
-from kava_core.studies.plan import Cell, Plan
+from kava_core.studies.plan import StudyCell, StudyPlan
 from kava_core.studies.summary import summarise, write_study
 from tests.studies.test_plan import plan
 
@@ -22,12 +22,12 @@ SHARES = {"kava": 0.9, "no-cot": 0.3, "teacher-cot": 1.0, "teacher-no-cot": 0.1}
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Plan:
+def small(tmp_path: Path) -> StudyPlan:
     grid = {"evict.budget": [4, 8]}
     return plan(tmp_path, {"grid": grid, "baseline": "no-cot", "split": "test"})
 
 
-def answers(found: Plan) -> dict[Cell, CellAnswers]:
+def answers(found: StudyPlan) -> dict[StudyCell, CellAnswers]:
     """As if every system answered its share of 50 problems."""
     draw = random.Random(0)
     return {
@@ -40,7 +40,7 @@ def answers(found: Plan) -> dict[Cell, CellAnswers]:
     }
 
 
-def test_groups_are_over_seeds_and_comparisons_at_each_point(small: Plan) -> None:
+def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -> None:
     found = answers(small)
     summary = summarise(small, found)
     groups = {(group.variant, group.system): group for group in summary.groups}
@@ -71,7 +71,9 @@ def test_groups_are_over_seeds_and_comparisons_at_each_point(small: Plan) -> Non
     assert summarise(small, found) == summary
 
 
-def test_the_files_have_every_answer_and_the_same_bytes_again(small: Plan, tmp_path: Path) -> None:
+def test_the_files_have_every_answer_and_the_same_bytes_again(
+    small: StudyPlan, tmp_path: Path
+) -> None:
     found = answers(small)
     summary = summarise(small, found)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -100,13 +102,13 @@ def test_the_files_have_every_answer_and_the_same_bytes_again(small: Plan, tmp_p
     assert read == summary
 
 
-def test_the_page_shows_it_all(small: Plan) -> None:
+def test_the_page_shows_it_all(small: StudyPlan) -> None:
     page = as_page(summarise(small, answers(small)))
     for words in ("kava", "evict.budget=8", "no-cot", "50 test problems", "Holm over 2"):
         assert words in page
 
 
-def test_other_problems_are_not_compared(small: Plan) -> None:
+def test_other_problems_are_not_compared(small: StudyPlan) -> None:
     found = answers(small)
     cell = next(cell for cell in small.cells if cell.system == "no-cot")
     found[cell] = found[cell].model_copy(update={"ids": [f"q{i}" for i in range(50)]})

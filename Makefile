@@ -27,8 +27,9 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# As many processes as cores, each of one thread: two threads each would wait for one another.
 test: environment  ## what must pass before anything lands
-	pytest -m "not slow"
+	OMP_NUM_THREADS=1 pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: environment  ## the tests that take minutes
 	pytest -m slow

@@ -81,6 +81,7 @@ def fit(
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
         warmup_steps=round(training.warmup * training.steps),
         lr_scheduler_type="cosine",
         max_grad_norm=training.max_grad_norm,

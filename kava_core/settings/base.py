@@ -27,6 +27,7 @@ PositiveReal = Annotated[Real, Field(gt=0)]
 
 
 Fraction = Annotated[Real, Field(ge=0, le=1)]
+Decay = Annotated[Real, Field(ge=0, lt=1)]
 
 
 Weight = Annotated[Real, Field(ge=0)]

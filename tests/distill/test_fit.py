@@ -135,6 +135,13 @@ def test_the_seed_changes_the_run(
     assert not same(Toy(store, tmp_path, other).run(), whole[0])
 
 
+def test_the_decay_of_the_second_moment_changes_the_run(
+    store: Path, tmp_path: Path, whole: tuple[dict[str, Tensor], dict[str, bytes]]
+) -> None:
+    other = toy.but(TRAINING, adam_beta2=0.9)
+    assert not same(Toy(store, tmp_path, other).run(), whole[0])
+
+
 def test_the_cadence_changes_no_weight_not_even_half_way(
     store: Path, tmp_path: Path, whole: tuple[dict[str, Tensor], dict[str, bytes]]
 ) -> None:

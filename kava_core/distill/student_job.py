@@ -70,7 +70,8 @@ class StudentJob:
             terms = self._terms(match, material.store)
             adapters = None
             if training.lora is not None:
-                adapters = add_lora(student, training.lora, seed=training.seed)
+                path = f"students.{self.name}.training"
+                adapters = add_lora(student.decoder, training.lora, seed=training.seed, path=path)
             projected = match is not None and settings.model is not None and settings.alpha_kv > 0
             if match is not None and projected:
                 add_projectors(student, match)
@@ -92,7 +93,7 @@ class StudentJob:
             if projected:
                 drop_projectors(student)
             if adapters is not None:
-                merge_lora(student, adapters)
+                student.decoder = merge_lora(adapters)
             self._save(student, tokenizer, material.traces)
 
     def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:

@@ -32,8 +32,10 @@ from transformers import (
 
 from kava_core.errors import KavaError
 from kava_core.models.context import check_context
+from kava_core.models.head import read_head
 from kava_core.models.loading import attention_implementation
 from kava_core.models.phase import rotary_of
+from kava_core.models.recompute import switch_recomputing
 from kava_core.rotary import Rotary, unrotate
 
 
@@ -287,10 +289,16 @@ class LatentReasoner(PreTrainedModel):
         return self.decoder.get_output_embeddings()
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        raise KavaError(
-            "gradient checkpointing detaches the cache: the KV loss would descend and supervise "
-            "nothing. Turn it off; use a smaller batch with gradient accumulation instead."
-        )
+        if self.config.latents:
+            raise KavaError(
+                "gradient checkpointing detaches the cache: the KV loss would descend and "
+                "supervise nothing. Turn it off; use a smaller batch with gradient accumulation "
+                "instead."
+            )
+        switch_recomputing(self.decoder, True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        switch_recomputing(self.decoder, False)
 
     # --- training -------------------------------------------------------------------------------
 
@@ -343,9 +351,7 @@ class LatentReasoner(PreTrainedModel):
 
     def _read(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] of the last level → logits [..., V], as the decoder makes them."""
-        logits: Tensor = self.decoder.get_output_embeddings()(hidden)
-        cap = getattr(self.decoder.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return read_head(self.decoder, hidden)
 
     def rotary(self) -> Rotary:
         """How the decoder rotates its keys (see `kava_core.models.phase`)."""
@@ -460,7 +466,7 @@ class LatentReasoner(PreTrainedModel):
         latents, preceded by the question where nothing has been fed yet; and the hidden states
         [B, M, E] that became these latents, None where they are the initial ones.
         """
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.config.latents and self.is_gradient_checkpointing:
             self.gradient_checkpointing_enable()  # was switched on elsewhere; says why not
         rows, width = question_ids.shape
         state = _State(DynamicCache(), question_mask[:, :0])

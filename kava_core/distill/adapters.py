@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
-from kava_core.models.adapted import CONFIG, WEIGHTS
+from kava_core.models.adapted import CONFIG, WEIGHTS, Base
 from kava_core.settings import LoRA
 
 
@@ -48,11 +48,10 @@ def merge_lora(adapters: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, cast(nn.Module, adapters.base_model).merge_and_unload())
 
 
-def save_adapters(folder: Path, adapters: PeftModel, base: str, commit: str | None) -> None:
-    """Write PEFT's own format, which `kava_core.models.adapted` reads.
+def save_adapters(folder: Path, adapters: PeftModel, base: Base) -> None:
+    """Write PEFT's own format and what they belong on, as `kava_core.models.adapted` reads them.
 
-    base, commit: the model they were put on, a folder or a Hub id with its commit; where PEFT looks
-    for it. The bytes depend on the adapters and these two alone.
+    The bytes depend on the adapters and `base` alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(adapters, save_embedding_layers=False)
@@ -62,13 +61,15 @@ def save_adapters(folder: Path, adapters: PeftModel, base: str, commit: str | No
         metadata={"format": "pt"},
     )
     config = adapters.peft_config["default"].to_dict() | {
-        "base_model_name_or_path": base,
-        "revision": commit,
+        "base_model_name_or_path": base.model,
+        "revision": base.commit,
         "inference_mode": True,
     }
     # PEFT keeps names in sets, whose order differs from process to process.
     plain = {key: sorted(x) if isinstance(x, set) else x for key, x in config.items()}
     write_json(folder / CONFIG, plain)
+    base.write(folder)
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # as readable as the rest
 
 
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...], path: str) -> None:

@@ -75,11 +75,12 @@ class StudentJob:
             projected = match is not None and settings.model is not None and settings.alpha_kv > 0
             if match is not None and projected:
                 add_projectors(student, match)
+            sampler = ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window)
             fit(
                 student,
                 terms,
                 material.dataset,
-                ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window),
+                sampler,
                 training,
                 self.cadence,
                 folder=self.checkpoints,
@@ -94,7 +95,7 @@ class StudentJob:
                 drop_projectors(student)
             if adapters is not None:
                 student.decoder = merge_lora(adapters)
-            self._save(student, tokenizer, material.traces)
+            self._save(student, tokenizer, material.traces, training.total_steps(len(sampler)))
 
     def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:
         online = rounding = None
@@ -105,7 +106,7 @@ class StudentJob:
         return student_terms(objective_of(self.settings, store, match), match, online, rounding)
 
     def _save(
-        self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str
+        self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str, steps: int
     ) -> None:
         self.folder.mkdir(exist_ok=True)
         save_model(self.folder, student, tokenizer)
@@ -117,6 +118,7 @@ class StudentJob:
                 "fingerprints": self.inputs.fingerprints,
                 "commit": self.inputs.commit,
                 "traces": traces,
+                "steps": steps,
             },
         )
 
@@ -162,7 +164,7 @@ def train_student(
     if settings.processes == 1:
         job()
         return job
-    with following(job.curves, name, settings.training.steps):
+    with following(job.curves, name, _steps(settings, inputs.source)):
         run_processes(
             job,
             settings.processes,
@@ -173,6 +175,16 @@ def train_student(
             gpus=resources.gpus_per_worker,
         )
     return job
+
+
+def _steps(settings: Student, source: Path) -> int:
+    """Steps that the training takes."""
+    if settings.reads == "kv_targets":
+        records = len(TargetsStore.open(source, checksums=False))
+    else:
+        records = len(open_problems(source).load("train"))
+    held_out = settings.training.held_out
+    return settings.training.total_steps(records - (held_out.records if held_out else 0))
 
 
 def _match(student: LatentReasoner, settings: Student, store: TargetsStore | None) -> Match | None:

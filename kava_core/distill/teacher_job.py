@@ -15,7 +15,7 @@ from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.start import start_teacher
 from kava_core.distill.terms import chain_terms
-from kava_core.models.adapted import ADAPTER
+from kava_core.models.adapted import ADAPTER, Base
 from kava_core.models.head import check_head
 from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
 from kava_core.models.teacher_pass import check_lengths
@@ -30,23 +30,22 @@ class TrainedTeacher:
     """A teacher that has learnt, on its device, and where it is built.
 
     encoder: with its tokenizer. about: what it was made from. steps: how many it was trained for.
-    curves: the folder of its loss curves, empty for a model that is taken as it is.
+    whole: whether its weights are kept; adapters that are kept lie in the folder already. curves:
+    the folder of its loss curves, empty for a model that is taken as it is.
     """
 
     model: PreTrainedModel
     encoder: TraceEncoder
     about: dict[str, Any]
     steps: int
+    whole: bool
     folder: Path
     curves: Path
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json.
-
-        Adapters that are kept are there already.
-        """
+        """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
         self.folder.mkdir(exist_ok=True)
-        save_model(self.folder, self.model, self.encoder.tokenizer)
+        save_model(self.folder, self.model, self.encoder.tokenizer, weights=self.whole)
         write_json(self.folder / "metrics.json", metrics)
         write_json(self.folder / "teacher.json", {**self.about, "steps": self.steps})
 
@@ -67,7 +66,7 @@ def train_teacher(
     work = work_folder(output, "teacher", about)
     folder, curves = work / "teacher", work / "curves"
     curves.mkdir(exist_ok=True)
-    training, steps = settings.training, 0
+    training, steps, whole = settings.training, 0, True
     model, tokenizer = start_teacher(settings, problems)
     encoder = TraceEncoder(tokenizer, problems.traces)
     if training is not None:
@@ -94,10 +93,13 @@ def train_teacher(
             held_out=held_out,
         )
         if adapters is not None and training.lora is not None:
-            if training.lora.save == "both":
-                save_adapters(folder / ADAPTER, adapters, settings.model, about["commit"])
+            whole = training.lora.save != "adapter"
+            if training.lora.save != "merged":
+                made_from = about["fingerprints"]["model"]
+                base = Base(model=settings.model, commit=about["commit"], fingerprint=made_from)
+                save_adapters(folder / ADAPTER, adapters, base)
             model = merge_lora(adapters)
-    return TrainedTeacher(to_device(model), encoder, about, steps, folder, curves)
+    return TrainedTeacher(to_device(model), encoder, about, steps, whole, folder, curves)
 
 
 def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:

@@ -63,9 +63,4 @@ class Teacher(Section):
                 "training.lora: adapters change a model that has learnt something, and a model "
                 "from scratch is random: leave it out, or name a `model`"
             )
-        if lora is not None and lora.save == "adapter":
-            raise ValueError(
-                "training.lora.save: should be `merged` or `both` (the adapters beside the merged "
-                "weights), found 'adapter': the later stages read a teacher's whole weights"
-            )
         return self

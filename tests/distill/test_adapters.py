@@ -3,7 +3,7 @@ written as PEFT reads them."""
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from kava_core.artefacts import read_json, write_json
 from kava_core.distill.adapters import add_lora, merge_lora, save_adapters
 from kava_core.distill.batches import AnswerDataset
 from kava_core.errors import KavaError
-from kava_core.models.adapted import CONFIG, WEIGHTS, load_adapted
-from kava_core.models.loading import model_fingerprint
+from kava_core.models.adapted import ADAPTER, BASE, CONFIG, WEIGHTS, Base
+from kava_core.models.loading import load_model, model_fingerprint, save_model
 from tests.distill import toy
 from tests.distill.toy import same, toy_student, toy_traces
 from tests.tiny import COMMON, tiny_model
@@ -100,53 +101,86 @@ def test_targets_that_do_not_fit_are_refused_by_name(
 # --- kept -----------------------------------------------------------------------------------------
 
 
-def kept(home: Path, name: str = "llama", *targets: str) -> tuple[PreTrainedModel, str]:
-    """A base in `home/base`, adapters in `home/made/adapter`; the merged model and the base's
-    fingerprint."""
-    base = tiny_model(name, torch.float32)
-    base.save_pretrained(home / "base")
+def kept(home: Path, name: str = "llama", *targets: str) -> PreTrainedModel:
+    """A base in `home/base`, a model in `home/made` that is adapters on it; the model, merged."""
+    tiny_model(name, torch.float32).save_pretrained(home / "base")
     model = AutoModelForCausalLM.from_pretrained(home / "base")
-    adapters = add_lora(
-        model, toy.lora(2, 4, 0.0, *(targets or ("q_proj", "v_proj"))), seed=3, path="it"
-    )
+    settings = toy.lora(2, 4, 0.0, *(targets or ("q_proj", "v_proj")))
+    adapters = add_lora(model, settings, seed=3, path="it")
     taught(adapters)
-    save_adapters(home / "made/adapter", adapters, "base", None)
-    return merge_lora(adapters), model_fingerprint(str(home / "base"))
+    base = Base(model="base", commit=None, fingerprint=model_fingerprint(str(home / "base")))
+    save_adapters(home / "made" / ADAPTER, adapters, base)
+    merged = merge_lora(adapters)
+    save_model(home / "made", merged, None, weights=False)
+    return merged
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn", "c_proj"]), ("gemma3", ["down_proj"]),
-     ("llama", ["lm_head", "embed_tokens"])],
-)  # fmt: skip
+    [
+        ("llama", ["q_proj", "v_proj"]),
+        ("gpt2", ["c_attn", "c_proj"]),
+        ("gemma3", ["down_proj"]),
+        ("llama", ["lm_head", "embed_tokens"]),
+    ],
+)
 def test_kept_adapters_load_with_peft_and_with_us(
     tmp_path: Path, name: str, targets: list[str]
 ) -> None:
-    merged, fingerprint = kept(tmp_path, name, *targets)
+    merged = kept(tmp_path, name, *targets)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain = base(IDS).logits
-    theirs = PeftModel.from_pretrained(base, tmp_path / "made/adapter").eval()
+    theirs = PeftModel.from_pretrained(base, tmp_path / "made" / ADAPTER).eval()
     expected = merged.eval()(IDS).logits
     assert float((plain - expected).abs().max()) > 0.01
     torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    ours = load_adapted(tmp_path / "made/adapter", fingerprint)
-    assert same(ours.state_dict(), merged.state_dict())
-    elsewhere = tmp_path / "elsewhere"
-    shutil.move(tmp_path / "base", elsewhere)
-    ours = load_adapted(tmp_path / "made/adapter", fingerprint, str(elsewhere))
-    assert same(ours.state_dict(), merged.state_dict())
+    assert same(load_model(str(tmp_path / "made")).state_dict(), merged.state_dict())
+
+
+def test_where_the_base_lies_is_found_from_anywhere_or_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = kept(tmp_path).state_dict()
+    shutil.copytree(tmp_path / "base", tmp_path / "elsewhere/other")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    made = str(tmp_path / "made")
+    assert same(load_model(made).state_dict(), merged)
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere/base")
+    assert same(load_model(made).state_dict(), merged)  # as seen from here
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KavaError, match="could be loaded from base"):
+        load_model(made)
+    assert same(load_model(made, base="elsewhere/other").state_dict(), merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_are_added_in_float32_whatever_is_asked_for(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    merged = kept(tmp_path)
+    merged.save_pretrained(tmp_path / "whole")
+    whole = load_model(str(tmp_path / "whole"), dtype)
+    ours = load_model(str(tmp_path / "made"), dtype)
+    assert same(ours.state_dict(), whole.state_dict())
+    assert {x.dtype for x in ours.parameters()} == {dtype}
+    assert dict(ours.named_buffers()).keys() == dict(whole.named_buffers()).keys()
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(buffer, ours.get_buffer(name))
 
 
 def test_kept_adapters_are_small_and_say_where_they_belong(tmp_path: Path) -> None:
     kept(tmp_path)
-    weights = load_file(tmp_path / "made/adapter" / WEIGHTS)
+    folder = tmp_path / "made" / ADAPTER
+    weights = load_file(folder / WEIGHTS)
     assert len(weights) == 2 * 2 * 3  # A and B, two projections, three layers
     assert sum(x.numel() for x in weights.values()) == 3 * 2 * (2 * 32 + 32 + 16)
-    assert sorted(p.name for p in (tmp_path / "made/adapter").iterdir()) == [CONFIG, WEIGHTS]
-    config = json.loads((tmp_path / "made/adapter" / CONFIG).read_text())
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS, BASE]
+    assert not list((tmp_path / "made").glob("*.safetensors"))
+    config = read_json(folder / CONFIG)
     assert config["base_model_name_or_path"] == "base" and config["task_type"] == "CAUSAL_LM"
     assert config["target_modules"] == ["q_proj", "v_proj"] and config["inference_mode"] is True
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
@@ -160,41 +194,63 @@ def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / name)],
             check=True,
-            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            env={**os.environ, "PYTHONHASHSEED": seed},
         )
-    for file in (CONFIG, WEIGHTS):
-        one, two = (tmp_path / name / "made/adapter" / file for name in ("one", "two"))
+    for file in (CONFIG, WEIGHTS, BASE):
+        one, two = (tmp_path / name / "made" / ADAPTER / file for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_fingerprint_is_of_what_is_computed_not_of_where_the_base_lay(tmp_path: Path) -> None:
+    kept(tmp_path)
+    made, adapter = str(tmp_path / "made"), tmp_path / "made" / ADAPTER
+    first = model_fingerprint(made)
+    base = read_json(adapter / BASE)
+    write_json(adapter / BASE, {**base, "model": "over/there"})
+    config = read_json(adapter / CONFIG)
+    write_json(adapter / CONFIG, {**config, "base_model_name_or_path": "x", "peft_version": "0"})
+    assert model_fingerprint(made) == first
+    write_json(adapter / CONFIG, {**config, "lora_alpha": 5})
+    assert model_fingerprint(made) != first
+    write_json(adapter / CONFIG, config)
+    write_json(adapter / BASE, {**base, "fingerprint": "0" * 64})
+    assert model_fingerprint(made) != first
+
+
 def test_adapters_of_another_base_are_refused_with_both_names(tmp_path: Path) -> None:
-    _, fingerprint = kept(tmp_path)
+    kept(tmp_path)
+    expected = model_fingerprint(str(tmp_path / "base"))
     other = tiny_model(LlamaConfig(**COMMON), torch.float32, seed=1)
-    other.save_pretrained(tmp_path / "base")
-    found = model_fingerprint(str(tmp_path / "base"))
-    said = rf"belong on the model {fingerprint}, and \S+base is {found}\. Give the folder"
+    other.save_pretrained(tmp_path / "other")
+    found = model_fingerprint(str(tmp_path / "other"))
+    said = rf"belong on the model {expected}, and \S+other is {found}\. Give them the model .*base"
     with pytest.raises(KavaError, match=said):
-        load_adapted(tmp_path / "made/adapter", fingerprint)
-
-
-def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
-    _, fingerprint = kept(tmp_path)
-    shutil.rmtree(tmp_path / "base")
-    with pytest.raises(KavaError, match="could be loaded from base"):
-        load_adapted(tmp_path / "made/adapter", fingerprint)
+        load_model(str(tmp_path / "made"), base=str(tmp_path / "other"))
+    with pytest.raises(KavaError, match="holds whole weights, not adapters on"):
+        load_model(str(tmp_path / "other"), base=str(tmp_path / "base"))
 
 
 def test_adapters_that_are_not_whole_are_refused(tmp_path: Path) -> None:
-    _, fingerprint = kept(tmp_path)
-    file = tmp_path / "made/adapter" / WEIGHTS
+    kept(tmp_path)
+    made, file = str(tmp_path / "made"), tmp_path / "made" / ADAPTER / WEIGHTS
     weights = load_file(file)
     first, *rest = sorted(weights)
+    again = r"no adapters could be loaded .* Make them again"
     save_file({name: weights[name] for name in rest}, file)
-    with pytest.raises(KavaError, match=rf"lacks 1 tensors \({first}\) and has none too much"):
-        load_adapted(file.parent, fingerprint)
+    with pytest.raises(KavaError, match=rf"should have 12 .* has 11; of one only: {first}"):
+        load_model(made)
+    save_file({**weights, "base_model.model.more": weights[first].clone()}, file)
+    with pytest.raises(KavaError, match=r"has 13; of one only: base_model\.model\.more"):
+        load_model(made)
     save_file({**weights, first: weights[first][:1].contiguous()}, file)
-    with pytest.raises(KavaError, match=r"no adapters could be loaded .* Make them again"):
-        load_adapted(file.parent, fingerprint)
+    with pytest.raises(KavaError, match=again):
+        load_model(made)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(KavaError, match=r"no adapters could be loaded .* Make them again"):
-        load_adapted(file.parent, fingerprint)
+    with pytest.raises(KavaError, match=again):
+        load_model(made)
+    save_file(weights, file)
+    for name, said in ((CONFIG, again), (BASE, r"base\.json: model: Field required.*Make the ad")):
+        write_json(file.parent / name, {"peft_type": "LORA"})
+        with pytest.raises(KavaError, match=said):
+            load_model(made)
+        kept(tmp_path)

@@ -37,9 +37,9 @@ class TraceEncoder:
 
     Equations are joined without anything between them, sentences end in a line end each, a blank
     stands before each result, checked or not (`traces`). The first `latent_fraction` of a problem's
-    steps, rounded up, are C. `bos` stands first in the question if the tokenizer has one and would put it there
-    itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write the answer
-    prompt.
+    steps, rounded up, are C. `bos` stands first in the question if the tokenizer has one and would
+    put it there itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write
+    the answer prompt.
     """
 
     def __init__(

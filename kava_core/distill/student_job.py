@@ -107,6 +107,7 @@ class StudentJob:
         self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str
     ) -> None:
         self.folder.mkdir(exist_ok=True)
+        tokenizer.padding_side = "left"  # questions of a batch end where their latents begin
         save_model(self.folder, student, tokenizer)
         write_json(
             self.folder / "student.json",

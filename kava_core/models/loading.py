@@ -132,7 +132,7 @@ def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Weights (safetensors), configuration and tokenizer, as Hugging Face users expect them."""
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

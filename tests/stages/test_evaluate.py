@@ -288,11 +288,10 @@ def test_a_file_of_questions_is_answered_as_each_is_alone(made: Path, tmp_path: 
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     (tmp_path / "in.txt").write_text("\n".join(texts))
     short = ["--max-new-tokens", "6", "--compare"]
-    teacher = LatentReasoner.plain(
-        load_model(str(made / "data/tiny/teacher")), answer_prompt_ids=[], eos_token_id=0
-    )
     encoder = TraceEncoder(load_tokenizer(str(folder)))
-    teacher.config.eos_token_id = encoder.eos
+    teacher = LatentReasoner.plain(
+        load_model(str(made / "data/tiny/teacher")), answer_prompt_ids=[], eos_token_id=encoder.eos
+    )
     alone = [json.loads(invoke(folder, text, "--json", *short).stdout) for text in texts]
     out = tmp_path / "out/answers.jsonl"
     invoke(folder, "--file", tmp_path / "in.jsonl", "--out", out, "--batch-size", "2", *short)
@@ -321,7 +320,7 @@ def test_questions_are_typed_one_after_the_other(made: Path) -> None:
         assert [line["question"] for line in lines] == texts
 
 
-def test_a_student_that_keeps_its_chain_writes_its_steps(made: Path, home: Path) -> None:
+def test_a_student_that_keeps_its_chain_writes_its_steps(home: Path) -> None:
     folder, question = home / "data/tiny/students/kava", "mo has 3 cups . how many ?"
     with pytest.raises(KavaError, match="was trained with w_cot 0: it never learnt to write"):
         invoke(folder, question, "--write-steps")

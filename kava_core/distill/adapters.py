@@ -15,16 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
-from kava_core.models.adapted import CONFIG, WEIGHTS, Base
+from kava_core.models.adapted import ADAPTER, CONFIG, WEIGHTS, Base
 from kava_core.settings import LoRA
 
 
 def add_lora(model: PreTrainedModel, settings: LoRA, *, seed: int, path: str) -> PeftModel:
     """Freeze a causal LM and put adapters on its modules, in place.
 
-    seed: of the adapters' first weights. path: of the training's settings, for messages. The result
-    is what `save_adapters` and `merge_lora` take when training is over. KavaError naming the
-    targets that fit no module of the model, and what there is.
+    seed: of the adapters' first weights. path: of the training's settings, for messages. Call
+    `end_lora` with the result when training is over. KavaError naming the targets that fit no
+    module of the model, and what there is.
     """
     _check_targets(model, settings.targets, path)
     config = LoraConfig(
@@ -41,6 +41,13 @@ def add_lora(model: PreTrainedModel, settings: LoRA, *, seed: int, path: str) ->
             return cast(PeftModel, get_peft_model(model, config))
     except ValueError:
         raise _misfit(model, settings.targets, path) from None
+
+
+def end_lora(adapters: PeftModel, settings: LoRA, folder: Path, base: Base) -> PreTrainedModel:
+    """The trained model, merged; its adapters are in `folder` where the settings keep them."""
+    if settings.save != "merged":
+        save_adapters(folder / ADAPTER, adapters, base)
+    return merge_lora(adapters)
 
 
 def merge_lora(adapters: PeftModel) -> PreTrainedModel:

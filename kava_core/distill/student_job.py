@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from kava_core.artefacts import work_folder, write_json
-from kava_core.distill.adapters import add_lora, merge_lora
+from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
 from kava_core.distill.callbacks import STOP_FILE, following
@@ -20,8 +20,9 @@ from kava_core.distill.objective import objective_of
 from kava_core.distill.projectors import add_projectors, drop_projectors
 from kava_core.distill.start import check_records, start_student
 from kava_core.distill.terms import Terms, student_terms
+from kava_core.models.adapted import Base
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, load_tokenizer, save_model
+from kava_core.models.loading import load_model, load_tokenizer
 from kava_core.parallel import group
 from kava_core.parallel.processes import run_processes
 from kava_core.parallel.threads import torch_threads
@@ -97,8 +98,8 @@ class StudentJob:
                 return
             if projected:
                 drop_projectors(student)
-            if adapters is not None:
-                student.decoder = merge_lora(adapters)
+            if adapters is not None and training.lora is not None:
+                student.decoder = end_lora(adapters, training.lora, self.folder, self._base())
             self._save(student, tokenizer, material.traces, training.total_steps(len(sampler)))
 
     def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:
@@ -109,11 +110,22 @@ class StudentJob:
             rounding = fake_quantisation(store)
         return student_terms(objective_of(self.settings, store, match), match, online, rounding)
 
+    def _base(self) -> Base:
+        """What adapters of this student belong on; a folder of this project by its path in it."""
+        model, project = self.inputs.model, self.work.parents[2]
+        if Path(model).is_dir() and Path(model).is_relative_to(project):
+            model = Path(model).relative_to(project).as_posix()
+        fingerprints = self.inputs.fingerprints
+        found = fingerprints.get("model", fingerprints["teacher"])
+        return Base(model=model, commit=self.inputs.commit, fingerprint=found)
+
     def _save(
         self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str, steps: int
     ) -> None:
         self.folder.mkdir(exist_ok=True)
-        save_model(self.folder, student, tokenizer)
+        tokenizer.padding_side = "left"  # questions of a batch end where their latents begin
+        student.save_pretrained(self.folder, whole=self.settings.training.keeps_weights)
+        tokenizer.save_pretrained(self.folder)
         write_json(
             self.folder / "student.json",
             {

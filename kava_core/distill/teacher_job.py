@@ -9,13 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kava_core.artefacts import work_folder, write_json
-from kava_core.distill.adapters import add_lora, merge_lora, save_adapters
+from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.start import start_teacher
 from kava_core.distill.terms import chain_terms
-from kava_core.models.adapted import ADAPTER, Base
+from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
 from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
 from kava_core.models.teacher_pass import check_lengths
@@ -29,23 +29,25 @@ from kava_core.store import ShardShuffleSampler
 class TrainedTeacher:
     """A teacher that has learnt, on its device, and where it is built.
 
-    encoder: with its tokenizer. about: what it was made from. steps: how many it was trained for.
-    whole: whether its weights are kept; adapters that are kept lie in the folder already. curves:
-    the folder of its loss curves, empty for a model that is taken as it is.
+    encoder: with its tokenizer. settings, about: what it was made from. steps: how many it was
+    trained for. folder: holds the adapters already, if they are kept. curves: the folder of its
+    loss curves, empty for a model that is taken as it is.
     """
 
     model: PreTrainedModel
     encoder: TraceEncoder
+    settings: Teacher
     about: dict[str, Any]
     steps: int
-    whole: bool
     folder: Path
     curves: Path
 
     def save(self, metrics: dict[str, float]) -> None:
         """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
         self.folder.mkdir(exist_ok=True)
-        save_model(self.folder, self.model, self.encoder.tokenizer, weights=self.whole)
+        training = self.settings.training
+        whole = training is None or training.keeps_weights
+        save_model(self.folder, self.model, self.encoder.tokenizer, weights=whole)
         write_json(self.folder / "metrics.json", metrics)
         write_json(self.folder / "teacher.json", {**self.about, "steps": self.steps})
 
@@ -66,7 +68,7 @@ def train_teacher(
     work = work_folder(output, "teacher", about)
     folder, curves = work / "teacher", work / "curves"
     curves.mkdir(exist_ok=True)
-    training, steps, whole = settings.training, 0, True
+    training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
     encoder = TraceEncoder(tokenizer, problems.traces)
     if training is not None:
@@ -93,13 +95,10 @@ def train_teacher(
             held_out=held_out,
         )
         if adapters is not None and training.lora is not None:
-            whole = training.lora.save != "adapter"
-            if training.lora.save != "merged":
-                made_from = about["fingerprints"]["model"]
-                base = Base(model=settings.model, commit=about["commit"], fingerprint=made_from)
-                save_adapters(folder / ADAPTER, adapters, base)
-            model = merge_lora(adapters)
-    return TrainedTeacher(to_device(model), encoder, about, steps, whole, folder, curves)
+            made_from = about["fingerprints"]["model"]
+            base = Base(model=settings.model, commit=about["commit"], fingerprint=made_from)
+            model = end_lora(adapters, training.lora, folder, base)
+    return TrainedTeacher(to_device(model), encoder, settings, about, steps, folder, curves)
 
 
 def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:

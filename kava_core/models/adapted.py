@@ -51,10 +51,10 @@ class Base(Finding):
             ) from None
 
     def place(self, folder: Path) -> str:
-        """Where the model of `folder` finds its base: the folder of that name, as seen from here
-        or from a folder above; else it is a Hub id."""
+        """Where the model of `folder` finds its base: the folder of that name, as seen from one
+        above `folder` or from here; else it is a Hub id."""
         above = (parent / self.model for parent in folder.absolute().parents)
-        found = (str(path) for path in (Path(self.model), *above) if path.is_dir())
+        found = (str(path) for path in (*above, Path(self.model)) if path.is_dir())
         return next(found, self.model)
 
     def check(self, folder: Path, place: str, found: str) -> None:
@@ -62,7 +62,7 @@ class Base(Finding):
         if found != self.fingerprint:
             raise KavaError(
                 f"the adapters in {folder} belong on the model {self.fingerprint}, and {place} is "
-                f"{found}. Give them the model they were trained on ({self.model})."
+                f"{found}. Put the model they were trained on there, or give it as their base."
             )
 
 

@@ -161,7 +161,7 @@ def save_model(
     weights: False for a model that is kept as adapters, which lie in the folder already.
     """
     if weights:
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder)
     else:
         model.config.save_pretrained(folder)
         if model.generation_config is not None:

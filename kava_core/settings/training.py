@@ -72,6 +72,11 @@ class Training(Section):
             raise ValueError(f"should have exactly one of `steps` and `epochs`, found {found}")
         return self
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether whole weights are what is kept, or a part of it; else adapters alone."""
+        return self.lora is None or self.lora.save != "adapter"
+
     def steps_per_epoch(self, records: int) -> int:
         """Optimiser steps of a pass over `records` training records, held-out ones not counted."""
         return -(-(records // self.batch_size) // self.accumulation)

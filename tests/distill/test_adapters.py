@@ -147,7 +147,7 @@ def test_where_the_base_lies_is_found_from_anywhere_or_given(
     made = str(tmp_path / "made")
     assert same(load_model(made).state_dict(), merged)
     shutil.move(tmp_path / "base", tmp_path / "elsewhere/base")
-    assert same(load_model(made).state_dict(), merged)  # as seen from here
+    assert same(load_model(made).state_dict(), merged)  # from here
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KavaError, match="could be loaded from base"):
         load_model(made)
@@ -223,7 +223,7 @@ def test_adapters_of_another_base_are_refused_with_both_names(tmp_path: Path) ->
     other = tiny_model(LlamaConfig(**COMMON), torch.float32, seed=1)
     other.save_pretrained(tmp_path / "other")
     found = model_fingerprint(str(tmp_path / "other"))
-    said = rf"belong on the model {expected}, and \S+other is {found}\. Give them the model .*base"
+    said = rf"belong on the model {expected}, and \S+other is {found}\. Put the model they were"
     with pytest.raises(KavaError, match=said):
         load_model(str(tmp_path / "made"), base=str(tmp_path / "other"))
     with pytest.raises(KavaError, match="holds whole weights, not adapters on"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -495,6 +496,14 @@ def own() -> dict[str, Any]:
 def test_the_repositorys_pipelines_are_valid(name: str) -> None:
     found, settings = load_pipeline(PIPELINES, name)
     assert found == name and settings.students
+
+
+def test_the_settings_on_the_page_about_training_are_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    shown = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    assert len(shown) == 2
+    for section in shown:
+        load(tmp_path, {**SMALL, **section})
 
 
 def test_the_active_pipeline_is_one_of_them() -> None:

@@ -107,7 +107,8 @@ class StudentJob:
         self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str
     ) -> None:
         self.folder.mkdir(exist_ok=True)
-        tokenizer.padding_side = "left"  # questions of a batch end where their latents begin
+        # Questions of a batch end where their latents begin.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         save_model(self.folder, student, tokenizer)
         write_json(
             self.folder / "student.json",

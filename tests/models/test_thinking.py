@@ -89,6 +89,23 @@ def test_every_way_to_ask_gives_the_same_tokens(
         assert expected[row, WIDTH:].tolist()[: len(alone)] == alone
 
 
+def test_half_precision_is_the_same_everywhere(tmp_path: Path) -> None:
+    tiny_student("qwen2").save_pretrained(tmp_path / "student")
+    loaded = LatentReasoner.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    found = decoder.generate(
+        input_ids=BATCH[0],
+        attention_mask=BATCH[1],
+        custom_generate=str(tmp_path / "student"),
+        trust_remote_code=True,
+        max_new_tokens=6,
+        return_dict_in_generate=True,
+    )
+    assert found.latents.dtype == torch.bfloat16
+    assert torch.equal(loaded.generate(*BATCH, max_new_tokens=6), found.sequences)
+
+
 def test_without_consent_nothing_of_the_folder_runs_or_is_written(
     tmp_path: Path, modules: Path
 ) -> None:

@@ -380,7 +380,7 @@ def test_the_page_and_the_example_are_true(
     exec(shown.replace("data/smoke/students/kava", str(folder)), names)
     assert names["tokenizer"].padding_side == "left"
     pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
-    question = "tom has 4 books . gets 2 extra . how many now ?\n"
+    question = "How many are 3 cups and 4 cups?\n"
     (told,) = pipe(question, return_full_text=False)
     assert told["generated_text"].strip() == names["answers"][0].split("<|", 1)[0].strip()
 

@@ -327,6 +327,23 @@ def test_the_dict_has_what_was_asked_for(generate: Callable[..., Any]) -> None:
     assert len(found.hidden_states[0]) == 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("reasoning", ["jacobi", "sequential"])
+def test_prompt_embeddings_are_all_that_the_answer_reads(reasoning: str) -> None:
+    """What a server gets that takes embeddings as prompts, and knows nothing of latents."""
+    student = tiny_student("qwen2", reasoning=reasoning)
+    embed = student.get_input_embeddings()
+    for question in QUESTIONS:
+        ids = torch.tensor([question])
+        found = student.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+        prompt = embed(torch.tensor(student.config.answer_prompt_ids))
+        parts = (embed(ids[0]), student.bot[None], found.latents[0], student.eot[None], prompt)
+        written = student.decoder.generate(
+            inputs_embeds=torch.cat(parts)[None], max_new_tokens=6, eos_token_id=EOS
+        )
+        assert torch.equal(written, found.tokens)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -315,9 +315,10 @@ class LatentOutput(ModelOutput):
     states that became them. B counts `num_return_sequences`.
     """
 
-    sequences: Tensor | None = None
-    tokens: Tensor | None = None
-    passes: Tensor | None = None
+    # The first three are always there; transformers wants a default of all but one.
+    sequences: Tensor
+    tokens: Tensor = None  # type: ignore[assignment]
+    passes: Tensor = None  # type: ignore[assignment]
     latents: Tensor | None = None
     thoughts: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None

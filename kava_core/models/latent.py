@@ -212,20 +212,21 @@ class LatentReasoner(PreTrainedModel):
         try:
             settings = LatentSettings.read(_file(place, SETTINGS_FILE, revision))
             if dtype is None:
-                dtype = load_config(place, revision).dtype or torch.float32
+                stored = load_config(place, revision).dtype
+                dtype = stored if isinstance(stored, torch.dtype) else torch.float32
             decoder = load_model(place, dtype, revision)
             if attn_implementation is not None:
                 decoder.set_attn_implementation(attn_implementation)
             student = cls(
                 LatentReasonerConfig(
                     **asdict(settings),
-                    eos_token_id=cast(GenerationConfig, decoder.generation_config).eos_token_id,
+                    eos_token_id=decoder.generation_config.eos_token_id,
                     tie_word_embeddings=decoder.config.get_text_config().tie_word_embeddings,
                 ),
                 decoder,
             )
             if settings.latents:
-                like = decoder.get_input_embeddings().weight
+                like = next(decoder.parameters())
                 load_latents(student, _file(place, WEIGHTS_FILE, revision), like)
         except (KavaError, SafetensorError, ValueError) as error:
             raise KavaError(f"no student could be loaded from {place}: {error}") from None

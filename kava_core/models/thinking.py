@@ -405,7 +405,7 @@ def answer(
             f"expected token ids [rows, tokens] and a mask of their shape, found {list(ids.shape)} "
             f"and {list(mask.shape)}. Give what a tokenizer gives with return_tensors='pt'."
         )
-    device = decoder.get_input_embeddings().weight.device
+    device = decoder.device
     ids, mask = left_padded(ids.to(device), mask.to(device))
     _check_length(decoder, settings, mask)
     rows, width = ids.shape
@@ -424,13 +424,13 @@ def answer(
     found: Any
     if beams == 1 and not any(asked.get(name) for name in _TRANSFORMERS_OWN):
         call |= {"attention_mask": mask, "custom_generate": writer}
-        sequences, written = cast(Any, type(decoder).generate)(decoder, **call)
+        sequences, written = cast(Any, type(decoder)).generate(decoder, **call)
         found, passes = {"sequences": sequences}, first - 1 + written
     else:
         calls: list[None] = []
         counter = decoder.base_model.register_forward_hook(lambda *_: calls.append(None))
         try:
-            found = cast(Any, type(decoder).generate)(
+            found = cast(Any, type(decoder)).generate(
                 decoder, **call, **writer.whole(max(beams, copies))
             )
         finally:
@@ -577,9 +577,9 @@ class _Writer:
         embed = model.get_input_embeddings()
         for at in range(width, longest):
             output = model(inputs_embeds=embeds, logits_to_keep=1, **state.advance(mask))
-            scores = cast(torch.FloatTensor, output.logits[:, -1].float())
+            scores: Tensor = output.logits[:, -1].float()
             so_far = cast(torch.LongTensor, sequences[fed, :at])
-            scores = logits_processor(so_far, scores)
+            scores = logits_processor(so_far, cast(torch.FloatTensor, scores))
             if generation_config.do_sample:
                 draws = torch.rand(rows, device=scores.device)[fed]
                 chosen = _drawn(scores.softmax(-1), draws)
@@ -659,7 +659,7 @@ def generate(
 
 def _latents_of(model: PreTrainedModel) -> tuple[LatentSettings, nn.Module]:
     """Settings and parameters that lie beside the model's weights, read once and kept with it."""
-    like = model.get_input_embeddings().weight
+    like = cast(nn.Embedding, model.get_input_embeddings()).weight
     kept = model.__dict__.get("_latents_beside")
     if kept is None:
         settings = LatentSettings.read(_beside(model, SETTINGS_FILE))

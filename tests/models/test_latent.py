@@ -31,6 +31,9 @@ SETTINGS = [
     {"latents": 1, "reasoning": "sequential"},
     {"latents": 4, "reasoning": "sequential"},
     {"projection": False, "per_position": False},
+    {"latents": 4, "iterations": 3, "stride": 5},
+    {"latents": 3, "iterations": 0, "stride": 2},
+    {"latents": 3, "reasoning": "sequential", "stride": 4},
 ]
 
 
@@ -49,17 +52,35 @@ class Naive:
     endpoint: Tensor  # [L+1, E]
 
 
-def run(student: LatentReasoner, embeds: Tensor) -> tuple[Tensor, list[Tensor], DynamicCache]:
-    """The decoder over a whole sequence [1, N, E]: no mask, no positions, a cache only to read."""
+def places(student: LatentReasoner, read: int, columns: int) -> Tensor:
+    """Positions [1, columns] of a sequence whose question has `read` tokens, counted one by one."""
+    first = read + 1  # behind <bot>
+    at, found = -1, []
+    for column in range(columns):
+        latent = first <= column < first + student.config.latents
+        at += student.config.stride if latent else 1
+        found.append(at)
+    return torch.tensor([found])
+
+
+def run(
+    student: LatentReasoner, embeds: Tensor, read: int
+) -> tuple[Tensor, list[Tensor], DynamicCache]:
+    """The decoder over a whole sequence [1, N, E] that begins with a question of `read` tokens: no
+    mask, a cache only to read."""
     cache = DynamicCache()
     output = student.decoder(
-        inputs_embeds=embeds, output_hidden_states=True, past_key_values=cache, use_cache=True
+        inputs_embeds=embeds,
+        position_ids=places(student, read, embeds.shape[1]),
+        output_hidden_states=True,
+        past_key_values=cache,
+        use_cache=True,
     )
     return output.logits[0], [h[0] for h in output.hidden_states], cache
 
 
-def last_hidden(student: LatentReasoner, embeds: Tensor) -> Tensor:
-    return run(student, embeds)[1][-1]  # [N, E]
+def last_hidden(student: LatentReasoner, embeds: Tensor, read: int) -> Tensor:
+    return run(student, embeds, read)[1][-1]  # [N, E]
 
 
 def naive_sequence(student: LatentReasoner, question: list[int]) -> Tensor:
@@ -73,13 +94,14 @@ def naive_sequence(student: LatentReasoner, question: list[int]) -> Tensor:
     if config.reasoning == "sequential":
         sequence = start
         for _ in range(config.latents):
-            latent = student.projection(last_hidden(student, sequence)[-1])
+            latent = student.projection(last_hidden(student, sequence, len(question))[-1])
             sequence = torch.cat((sequence, latent[None, None]), 1)
         return torch.cat((sequence, student.eot[None, None]), 1)
     rows = student.initial_latents
     latents = [rows[i if config.per_position else 0] for i in range(config.latents)]
     for _ in range(config.iterations):
-        hidden = last_hidden(student, torch.cat((start, torch.stack(latents)[None]), 1))
+        whole = torch.cat((start, torch.stack(latents)[None]), 1)
+        hidden = last_hidden(student, whole, len(question))
         latents = [student.projection(hidden[bot + i]) for i in range(config.latents)]
     return torch.cat((start, torch.stack(latents)[None], student.eot[None, None]), 1)
 
@@ -88,7 +110,7 @@ def naive(student: LatentReasoner, question: list[int], answer: list[int]) -> Na
     sequence = naive_sequence(student, question)
     prompt = torch.tensor([student.config.answer_prompt_ids + answer])
     whole = torch.cat((sequence, student.get_input_embeddings()(prompt)), 1)
-    logits, hidden, cache = run(student, whole)
+    logits, hidden, cache = run(student, whole, len(question))
     endpoint = sequence.shape[1] + len(student.config.answer_prompt_ids) - 1
     slots = slice(len(question) + 1, len(question) + 1 + student.config.latents)
     return Naive(
@@ -125,9 +147,9 @@ def test_a_padded_batch_equals_each_problem_recomputed_alone(name: str, setting:
         for row, (one, question) in enumerate(zip(expected, QUESTIONS, strict=True)):
             assert_near(got.logits[row, : len(ANSWERS[row]) + 1], one.logits)
             assert_near(got.endpoint[row], one.endpoint)
-            first = len(question) + 1
             assert got.latent_positions[row].tolist() == [
-                first + i for i in range(student.config.latents)
+                len(question) + student.config.stride * (i + 1)
+                for i in range(student.config.latents)
             ]
             if student.config.latents:
                 assert_near(torch.stack(got.keys, 1)[row], one.keys)

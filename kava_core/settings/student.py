@@ -173,6 +173,16 @@ class Student(Section):
         return self
 
     @model_validator(mode="after")
+    def _checkpointed(self) -> Student:
+        if self.training.gradient_checkpointing and self.reads == "kv_targets":
+            raise ValueError(
+                "training.gradient_checkpointing: should be false for a student with latents: they "
+                "are read from a cache, which it would detach from the gradient. Use a smaller "
+                "batch_size with accumulation instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _divisible(self) -> Student:
         if self.training.batch_size % self.processes:
             raise ValueError(

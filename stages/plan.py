@@ -84,7 +84,9 @@ def show(found: Forecast) -> None:
         f"({found.lengths_from})",
         soft_wrap=True,
     )
-    console.print(f"teacher: {found.model}, {found.parameters / 1e6:,.1f} M parameters")
+    console.print(
+        f"teacher: {found.model}, {found.parameters / 1e6:,.1f} M parameters", soft_wrap=True
+    )
     console.print(_disk(found))
     fits = "enough" if found.fits else "NOT ENOUGH"
     console.print(f"free: {readable(found.free)}, {fits}")

@@ -55,9 +55,10 @@ def _forward(a: Architecture, call: Call) -> float:
 
 
 def teacher_step(training: Training, lengths: Lengths) -> list[Call]:
-    """One batch of whole chains."""
+    """One batch of whole chains, of which what follows the question is read out."""
     width = longest(lengths.whole, training.batch_size)
-    return [Call(training.batch_size, width, logits=width, gradient=True)]
+    taught = float((lengths.trace + lengths.prompt + lengths.answer).mean())
+    return [Call(training.batch_size, width, logits=taught, gradient=True)]
 
 
 def student_step(

@@ -17,22 +17,23 @@ _PIECE = 2**24
 
 
 def generate_bytes(settings: Pipeline, teacher: Architecture, lengths: Lengths) -> int:
-    """A worker of generate: weights, one batch as it passes, and the caches of a shard.
+    """A worker of generate: weights, a batch as it passes a layer, and the caches of a shard.
 
-    Before a shard is written its caches lie there in pieces and joined.
+    What the batches before gave lies there in pieces, which are joined before they are written.
     """
     generate = settings.generate
     size = DTYPES[generate.model_dtype].itemsize
-    a, batch = teacher, min(generate.batch_size, generate.shard_size)
+    a, rows = teacher, min(generate.batch_size, generate.shard_size)
     kv = a.kv_heads * a.head_dim
-    width = longest(lengths.whole, batch)
-    hidden = batch * width * (a.layers + 1) * a.hidden_size * size
-    recorded = batch * float(lengths.trace.mean()) * a.layers * kv * (2 * size + 4)
-    logits = batch * a.heads * longest(lengths.answer, batch) * width * 4 * 2
-    tokens = float(lengths.trace.mean()) * min(generate.shard_size, lengths.problems)
-    # float32 keys, values in the model's dtype, importance; in pieces and joined
-    shard = 2 * tokens * a.layers * (kv * (4 + size) + 4 * a.kv_heads)
-    return round(a.parameters * size + max(hidden + recorded + logits, 0) + shard)
+    traces = float(lengths.trace.mean())
+    tokens = rows * longest(lengths.whole, rows)
+    states = tokens * (a.layers + 1) * a.hidden_size * size
+    layer = tokens * (2 * a.hidden_size + 3 * a.intermediate_size) * size
+    recorded = rows * traces * a.layers * kv * 2 * size
+    # float32 keys, values in the model's dtype, importance
+    token = a.layers * (kv * (4 + size) + 4 * a.kv_heads)
+    shard = traces * min(generate.shard_size, lengths.problems) * token
+    return round(a.parameters * size + shard + max(states + layer + recorded, shard))
 
 
 def trainer_bytes(

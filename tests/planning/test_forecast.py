@@ -147,7 +147,7 @@ def test_lengths_are_counted_where_the_problems_are_and_assumed_where_not(
     assert found.tokens["trace"] == pytest.approx(23, abs=0.5)
     assert "assumed" in found.lengths_from
     unknown = settings_with(
-        prepare={"source": "boxed", "path": "x", "traces": "sentences", "train": None}
+        prepare={"source": "math", "path": "x", "traces": "sentences", "train": None}
     )
     with pytest.raises(KavaError, match="Run `kava prepare` first"):
         lengths_of(unknown, tmp_path)

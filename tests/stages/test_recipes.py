@@ -161,7 +161,7 @@ def test_a_plan_is_printed_and_given_as_json(tmp_path: Path) -> None:
     recipe = str(RECIPES["kava-llama-1b-aug"])
     options = ["--pipelines", recipe, "--data", str(tmp_path), "--flops", "3e14", "--gbps", "2"]
     said = run("plan", *options).output
-    for word in ("teacher_kv", "24 slots", "distill kava", "days", "What would make it cheaper"):
+    for word in ("teacher_kv", "24 slots", "distill kava", " h ", "What would make it cheaper"):
         assert word in said, said
     found = json.loads(run("plan", *options, "--json").output)
     assert found["bytes"] == sum(found["disk"].values())
@@ -187,3 +187,9 @@ def test_what_cannot_run_is_named_with_its_pipeline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_of_each_family_runs_in_the_small(name: str, tmp_path: Path) -> None:
     rehearse(name, settings_of(name), tmp_path)
+
+
+def test_evict_says_that_it_is_no_stage_where_no_caches_are_kept(tmp_path: Path) -> None:
+    recipe = str(RECIPES["kava-llama-1b-aug-nl"])
+    error = run("evict", "--pipelines", recipe, "--data", str(tmp_path)).exception
+    assert isinstance(error, KavaError) and "`kava generate` makes the targets" in str(error)

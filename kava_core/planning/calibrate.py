@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kava_core.distill.adapters import add_lora
 from kava_core.distill.batches import ChainDataset, answer_batch
 from kava_core.distill.objective import Objective
 from kava_core.distill.terms import chain_terms
@@ -398,12 +397,7 @@ def _model(a: Architecture) -> PreTrainedModel:
 def _learner(model: PreTrainedModel, training: Training) -> PreTrainedModel:
     """The model as `training` fits it, with adapters where there are to be some."""
     if training.lora is not None:
-        lora = training.lora
-        config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
-        )  # fmt: skip
-        LoraModel(model, config, "default")
+        add_lora(model, training.lora, seed=training.seed, path="training")
     return model
 
 

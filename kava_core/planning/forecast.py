@@ -213,8 +213,11 @@ def _disk(
     return {
         **({"teacher_kv": caches.bytes} if caches else {}),
         "kv_targets": targets.bytes,
-        "teacher": model_bytes(shapes.teacher),
-        "students": sum(model_bytes(each) for each in shapes.students.values()),
+        "teacher": model_bytes(shapes.teacher, settings.teacher.training, "teacher.training"),
+        "students": sum(
+            model_bytes(shapes.students[name], student.training, f"students.{name}.training")
+            for name, student in settings.students.items()
+        ),
         "checkpoints": max(runs),
     }
 

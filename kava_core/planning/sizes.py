@@ -64,9 +64,13 @@ def kv_targets_size(settings: Pipeline, teacher: Architecture, lengths: Lengths)
     )
 
 
-def model_bytes(architecture: Architecture) -> int:
-    """Of a model's folder: its weights."""
-    return WEIGHT_BYTES * architecture.parameters
+def model_bytes(architecture: Architecture, training: Training | None, where: str) -> int:
+    """Of a model's folder: weights, adapters, or both, as `training.lora.save` keeps them."""
+    if training is None or training.lora is None:
+        return WEIGHT_BYTES * architecture.parameters
+    adapters = WEIGHT_BYTES * architecture.trainable(training, where)
+    whole = WEIGHT_BYTES * architecture.parameters
+    return {"merged": whole, "adapter": adapters, "both": whole + adapters}[training.lora.save]
 
 
 def checkpoint_bytes(architecture: Architecture, training: Training, where: str) -> int:

@@ -120,6 +120,20 @@ def test_without_caches_there_is_no_store_of_them(tmp_path: Path) -> None:
     assert "evict" not in {stage.stage for stage in alone.stages}
 
 
+def test_students_are_as_large_as_what_is_kept_of_them(tmp_path: Path) -> None:
+    def students(save: str) -> int:
+        lora = {"rank": 8, "targets": ["q_proj"], "save": save}
+        training = {**SMALL["students"]["kava"]["training"], "lora": lora}
+        student = {**SMALL["students"]["kava"], "training": training}
+        return forecast("small", settings_with(students={"kava": student}), tmp_path).disk[
+            "students"
+        ]
+
+    adapters = 4 * 2 * 8 * (64 + 64)  # of both layers
+    assert students("adapter") == adapters
+    assert students("both") == students("merged") + adapters
+
+
 def test_what_saves_most_comes_first_and_saves_what_it_says(tmp_path: Path) -> None:
     found = forecast("small", Pipeline.model_validate(SMALL), tmp_path)
     saved = [saving.saves for saving in found.cheaper]

@@ -193,7 +193,7 @@ class Calibration:
             [r.question_ids for r in records],
             [r.answer_ids for r in records],
             [r.cot_ids + r.answer_prompt_ids + r.answer_ids for r in records]
-            if student.w_cot
+            if student.taught("w_cot")
             else None,
         )
         device = reasoner.device
@@ -204,13 +204,13 @@ class Calibration:
         batch["endpoint"] = torch.zeros(rows, a.layers + 1, a.hidden_size, device=device)
         batch["slot_ids"] = torch.zeros(rows, shape[3], device=device, dtype=torch.long)
         batch["slot_filled"] = torch.ones_like(batch["slot_ids"])
-        objective = Objective(
-            alpha_kv=student.alpha_kv,
-            alpha_codi=student.alpha_codi,
-            w_cot=student.w_cot,
+        objective = Objective(  # a weight costs nothing: which terms there are does
+            alpha_kv=float(student.taught("alpha_kv")),
+            alpha_codi=float(student.taught("alpha_codi")),
+            w_cot=float(student.taught("w_cot")),
             kv_distance=student.kv_distance,
             codi_distance=student.codi_distance,
-            alpha_readout=student.alpha_readout,
+            alpha_readout=float(student.taught("alpha_readout")),
             kv_parts=student.kv_parts,
         )
 
@@ -218,9 +218,9 @@ class Calibration:
             reasoning = reasoner(
                 batch["question_ids"], batch["question_mask"], batch["answer_ids"],
                 batch["answer_mask"], batch.get("chain_ids"), batch.get("chain_mask"),
-                readout=student.alpha_readout > 0,
+                readout=student.taught("alpha_readout"),
             )  # fmt: skip
-            if not student.alpha_kv:
+            if not student.taught("alpha_kv"):
                 return objective.weighted(reasoning, batch, None, None)
             keys = reasoner.slot_keys(reasoning, "pre_rope")
             return objective.weighted(reasoning, batch, keys, torch.stack(reasoning.values, 1))

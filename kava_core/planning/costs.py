@@ -81,9 +81,9 @@ def student_step(
         last = latents if student.reasoning == "jacobi" else 1
         start, past = last, question + 1 + latents - last
     calls.append(Call(rows, start + tail, past, logits=rest + answer + 1, gradient=True))
-    if student.alpha_readout:
+    if student.taught("alpha_readout"):
         calls.append(Call(rows, 0, logits=latents, gradient=True))
-    if student.w_cot:
+    if student.taught("w_cot"):
         chain = longest(lengths.trace + lengths.prompt + lengths.answer, batch)
         calls.append(Call(rows, question + chain, logits=chain, gradient=True))
     return calls

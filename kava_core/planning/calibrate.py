@@ -229,7 +229,7 @@ class Calibration:
 
     def read(self, a: Architecture, generate: Generate, calls: Sequence[Call]) -> float:
         def measure(small: Architecture, rows: int) -> Callable[[], object]:
-            model = to_device(_model(small)).to(DTYPES[generate.model_dtype])
+            model = to_device(_model(small, DTYPES[generate.model_dtype]))
             teacher, records = TeacherPass(model), self._records(rows)
             spec = teacher_spec(model, generate)
 
@@ -387,9 +387,9 @@ def _smaller(a: Architecture, *, layers: int, vocabulary: int) -> Architecture:
     return Architecture.of(config, a.source)
 
 
-def _model(a: Architecture) -> PreTrainedModel:
+def _model(a: Architecture, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        a.config, attn_implementation=attention_implementation(a.config), dtype=torch.float32
+        a.config, attn_implementation=attention_implementation(a.config), dtype=dtype
     )
     return model
 

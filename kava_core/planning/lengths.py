@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
 from kava_core.models.loading import load_tokenizer
-from kava_core.planning.published import Published, published, published_model
+from kava_core.planning.published import Digits, Published, published, published_model
 from kava_core.problems.folder import open_problems
 from kava_core.problems.records import Problem, TraceForm
 from kava_core.problems.sources import GeneratedSource
@@ -203,7 +203,7 @@ def _tokenizer(settings: Pipeline, folder: Path) -> PreTrainedTokenizerBase | No
         return None
 
 
-def _digits(model: str) -> str:
+def _digits(model: str) -> Digits:
     known = published_model(model)
     return known.tokenizer.named if known else "one"
 

@@ -24,7 +24,7 @@ _BATCH = 4
 _SOURCE = {"name": "synthetic", "steps": [2, 3], "max_operand": 9}
 _TRAIN, _ASKED = 16, 4
 _WIDTH, _HEAD = 32, 8
-_BUDGET = 3
+_BUDGET, _LAYERS = 3, 4
 # transformers gives some families a token more when it loads their tokenizer.
 _SPARE = 8
 _BOS, _EOS = "<|begin|>", "<|end|>"
@@ -33,9 +33,10 @@ _BOS, _EOS = "<|begin|>", "<|end|>"
 def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any]:
     """The settings of the small pipeline, as plain values; its models are written to `folder`.
 
-    Problems are drawn from `synthetic` in the pipeline's own form of traces; the layers of the
-    models, and so what `evict.layers`, budgets and layer maps mean, are the pipeline's.
+    Problems are drawn from `synthetic` in the pipeline's own form of traces. Models have few
+    layers, or, where any setting is about layers, as many as the pipeline's.
     """
+    layers = None if _about_layers(settings) else _LAYERS
     plain: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
     plain["prepare"] = {
         "source": _SOURCE,
@@ -47,7 +48,7 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
     teacher = plain["teacher"]
     _fewer_steps(teacher["training"])
     teacher |= {"validate_on": 2, "batch_size": _BATCH, "max_new_tokens": 4}
-    _narrow(teacher, shapes.teacher, folder / "teacher")
+    _narrow(teacher, shapes.teacher, folder / "teacher", layers)
     plain["generate"] |= {"shard_size": 8, "batch_size": _BATCH}
     plain["evict"]["budget"] = min(_BUDGET, plain["evict"]["budget"])
     if plain["fidelity"] is not None:
@@ -61,7 +62,7 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
         _fewer_steps(student["training"])
         student["processes"] = 1
         if student["model"] is not None:
-            _narrow(student, shapes.students[name], folder / "students" / name)
+            _narrow(student, shapes.students[name], folder / "students" / name, layers)
     plain["evaluate"] |= {
         "limit": _ASKED,
         "batch_size": _BATCH,
@@ -85,17 +86,25 @@ def _fewer_steps(training: dict[str, Any] | None) -> None:
         training["held_out"] = {"records": 2, "every": 1}
 
 
-def _narrow(section: dict[str, Any], a: Architecture, folder: Path) -> None:
-    """Put a narrow model of the architecture in place of the section's."""
+def _about_layers(settings: Pipeline) -> bool:
+    evictions = [settings.evict, *([settings.fidelity] if settings.fidelity else [])]
+    return any(each.layers != "all" or each.share != "none" for each in evictions) or any(
+        student.layer_map != "uniform" for student in settings.students.values()
+    )
+
+
+def _narrow(section: dict[str, Any], a: Architecture, folder: Path, layers: int | None) -> None:
+    """Put a narrow model of the architecture in place of the section's; layers: None for all."""
     if section["model"] == "scratch":
         scratch = section["scratch"]
         width = _HEAD * scratch["heads"]
+        scratch["layers"] = min(layers or scratch["layers"], scratch["layers"])
         scratch |= {"vocabulary": 300, "hidden_size": width, "intermediate_size": 2 * width}
         return
     known = published_model(section["model"])
     rules = known.tokenizer if known else TokenizerRules(digits=1, bos=False)
     tokenizer = tiny_tokenizer(rules)
-    config = narrow_config(a.config, len(tokenizer) + _SPARE)
+    config = narrow_config(a.config, len(tokenizer) + _SPARE, min(layers or a.layers, a.layers))
     config.bos_token_id = tokenizer.bos_token_id if rules.bos else None
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
@@ -106,11 +115,12 @@ def _narrow(section: dict[str, Any], a: Architecture, folder: Path) -> None:
     section |= {"model": str(folder), "revision": None}
 
 
-def narrow_config(config: PreTrainedConfig, vocabulary: int) -> PreTrainedConfig:
-    """The same family with as many layers, and heads that share keys if the model's do."""
+def narrow_config(config: PreTrainedConfig, vocabulary: int, layers: int) -> PreTrainedConfig:
+    """The same family with the first `layers`, and heads that share keys if the model's do."""
     small = deepcopy(config)
     grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     heads = _WIDTH // _HEAD
+    kinds = getattr(config, "layer_types", None)
     sizes = {
         "hidden_size": _WIDTH,
         "num_attention_heads": heads,
@@ -118,6 +128,8 @@ def narrow_config(config: PreTrainedConfig, vocabulary: int) -> PreTrainedConfig
         "head_dim": _HEAD,
         "intermediate_size": 2 * _WIDTH,
         "vocab_size": vocabulary,
+        "num_hidden_layers": layers,
+        "layer_types": kinds and kinds[:layers],
     }
     for name, size in sizes.items():
         if getattr(config, name, None) is not None:

@@ -193,3 +193,20 @@ def test_evict_says_that_it_is_no_stage_where_no_caches_are_kept(tmp_path: Path)
     recipe = str(RECIPES["kava-llama-1b-aug-nl"])
     error = run("evict", "--pipelines", recipe, "--data", str(tmp_path)).exception
     assert isinstance(error, KavaError) and "`kava generate` makes the targets" in str(error)
+
+
+def test_layers_are_kept_in_the_small_where_settings_are_about_them(tmp_path: Path) -> None:
+    from kava_core.models.loading import load_config
+    from kava_core.planning.forecast import Shapes
+    from kava_core.planning.lengths import lengths_of
+    from kava_core.planning.rehearsal import rehearsed
+
+    settings = settings_of("kava-smollm2-135m-aug")
+    some = settings.evict.model_copy(update={"layers": (0, 29)})
+    for evict, layers in ((settings.evict, 4), (some, 30)):
+        changed = settings.model_copy(update={"evict": evict})
+        shapes = Shapes.of(changed, lengths_of(changed, tmp_path))
+        small = rehearsed(changed, shapes, tmp_path / str(layers))
+        config = load_config(small["teacher"]["model"])
+        assert (config.num_hidden_layers, config.model_type) == (layers, "llama")
+        assert config.num_attention_heads == 2 * config.num_key_value_heads

@@ -19,7 +19,6 @@ from kava_core.problems.records import Problem, TraceForm
 from kava_core.problems.sources import GeneratedSource
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
-from kava_core.record import Record
 from kava_core.settings import Pipeline
 
 SAMPLE = 2048  # problems that lengths are taken from
@@ -113,7 +112,10 @@ def _counted(
         return Lengths(
             problems,
             test,
-            *(_array(records, part) for part in _PARTS.values()),
+            question=np.array([len(record.question_ids) for record in records]),
+            trace=np.array([len(record.cot_ids) for record in records]),
+            prompt=np.array([len(record.answer_prompt_ids) for record in records]),
+            answer=np.array([len(record.answer_ids) for record in records]),
             vocabulary=len(tokenizer),
             origin=origin,
         )
@@ -129,18 +131,6 @@ def _counted(
         vocabulary=None,
         origin=f"{origin}, tokens assumed: no tokenizer of {settings.teacher.model} is here",
     )
-
-
-_PARTS: dict[str, Callable[[Record], list[int]]] = {
-    "question": lambda record: record.question_ids,
-    "trace": lambda record: record.cot_ids,
-    "prompt": lambda record: record.answer_prompt_ids,
-    "answer": lambda record: record.answer_ids,
-}
-
-
-def _array(records: Sequence[Record], part: Callable[[Record], list[int]]) -> np.ndarray:
-    return np.array([len(part(record)) for record in records])
 
 
 def _assumed(settings: Pipeline, known: Published) -> Lengths:

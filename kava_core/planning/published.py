@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import JsonValue, PositiveInt
+from pydantic import PositiveInt
 from transformers import AutoConfig, PreTrainedConfig
 
 from kava_core.settings.base import Section
@@ -32,7 +32,7 @@ class PublishedModel(Section):
 
     names: tuple[str, ...]
     tokenizer: TokenizerRules
-    config: dict[str, JsonValue]
+    config: dict[str, Any]
 
     def configuration(self) -> PreTrainedConfig:
         """As transformers has it."""

@@ -17,7 +17,7 @@ from kava_core.planning.forecast import Shapes
 from kava_core.planning.published import TokenizerRules, published_model
 from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.traces import ANSWER_PROMPT
-from kava_core.settings import Pipeline
+from kava_core.settings import Evict, Fidelity, Pipeline
 
 STEPS = 2
 _BATCH = 4
@@ -87,7 +87,9 @@ def _fewer_steps(training: dict[str, Any] | None) -> None:
 
 
 def _about_layers(settings: Pipeline) -> bool:
-    evictions = [settings.evict, *([settings.fidelity] if settings.fidelity else [])]
+    evictions: list[Evict | Fidelity] = [settings.evict]
+    if settings.fidelity is not None:
+        evictions.append(settings.fidelity)
     return any(each.layers != "all" or each.share != "none" for each in evictions) or any(
         student.layer_map != "uniform" for student in settings.students.values()
     )

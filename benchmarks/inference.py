@@ -65,6 +65,7 @@ def build() -> tuple[PreTrainedModel, LatentReasoner]:
         eos_token_id=-1,
         seed=0,
     )
+    student.config.eos_token_id = None  # nor here
     return model, student.eval()
 
 

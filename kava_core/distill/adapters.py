@@ -52,7 +52,7 @@ def end_lora(adapters: PeftModel, settings: LoRA, folder: Path, base: Base) -> P
 
 def merge_lora(adapters: PeftModel) -> PreTrainedModel:
     """The model with the adapters folded into its weights; nothing of them is left in it."""
-    return cast(PreTrainedModel, cast(nn.Module, adapters.base_model).merge_and_unload())
+    return cast(PreTrainedModel, adapters.merge_and_unload())
 
 
 def save_adapters(folder: Path, adapters: PeftModel, base: Base) -> None:

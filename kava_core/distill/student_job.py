@@ -123,7 +123,8 @@ class StudentJob:
         self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str, steps: int
     ) -> None:
         self.folder.mkdir(exist_ok=True)
-        tokenizer.padding_side = "left"  # questions of a batch end where their latents begin
+        # Questions of a batch end where their latents begin.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         student.save_pretrained(self.folder, whole=self.settings.training.keeps_weights)
         tokenizer.save_pretrained(self.folder)
         write_json(

@@ -112,7 +112,7 @@ def put_on(model: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrai
             f"{adapter / WEIGHTS} should have {len(wanted)} tensors for this model, and has "
             f"{len(names)}; of one only: {', '.join(sorted(wanted ^ names)[:3])}. Make it again."
         )
-    merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+    merged: PreTrainedModel = adapted.merge_and_unload()
     for parameter in merged.parameters():  # not `to(dtype)`, which rounds rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     merged.config.dtype = dtype

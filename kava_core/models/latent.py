@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from kava_core.artefacts import write_json
@@ -73,6 +73,7 @@ class LatentReasonerConfig(PreTrainedConfig):
         reasoning: str = "jacobi",
         projection: bool = True,
         per_position: bool = True,
+        stride: int = 1,
         answer_prompt_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -82,6 +83,7 @@ class LatentReasonerConfig(PreTrainedConfig):
         self.reasoning = reasoning
         self.projection = projection
         self.per_position = per_position
+        self.stride = stride
         self.answer_prompt_ids = answer_prompt_ids or []
 
 
@@ -148,6 +150,7 @@ class LatentReasoner(PreTrainedModel):
         answer_prompt_ids: list[int],
         eos_token_id: int,
         seed: int,
+        stride: int = 1,
     ) -> LatentReasoner:
         """A student with the teacher's weights and fresh latents of the embeddings' own scale."""
         config = LatentReasonerConfig(
@@ -156,6 +159,7 @@ class LatentReasoner(PreTrainedModel):
             reasoning=reasoning,
             projection=projection,
             per_position=per_position,
+            stride=stride,
             answer_prompt_ids=answer_prompt_ids,
             eos_token_id=eos_token_id,
             tie_word_embeddings=teacher.config.get_text_config().tie_word_embeddings,
@@ -216,20 +220,21 @@ class LatentReasoner(PreTrainedModel):
         try:
             settings = LatentSettings.read(_file(place, SETTINGS_FILE, revision))
             if dtype is None:
-                dtype = load_config(place, revision).dtype or torch.float32
+                stored = load_config(place, revision).dtype
+                dtype = stored if isinstance(stored, torch.dtype) else torch.float32
             decoder = load_model(place, dtype, revision, on)
             if attn_implementation is not None:
                 decoder.set_attn_implementation(attn_implementation)
             student = cls(
                 LatentReasonerConfig(
                     **asdict(settings),
-                    eos_token_id=cast(GenerationConfig, decoder.generation_config).eos_token_id,
+                    eos_token_id=decoder.generation_config.eos_token_id,
                     tie_word_embeddings=decoder.config.get_text_config().tie_word_embeddings,
                 ),
                 decoder,
             )
             if settings.latents:
-                like = decoder.get_input_embeddings().weight
+                like = next(decoder.parameters())
                 load_latents(student, _file(place, WEIGHTS_FILE, revision), like)
         except (KavaError, SafetensorError, ValueError) as error:
             raise KavaError(f"no student could be loaded from {place}: {error}") from None
@@ -323,10 +328,12 @@ class LatentReasoner(PreTrainedModel):
         state, pending = thought.state, thought.embeds
         tail_ids = torch.cat((self._prompt(len(answer_ids)), answer_ids), 1)
         tail_mask = torch.cat((torch.ones_like(tail_ids[:, : self._prompt_length]), answer_mask), 1)
+        rest = self._eot_length + tail_ids.shape[1]
         output = self._feed(
             state,
             torch.cat((pending, self._eot(len(tail_ids)), self._embed(tail_ids)), 1),
             torch.cat((thought.mask, self._ones(len(tail_ids), self._eot_length), tail_mask), 1),
+            torch.cat((thought.steps, thought.steps.new_ones(rest))),
             logits=answer_ids.shape[1] + 1,
             hidden_states=True,
         )
@@ -455,13 +462,11 @@ class LatentReasoner(PreTrainedModel):
     def _latent_slots(
         self, state: State, question_mask: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        m, first = self.config.latents, question_mask.shape[1] + 1
-        positions = (
-            question_mask.sum(1, keepdim=True) + 1 + torch.arange(m, device=question_mask.device)
-        )
-        if not m:
-            return [], [], positions
-        slots = slice(first, first + m)
+        first = question_mask.shape[1] + 1
+        slots = slice(first, first + self.config.latents)
+        positions = state.positions[:, slots]
+        if not self.config.latents:
+            return [], [], positions[:, :0]
         return (
             [layer.keys[:, :, slots] for layer in state.layers],
             [layer.values[:, :, slots] for layer in state.layers],
@@ -480,9 +485,10 @@ class LatentReasoner(PreTrainedModel):
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
         output = self._feed(
-            State(DynamicCache(), question_mask[:, :0]),
+            State.before(question_mask),
             self._embed(torch.cat((question_ids, chain_ids), 1)),
             torch.cat((question_mask, chain_mask), 1),
+            None,
             logits=chain_ids.shape[1] + 1,
         )
         return output.logits[:, :-1]
@@ -494,15 +500,17 @@ class LatentReasoner(PreTrainedModel):
         state: State,
         embeds: Tensor,
         mask: Tensor,
+        steps: Tensor | None,
         logits: int,
         hidden_states: bool = False,
     ) -> Any:
-        """Advance the decoder by embeds [B, N, E] under mask [B, N]; logits of the last columns."""
+        """Advance the decoder by embeds [B, N, E] under mask [B, N], `steps` apart; logits of the
+        last columns."""
         return self.decoder(
             inputs_embeds=embeds,
             logits_to_keep=logits,
             output_hidden_states=hidden_states,
-            **state.advance(mask),
+            **state.advance(mask, steps),
         )
 
     def _embed(self, ids: Tensor) -> Tensor:

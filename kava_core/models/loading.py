@@ -99,6 +99,12 @@ def _load_adapted(
     base = Base.read(adapter)
     place = place or base.place(Path(path))
     commit = None if Path(place).is_dir() else base.commit
+    if commit is None and not Path(place).is_dir():
+        raise KavaError(
+            f"the adapters in {adapter} belong on the model {base.fingerprint}, expected in the "
+            f"folder {place}, here or above them, and there is none. Put it there, or give it as "
+            "their base."
+        )
     base.check(adapter, place, model_fingerprint(place, commit))
     # As they were trained: adapters are added to float32 weights, then all is rounded.
     return put_on(load_model(place, revision=commit), adapter, dtype)

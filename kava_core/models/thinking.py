@@ -57,6 +57,7 @@ class Settings(Protocol):
     reasoning: str
     projection: bool
     per_position: bool
+    stride: int
     answer_prompt_ids: list[int]
 
 
@@ -75,8 +76,9 @@ class LatentSettings:
 
     latents: M, 0 for a student that answers at once; iterations: T; reasoning: "jacobi" or
     "sequential"; projection: whether hidden states pass a small MLP before they become latents;
-    per_position: one learned initial latent per position, or one for all; answer_prompt_ids: what
-    is read behind the latents, before the answer is written.
+    per_position: one learned initial latent per position, or one for all; stride: how many
+    positions lie from one latent to the next; answer_prompt_ids: what is read behind the latents,
+    before the answer is written.
     """
 
     latents: int
@@ -84,6 +86,7 @@ class LatentSettings:
     reasoning: str
     projection: bool
     per_position: bool
+    stride: int
     answer_prompt_ids: list[int]
 
     @classmethod
@@ -113,7 +116,7 @@ class LatentSettings:
             elif name in types:
                 right = type(value) is types[name]
             else:
-                right = type(value) is int and value >= 0
+                right = type(value) is int and value >= (name == "stride")
             if not right or (name == "reasoning" and value not in ("jacobi", "sequential")):
                 raise Refused(f"{path}: {name} cannot be {value!r}. Copy or make it again.")
         return cls(**found)
@@ -175,19 +178,28 @@ class Projection(nn.Module):
 
 @dataclass
 class State:
-    """A decoder in the middle of a sequence: its cache and the mask of all that it was fed."""
+    """A decoder in the middle of a sequence: its cache, and mask and positions of all that it was
+    fed, both [B, fed so far]."""
 
     cache: DynamicCache
-    mask: Tensor  # [B, fed so far]
+    mask: Tensor
+    positions: Tensor
 
-    def advance(self, mask: Tensor) -> dict[str, Any]:
+    @classmethod
+    def before(cls, mask: Tensor) -> State:
+        """That of a decoder that was fed nothing, of questions with this mask."""
+        return cls(DynamicCache(), mask[:, :0], mask[:, :0])
+
+    def advance(self, mask: Tensor, steps: Tensor | None = None) -> dict[str, Any]:
         """Arguments of the call that feeds columns with this mask [B, N]; counts them as fed.
 
-        Positions count the real tokens of a row, so padding anywhere shifts nothing; the mask
-        covers the past as well, or the padding of the question would be attended to.
+        steps: how far each column is from the one before it, [N]; None: 1. Positions count the real
+        tokens of a row, so padding anywhere shifts nothing; the mask covers the past as well, or
+        the padding of the question would be attended to.
         """
-        positions = self.mask.sum(1, keepdim=True) + mask.cumsum(1) - 1
+        positions = self.positions_of(mask, steps)
         self.mask = torch.cat((self.mask, mask), 1)
+        self.positions = torch.cat((self.positions, positions), 1)
         return {
             "attention_mask": self.mask,
             "position_ids": positions.clamp(min=0),
@@ -195,10 +207,16 @@ class State:
             "use_cache": True,
         }
 
+    def positions_of(self, mask: Tensor, steps: Tensor | None) -> Tensor:
+        """[B, N], of columns that follow what was fed."""
+        last = self.positions[:, -1:] if self.positions.shape[1] else -mask.new_ones(len(mask), 1)
+        return last + (mask if steps is None else mask * steps).cumsum(1)
+
     def first(self, columns: int) -> State:
         """The state after the first columns only; shares tensors (and gradients) with this one."""
         state = self.fork()
         state.mask = self.mask[:, :columns]
+        state.positions = self.positions[:, :columns]
         for layer in state.layers:
             layer.keys = layer.keys[:, :, :columns]
             layer.values = layer.values[:, :, :columns]
@@ -208,17 +226,19 @@ class State:
         """A state that can be advanced without this one noticing; its tensors are shared."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.layers]
-        return State(cache, self.mask)
+        return State(cache, self.mask, self.positions)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but those marked in rows [B]."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
+        self.positions = self.positions[rows]
 
     def repeat(self, times: int) -> None:
         """Every row so many times, one beside the other."""
         self.cache.batch_repeat_interleave(times)
         self.mask = self.mask.repeat_interleave(times, 0)
+        self.positions = self.positions.repeat_interleave(times, 0)
 
     @property
     def layers(self) -> list[Any]:
@@ -230,14 +250,16 @@ class State:
 class Thought:
     """Everything before the last latent pass, which goes through the decoder with the answer.
 
-    embeds, mask: [B, N, E] and [B, N], what is still to be fed: the last latents, preceded by the
-    question where nothing has been fed yet; latents [B, M, E], as they are fed; hidden: the hidden
-    states [B, M, E] that became them, None where they are the initial ones; both None if M = 0.
+    embeds, mask, steps: [B, N, E], [B, N] and [N], what is still to be fed: the last latents,
+    preceded by the question where nothing has been fed yet (`State.advance`); latents [B, M, E], as
+    they are fed; hidden: the hidden states [B, M, E] that became them, None where they are the
+    initial ones; both None if M = 0.
     """
 
     state: State
     embeds: Tensor
     mask: Tensor
+    steps: Tensor
     latents: Tensor | None
     hidden: Tensor | None
 
@@ -263,43 +285,46 @@ def think(
 ) -> Thought:
     """Read the questions ids, mask [B, Q], padded on the left, and reason about them."""
     rows, width = ids.shape
-    state = State(DynamicCache(), mask[:, :0])
+    state = State.before(mask)
     question = decoder.get_input_embeddings()(ids)
     m = settings.latents
     if not m:
-        return Thought(state, question, mask, None, None)
+        return Thought(state, question, mask, mask.new_ones(width), None, None)
 
     def ones(columns: int) -> Tensor:
         return mask.new_ones(rows, columns)
 
-    def hidden_of(state: State, embeds: Tensor, mask: Tensor) -> Tensor:
+    def hidden_of(state: State, embeds: Tensor, mask: Tensor, steps: Tensor) -> Tensor:
         """Advance the decoder; its last hidden states [B, N, E], no logits."""
-        return decoder.base_model(inputs_embeds=embeds, **state.advance(mask)).last_hidden_state
+        arguments = state.advance(mask, steps)
+        return decoder.base_model(inputs_embeds=embeds, **arguments).last_hidden_state
 
     prefix = torch.cat((question, own.bot.expand(rows, 1, -1)), 1)  # [B, Q+1, E]
     prefix_mask = torch.cat((mask, ones(1)), 1)
+    one, strides = mask.new_ones(width + 1), mask.new_full((m,), settings.stride)
     if settings.reasoning == "sequential":
-        thoughts = [hidden_of(state, prefix, prefix_mask)[:, -1:]]
+        thoughts = [hidden_of(state, prefix, prefix_mask, one)[:, -1:]]
         latents = [own.projection(thoughts[-1])]
         for _ in range(m - 1):
-            thoughts.append(hidden_of(state, latents[-1], ones(1)))
+            thoughts.append(hidden_of(state, latents[-1], ones(1), strides[:1]))
             latents.append(own.projection(thoughts[-1]))
         every = torch.cat(latents, 1)
-        return Thought(state, latents[-1], ones(1), every, torch.cat(thoughts, 1))
+        return Thought(state, latents[-1], ones(1), strides[:1], every, torch.cat(thoughts, 1))
     z = own.initial_latents.expand(rows, m, -1)
     whole, whole_mask = torch.cat((prefix, z), 1), torch.cat((prefix_mask, ones(m)), 1)
+    steps = torch.cat((one, strides))
     if not settings.iterations:
-        return Thought(state, whole, whole_mask, z, None)
-    hidden = hidden_of(state, whole, whole_mask)
+        return Thought(state, whole, whole_mask, steps, z, None)
+    hidden = hidden_of(state, whole, whole_mask, steps)
     # Nothing before the latents changes any more: their cache is shared by all iterations.
     state = state.first(width + 1)
     bot = hidden[:, width : width + 1]
     thought = hidden[:, width : width + m]
     for _ in range(settings.iterations - 1):
-        hidden = hidden_of(state.fork(), own.projection(thought), ones(m))
+        hidden = hidden_of(state.fork(), own.projection(thought), ones(m), strides)
         thought = torch.cat((bot, hidden[:, : m - 1]), 1)
     z = own.projection(thought)
-    return Thought(state, z, ones(m), z, thought)
+    return Thought(state, z, ones(m), strides, z, thought)
 
 
 # --- answering ----------------------------------------------------------------------------------
@@ -315,9 +340,10 @@ class LatentOutput(ModelOutput):
     states that became them. B counts `num_return_sequences`.
     """
 
-    sequences: Tensor | None = None
-    tokens: Tensor | None = None
-    passes: Tensor | None = None
+    # The first three are always there; transformers wants a default of all but one.
+    sequences: Tensor
+    tokens: Tensor = None  # type: ignore[assignment]
+    passes: Tensor = None  # type: ignore[assignment]
     latents: Tensor | None = None
     thoughts: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
@@ -404,7 +430,7 @@ def answer(
             f"expected token ids [rows, tokens] and a mask of their shape, found {list(ids.shape)} "
             f"and {list(mask.shape)}. Give what a tokenizer gives with return_tensors='pt'."
         )
-    device = decoder.get_input_embeddings().weight.device
+    device = decoder.device
     ids, mask = left_padded(ids.to(device), mask.to(device))
     _check_length(decoder, settings, mask)
     rows, width = ids.shape
@@ -416,20 +442,21 @@ def answer(
         tail = torch.cat((own.eot.expand(rows, 1, -1), tail), 1)
     embeds = torch.cat((thought.embeds, tail), 1)
     embeds_mask = torch.cat((thought.mask, mask.new_ones(tail.shape[:2])), 1)
-    writer = _Writer(thought.state, embeds, embeds_mask, asked.eos)
+    steps = torch.cat((thought.steps, mask.new_ones(tail.shape[1])))
+    writer = _Writer(thought.state, embeds, embeds_mask, steps, asked.eos)
     beams, copies = asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1
     first = passes_to_think(settings)
     call: dict[str, Any] = {"input_ids": ids, "generation_config": generation_config, **options}
     found: Any
     if beams == 1 and not any(asked.get(name) for name in _TRANSFORMERS_OWN):
         call |= {"attention_mask": mask, "custom_generate": writer}
-        sequences, written = cast(Any, type(decoder).generate)(decoder, **call)
+        sequences, written = cast(Any, type(decoder)).generate(decoder, **call)
         found, passes = {"sequences": sequences}, first - 1 + written
     else:
         calls: list[None] = []
         counter = decoder.base_model.register_forward_hook(lambda *_: calls.append(None))
         try:
-            found = cast(Any, type(decoder).generate)(
+            found = cast(Any, type(decoder)).generate(
                 decoder, **call, **writer.whole(max(beams, copies))
             )
         finally:
@@ -522,10 +549,14 @@ class _Asked:
 
 
 class _Writer:
-    """Writes behind embeddings [B, N, E] with mask [B, N] that are still to be fed to a state."""
+    """Writes behind embeddings [B, N, E] with mask [B, N] and steps [N] that are still to be fed to
+    a state."""
 
-    def __init__(self, state: State, embeds: Tensor, mask: Tensor, eos: list[int]) -> None:
+    def __init__(
+        self, state: State, embeds: Tensor, mask: Tensor, steps: Tensor, eos: list[int]
+    ) -> None:
         self.state, self.embeds, self.mask, self.eos = state, embeds, mask, eos
+        self.steps: Tensor | None = steps
 
     def whole(self, copies: int) -> dict[str, Any]:
         """The same for transformers' own loops, each row `copies` times in the cache.
@@ -533,12 +564,16 @@ class _Writer:
         They cut off as many embeddings as the cache has tokens, whatever these are.
         """
         past = self.state.mask
+        positions = torch.cat(
+            (self.state.positions, self.state.positions_of(self.mask, self.steps)), 1
+        ).clamp(min=0)
         fed = self.embeds.new_zeros(*past.shape, self.embeds.shape[-1])
         if copies > 1:
             self.state.repeat(copies)
         return {
             "inputs_embeds": torch.cat((fed, self.embeds), 1),
             "attention_mask": torch.cat((past, self.mask), 1),
+            "position_ids": positions,
             "past_key_values": self.state.cache,
         }
 
@@ -558,7 +593,7 @@ class _Writer:
                 f"`{unknown[0]}` cannot be had with latents: it is an argument of the model's own "
                 "forward. Leave it out."
             )
-        state, embeds, mask = self.state, self.embeds, self.mask
+        state, embeds, mask, steps = self.state, self.embeds, self.mask, self.steps
         rows, width = input_ids.shape
         if rows > len(mask):
             copies = rows // len(mask)
@@ -575,10 +610,10 @@ class _Writer:
         leave = all(isinstance(processor, _ROW_BY_ROW) for processor in logits_processor)
         embed = model.get_input_embeddings()
         for at in range(width, longest):
-            output = model(inputs_embeds=embeds, logits_to_keep=1, **state.advance(mask))
-            scores = cast(torch.FloatTensor, output.logits[:, -1].float())
+            output = model(inputs_embeds=embeds, logits_to_keep=1, **state.advance(mask, steps))
+            scores: Tensor = output.logits[:, -1].float()
             so_far = cast(torch.LongTensor, sequences[fed, :at])
-            scores = logits_processor(so_far, scores)
+            scores = logits_processor(so_far, cast(torch.FloatTensor, scores))
             if generation_config.do_sample:
                 draws = torch.rand(rows, device=scores.device)[fed]
                 chosen = _drawn(scores.softmax(-1), draws)
@@ -597,14 +632,15 @@ class _Writer:
             if leave and 2 * left <= len(fed):
                 state.keep(running)
                 fed, chosen, running = fed[running], chosen[running], running[running]
-            embeds, mask = embed(chosen[:, None]), mask.new_ones(len(fed), 1)
+            embeds, mask, steps = embed(chosen[:, None]), mask.new_ones(len(fed), 1), None
         return sequences, written
 
 
 def _check_length(decoder: PreTrainedModel, settings: Settings, mask: Tensor) -> None:
     context = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
     longest = int(mask.sum(1).max())
-    thought = settings.latents + 2 * bool(settings.latents) + len(settings.answer_prompt_ids)
+    thought = settings.latents * settings.stride + 2 * bool(settings.latents)
+    thought += len(settings.answer_prompt_ids)
     if context is not None and longest + thought > context:
         raise Refused(
             f"a question of {longest} tokens takes {longest + thought} positions with latents and "
@@ -658,7 +694,7 @@ def generate(
 
 def _latents_of(model: PreTrainedModel) -> tuple[LatentSettings, nn.Module]:
     """Settings and parameters that lie beside the model's weights, read once and kept with it."""
-    like = model.get_input_embeddings().weight
+    like = cast(nn.Embedding, model.get_input_embeddings()).weight
     kept = model.__dict__.get("_latents_beside")
     if kept is None:
         settings = LatentSettings.read(_beside(model, SETTINGS_FILE))

@@ -89,6 +89,23 @@ def test_every_way_to_ask_gives_the_same_tokens(
         assert expected[row, WIDTH:].tolist()[: len(alone)] == alone
 
 
+def test_half_precision_is_the_same_everywhere(tmp_path: Path) -> None:
+    tiny_student("qwen2").save_pretrained(tmp_path / "student")
+    loaded = LatentReasoner.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
+    found = decoder.generate(
+        input_ids=BATCH[0],
+        attention_mask=BATCH[1],
+        custom_generate=str(tmp_path / "student"),
+        trust_remote_code=True,
+        max_new_tokens=6,
+        return_dict_in_generate=True,
+    )
+    assert found.latents.dtype == torch.bfloat16
+    assert torch.equal(loaded.generate(*BATCH, max_new_tokens=6), found.sequences)
+
+
 def test_without_consent_nothing_of_the_folder_runs_or_is_written(
     tmp_path: Path, modules: Path
 ) -> None:
@@ -308,6 +325,23 @@ def test_the_dict_has_what_was_asked_for(generate: Callable[..., Any]) -> None:
     assert len(found.logits) == 3
     assert torch.stack(found.logits, 1).argmax(-1).tolist() == found.tokens.tolist()
     assert len(found.hidden_states[0]) == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reasoning", ["jacobi", "sequential"])
+def test_prompt_embeddings_are_all_that_the_answer_reads(reasoning: str) -> None:
+    """What a server gets that takes embeddings as prompts, and knows nothing of latents."""
+    student = tiny_student("qwen2", reasoning=reasoning)
+    embed = student.get_input_embeddings()
+    for question in QUESTIONS:
+        ids = torch.tensor([question])
+        found = student.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+        prompt = embed(torch.tensor(student.config.answer_prompt_ids))
+        parts = (embed(ids[0]), student.bot[None], found.latents[0], student.eot[None], prompt)
+        written = student.decoder.generate(
+            inputs_embeds=torch.cat(parts)[None], max_new_tokens=6, eos_token_id=EOS
+        )
+        assert torch.equal(written, found.tokens)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from transformers import dynamic_module_utils, pipeline
 
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
@@ -364,6 +367,31 @@ def test_options_that_mean_nothing_and_wrong_files_are_refused(home: Path) -> No
 
 def invoke(folder: Path, *arguments: Any) -> Any:
     return CliRunner().invoke(ask, [str(folder), *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_page_and_the_example_are_true(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    page = (ROOT / "docs/students.md").read_text(encoding="utf-8")
+    shown = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    folder = made / "data/tiny/students/kava"
+    names: dict[str, Any] = {}
+    exec(shown.replace("data/smoke/students/kava", str(folder)), names)
+    assert names["tokenizer"].padding_side == "left"
+    pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
+    question = "How many are 3 cups and 4 cups?\n"
+    (told,) = pipe(question, return_full_text=False)
+    assert told["generated_text"].strip() == names["answers"][0].split("<|", 1)[0].strip()
+
+    example = runpy.run_path(str(ROOT / "examples/use_a_student.py"))
+    capsys.readouterr()
+    example["main"](made / "data/tiny", "kava", 3)
+    lines = capsys.readouterr().out.splitlines()
+    asked = pq.read_table(made / "data/tiny/evaluation/predictions.parquet").to_pylist()
+    texts = {r["question"]: r["text"] for r in asked if r["system"] == "kava"}
+    for question, answer in zip(lines[:-1:2], lines[1:-1:2], strict=True):
+        assert answer.strip().startswith(texts[question].strip().rstrip("\ufffd"))
 
 
 def test_what_is_no_student_or_no_question_is_refused(home: Path) -> None:

@@ -31,7 +31,7 @@ from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Generate
 from kava_core.targets.build import ShardCounts
-from kava_core.targets.generate import GenerateJob, teacher_spec
+from kava_core.targets.generate import GenerateJob, Reading, teacher_spec
 from stages.cli import quiet
 
 TARGET = 0.85
@@ -60,23 +60,18 @@ def build(folder: Path) -> tuple[GenerateJob, int]:
     save_model(folder / "teacher", model, tokenizer)
     (folder / "store").mkdir()
     settings = Generate(shard_size=EXAMPLES, batch_size=BATCH, threads=torch.get_num_threads())
-    job = GenerateJob(
-        folder / "problems",
-        folder / "teacher",
-        folder / "store",
-        settings,
-        teacher_spec(model, settings),
-    )
+    reading = Reading(folder / "problems", folder / "teacher", settings)
+    job = GenerateJob(reading, folder / "store", teacher_spec(model, settings))
     return job, sum(p.numel() for p in model.parameters())
 
 
 def bare_forward(job: GenerateJob) -> Callable[[], None]:
     """The teacher over the same sequences in the same batches, with a cache and nothing else."""
-    source = open_problems(job.problems)
-    traces = TraceEncoder(load_tokenizer(str(job.teacher)), source.traces).encode_all(
+    source = open_problems(job.reading.problems)
+    traces = TraceEncoder(load_tokenizer(str(job.reading.teacher)), source.traces).encode_all(
         source.load("train")
     )
-    model = load_model(str(job.teacher))
+    model = load_model(str(job.reading.teacher))
     rows = sorted(
         (t.question_ids + t.cot_ids + t.answer_prompt_ids + t.answer_ids for t in traces), key=len
     )

@@ -20,6 +20,8 @@ from kava_core.errors import KavaError
 # Stage → (module, attribute, the line shown in the list). Modules are imported when asked for, so
 # that `kava --help` does not wait for torch.
 COMMANDS = {
+    "plan": (".plan", "plan", "Plan: bytes, memory and time of a pipeline, before it runs."),
+    "check": (".check", "check", "Check: try a pipeline in the small, without weights."),
     "prepare": (".prepare", "prepare", "Problems: generate or read them, and split them."),
     "teacher": (".teacher", "teacher", "Teacher: fine-tune it to write chains of thought."),
     "generate": (".generate", "generate", "Teacher KV: store its caches over the traces."),
@@ -33,6 +35,7 @@ COMMANDS = {
     "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
     "study": (".study", "study", "Study: students × seeds × settings, and what they say."),
     "init": (".init", "init", "Make a project of your own in an empty folder."),
+    "recipe": (".recipe", "recipe", "Recipe: take published settings over."),
     "sync": (".sync", "sync", "Tell DVC what pipelines.yaml says."),
     "store": (".store", "store_group", "Inspect, verify and export stores."),
 }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kava_core.artefacts import publish
 from kava_core.console import say
+from kava_core.errors import KavaError
 
 from .run import Run, stage
+
+if TYPE_CHECKING:
+    from kava_core.targets.build import Build
 
 
 @stage
@@ -17,16 +23,28 @@ def evict(run: Run) -> None:
     an identity. A new budget, policy, layer set or bit width reruns this stage and what follows,
     nothing before.
     """
-    from kava_core.findings.base import write_finding
-    from kava_core.findings.eviction import FILE
-    from kava_core.store import TargetsStore
-    from kava_core.store.summary import eviction_findings
     from kava_core.targets.evict import build_kv_targets
 
+    if run.settings.generate.keep == "targets":
+        raise KavaError(
+            f"pipeline {run.name} has no stage evict: at `generate.keep: targets` `kava generate` "
+            "makes the targets. Run that, or set generate.keep to caches."
+        )
     output = run.path("kv_targets")
     built = build_kv_targets(
         run.path("teacher_kv"), run.settings.evict, output, run.settings.resources
     )
+    publish_targets(run, built)
+
+
+def publish_targets(run: Run, built: Build) -> None:
+    """Put targets into their place, with eviction.json beside them, and say what they are."""
+    from kava_core.findings.base import write_finding
+    from kava_core.findings.eviction import FILE
+    from kava_core.store import TargetsStore
+    from kava_core.store.summary import eviction_findings
+
+    output = run.path("kv_targets")
     publish((built.folder, output))
     found = eviction_findings(TargetsStore.open(output))
     write_finding(run.path(FILE), found)

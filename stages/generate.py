@@ -5,6 +5,7 @@ from __future__ import annotations
 from kava_core.artefacts import publish
 from kava_core.console import say
 
+from .evict import publish_targets
 from .run import Run, stage
 
 
@@ -14,10 +15,22 @@ def generate(run: Run) -> None:
 
     Writes teacher_kv/: pre-RoPE keys and values of the chain of thought, the answer's attention to
     it and the endpoint hidden states, in shards with an index, a manifest and checksums. Killed and
-    run again, it redoes only the shards that were not finished.
+    run again, it redoes only the shards that were not finished. At `generate.keep: targets` it
+    writes kv_targets/ and eviction.json instead, as `evict` would.
     """
-    from kava_core.targets.generate import build_teacher_kv
+    from kava_core.targets.generate import build_targets_alone, build_teacher_kv
 
+    if run.settings.generate.keep == "targets":
+        built = build_targets_alone(
+            run.path("problems"),
+            run.path("teacher"),
+            run.settings.generate,
+            run.settings.evict,
+            run.path("kv_targets"),
+            run.settings.resources,
+        )
+        publish_targets(run, built)
+        return
     output = run.path("teacher_kv")
     built = build_teacher_kv(
         run.path("problems"),

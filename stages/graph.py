@@ -73,7 +73,9 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         [*made("${item.reads}", "teacher"), *_local_models(settings)],
         made("students/${key}", "curves/students/${key}"),
     )
-    results = ["problems", "test_sets", "teacher", "teacher_kv", "kv_targets"]
+    keeps_caches = settings.generate.keep == "caches"
+    results = ["problems", "test_sets", "teacher"]
+    results += ["teacher_kv", "kv_targets"] if keeps_caches else ["kv_targets"]
     results += ["fidelity"] if settings.fidelity else []
     stages = {
         "prepare": stage(
@@ -90,6 +92,15 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
             "generate",
             made("problems", "teacher"),
             [caches if settings.resources.push_caches else {caches: {"push": False}}],
+        )
+        if keeps_caches
+        else stage(
+            "generate",
+            "generate",
+            made("problems", "teacher"),
+            made("kv_targets"),
+            also=("evict",),
+            metrics=made("eviction.json"),
         ),
         "evict": stage(
             "evict",
@@ -123,6 +134,11 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
     }
     if settings.fidelity is None:
         del stages["fidelity"]
+    if not keeps_caches:
+        # What cuts the caches is what `evict` would be.
+        tracked = stages["generate"]["params"][1]
+        tracked[VERSIONS_FILE.as_posix()].append("evict")
+        del stages["evict"]
     for each in stages.values():
         if each.get("deps") == []:
             del each["deps"]
@@ -252,10 +268,15 @@ def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> N
     path = project / FOLDER / name / "dvc.yaml"
     if not path.is_file():
         return
-    wrong = _missing(path, dvc_file(name, settings)["stages"].get(stage), stage)
+    wanted = dvc_file(name, settings)["stages"].get(stage)
+    if wanted is None:  # it is no stage of this pipeline, and says so itself
+        return
+    wrong = _missing(path, wanted, stage)
     versions = _read(project / VERSIONS_FILE) if (project / VERSIONS_FILE).is_file() else {}
-    if versions.get(stage) != VERSIONS[stage]:
-        wrong.append(f"version {VERSIONS[stage]}")
+    tracked = wanted.get("do", wanted)["params"][1][VERSIONS_FILE.as_posix()]
+    wrong += [
+        f"version {VERSIONS[each]}" for each in tracked if versions.get(each) != VERSIONS[each]
+    ]
     if wrong:
         raise KavaError(
             f"{path} does not track what stage {stage} is made from now: expected "
@@ -263,10 +284,10 @@ def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> N
         )
 
 
-def _missing(path: Path, wanted: Stage | None, stage: str) -> list[str]:
+def _missing(path: Path, wanted: Stage, stage: str) -> list[str]:
     """What the stage in the file at `path` lacks of what it should track and make."""
     found = (_read(path).get("stages") or {}).get(stage)
-    if wanted is None or not isinstance(found, dict):
+    if not isinstance(found, dict):
         return [f"stage {stage}"]
     wanted, found = wanted.get("do", wanted), found.get("do", found)
     lacking: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,11 +21,15 @@ from kava_core.settings.base import (
 class Generate(Section):
     """The teacher's caches over the training problems.
 
-    latent_fraction: how much of a trace, in whole steps, latents stand for; students write the
-    rest. keys_bits, values_bits, endpoint_bits: how the store keeps them; 16 bits are the `half`
-    dtype, 8 and 4 (8 for the endpoint) are codes with a scale and zero point per token.
+    keep: `caches`, of which `evict` makes targets; or `targets`, which the workers of generate cut
+    at once by the settings of `evict`: no disk has to hold the caches, there is no stage evict, and
+    other targets run the teacher again. latent_fraction: how much of a trace, in whole steps,
+    latents stand for; students write the rest. keys_bits, values_bits, endpoint_bits: how the
+    caches are kept, or rounded before they are cut; 16 bits are the `half` dtype, 8 and 4 (8 for
+    the endpoint) are codes with a scale and zero point per token.
     """
 
+    keep: Literal["caches", "targets"] = "caches"
     latent_fraction: Annotated[Real, Field(ge=0.2, le=1)] = 1.0
     keys_bits: Bits = 16
     values_bits: Bits = 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, StrictBool, ValidationError
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from kava_core.errors import KavaError
 from kava_core.settings.base import NAME, Name, NotNegative, Positive, PositiveReal, Section, Weight
@@ -62,6 +62,15 @@ class Pipeline(Section):
     report: Report
     resources: Resources = Resources()
     cadence: Cadence = Cadence()
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        if self.generate.keep == "targets" and self.resources.changed("push_caches"):
+            raise ValueError(
+                "resources.push_caches: means nothing at `generate.keep: targets`, where no caches "
+                "are kept. Leave it out"
+            )
+        return self
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from kava_core.store.spec import StoreSpec
 from kava_core.store.write import (
     finalise,
     finished_shards,
+    merged_manifest,
+    noted_shards,
     write_targets_shard,
     write_teacher_shard,
 )
@@ -44,6 +46,8 @@ __all__ = [
     "finalise",
     "finished_shards",
     "load_manifest",
+    "merged_manifest",
+    "noted_shards",
     "write_targets_shard",
     "write_teacher_shard",
 ]

@@ -60,11 +60,14 @@ def write_teacher_shard(
     values: Tensor,
     importance: Tensor,
     endpoint: Tensor,
+    keep: bool = True,
 ) -> None:
     """Write shard `shard` of a teacher store into the working folder; repeating it is harmless.
 
     records: N traces, in order. keys, values: [ΣN_C, L', H, D] of their CoT tokens one after the
-    other, any float dtype; importance: [ΣN_C, L', H] float; endpoint: [N, L+1, E] float.
+    other, any float dtype; importance: [ΣN_C, L', H] float; endpoint: [N, L+1, E] float. keep:
+    False leaves only what a manifest would say of it, of a store that nobody keeps
+    (`merged_manifest`).
 
     KavaError names the record for a NaN, an infinity, or a span without tokens.
     """
@@ -84,7 +87,7 @@ def write_teacher_shard(
         spans=offsets,
         counts=[lead[0] * geometry.kv_heads * geometry.head_dim] * lead[1],
     )
-    _write(folder, spec, shard, records, content, (*lead, geometry.head_dim))
+    _write(folder, spec, shard, records, content, (*lead, geometry.head_dim), keep=keep)
 
 
 def write_targets_shard(
@@ -145,12 +148,13 @@ def finished_shards(folder: Path) -> set[int]:
     """The shards in a working folder that are complete and need no redoing."""
     if (folder / MANIFEST_FILE).exists():
         return set(range(len(load_manifest(folder).shards)))
-    done = set()
-    for side in folder.glob("shard-*.json"):
-        match = SIDE_RECORD.fullmatch(side.name)
-        if match and (folder / shard_name(int(match[1]))).exists():
-            done.add(int(match[1]))
-    return done
+    return {shard for shard in noted_shards(folder) if (folder / shard_name(shard)).exists()}
+
+
+def noted_shards(folder: Path) -> set[int]:
+    """The shards that a working folder has a note of, with or without their tensors."""
+    found = (SIDE_RECORD.fullmatch(side.name) for side in folder.glob("shard-*.json"))
+    return {int(match[1]) for match in found if match}
 
 
 def finalise(
@@ -180,6 +184,29 @@ def finalise(
             f"{folder} lacks {len(missing)} of {shards} shards, first {shard_name(missing[0])}. "
             "Run the stage again: it writes what is missing."
         )
+    manifest = merged_manifest(
+        folder, spec, shards=shards, settings=settings, fingerprints=fingerprints
+    )
+    write_json(folder / MANIFEST_FILE, manifest.to_json())
+    for fact, value in drift_facts(manifest):
+        say(f"{spec.kind}: {fact} by quantisation: {value}")
+    _tidy(folder)
+    return manifest
+
+
+def merged_manifest(
+    folder: Path,
+    spec: StoreSpec,
+    *,
+    shards: int,
+    settings: dict[str, Any],
+    fingerprints: dict[str, str],
+) -> Manifest:
+    """The manifest of shards 0 … shards − 1, from what was noted of each; writes the index.
+
+    The shards' tensors are not looked at, and may be none (`write_teacher_shard(keep=False)`).
+    Arguments and errors as in `finalise`.
+    """
     sides: list[dict[str, Any]] = []
 
     def columns() -> Iterator[dict[str, list[Any]]]:
@@ -201,7 +228,7 @@ def finalise(
     for name in names:
         file = folder / name
         files[name] = FileInfo(blake3=file_checksum(file), bytes=file.stat().st_size)
-    manifest = Manifest.build(
+    return Manifest.build(
         kind=spec.kind,
         geometry=spec.geometry,
         codec=spec.codec,
@@ -218,11 +245,6 @@ def finalise(
         shards=tuple(side["records"] for side in sides),
         files=files,
     )
-    write_json(folder / MANIFEST_FILE, manifest.to_json())
-    for fact, value in drift_facts(manifest):
-        say(f"{spec.kind}: {fact} by quantisation: {value}")
-    _tidy(folder)
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -251,8 +273,13 @@ def _write(
     records: Sequence[Record],
     content: _Content,
     shape: tuple[int, ...],
+    *,
+    keep: bool = True,
 ) -> None:
-    """Encode, write and describe one shard; shape: what keys and values must have."""
+    """Encode, write and describe one shard; shape: what keys and values must have.
+
+    keep: whether its tensors are written, or only described.
+    """
     file = folder / shard_name(shard)
     if not records:
         raise KavaError(f"{file}: a shard needs at least one record.")
@@ -279,7 +306,7 @@ def _write(
     # Sums are taken here while one thread writes and then takes the checksum, and another one waits
     # for the disk.
     with _removed_on_failure(temporary, described), ThreadPoolExecutor(2) as threads:
-        written = threads.submit(write_pieces, temporary, pieces)
+        written = threads.submit(write_pieces, temporary, pieces if keep else [])
         flushed = threads.submit(_after, written, flush, temporary)
         digest = threads.submit(_after, written, checksum, pieces)
         decoded = {name: item.dequantise() for name, item in encoded.items()}
@@ -310,7 +337,10 @@ def _write(
         flushed.result()
         # A shard without a side record is not done. Names that a power cut takes back cost no more
         # than writing the shard again; `finalise` makes them durable.
-        temporary.replace(file)
+        if keep:
+            temporary.replace(file)
+        else:
+            temporary.unlink()
         described.replace(_side_path(folder, shard))
 
 

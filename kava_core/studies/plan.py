@@ -178,6 +178,7 @@ def _cells(
 ) -> Iterator[StudyCell]:
     """Those of one point of the grid and one seed."""
     plain = settings.model_dump(mode="json", by_alias=True)
+    del plain["generate"]["keep"]  # changes no target
 
     def piece(
         stage: tuple[str, ...], section: Any, before: tuple[Piece, ...], *makes: str
@@ -198,14 +199,19 @@ def _cells(
 
     problems = piece(("prepare",), plain["prepare"], (), "problems", "test_sets")
     teacher = piece(("teacher",), plain["teacher"], (problems,), "teacher")
-    caches = piece(("generate",), plain["generate"], (problems, teacher), "teacher_kv")
-    targets = piece(("evict",), plain["evict"], (problems, teacher, caches), "kv_targets")
+    made_by: tuple[Piece, ...] = ()
+    if settings.generate.keep == "caches":
+        made_by = (piece(("generate",), plain["generate"], (problems, teacher), "teacher_kv"),)
+        targets = piece(("evict",), plain["evict"], (problems, teacher, *made_by), "kv_targets")
+    else:
+        both = [plain["generate"], plain["evict"], VERSIONS["evict"]]
+        targets = piece(("generate",), both, (problems, teacher), "kv_targets")
     shared = ("prepare.", "teacher.")
     for system in (TEACHER_COT, TEACHER_NO_COT):
         yield cell(system, teacher, *shared)
     for student in students:
         reads = settings.students[student].reads
-        before = (problems, teacher) + ((caches, targets) if reads == "kv_targets" else ())
+        before = (problems, teacher) + ((*made_by, targets) if reads == "kv_targets" else ())
         made = piece(
             ("distill", student), plain["students"][student], before, f"students/{student}"
         )

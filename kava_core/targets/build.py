@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from kava_core.console import progress, say
 from kava_core.parallel.shards import Job, run_shards
 from kava_core.settings import Resources
-from kava_core.store import Manifest, StoreSpec, finalise, finished_shards
+from kava_core.store import Manifest, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,16 @@ def build_store(
     job: ShardJob,
     shards: int,
     *,
-    settings: dict[str, Any],
-    fingerprints: dict[str, str],
+    done: set[int],
+    finish: Callable[[], Manifest],
     resources: Resources,
 ) -> Build:
-    """Run `job` over the shards that its folder lacks, with progress, and finalise the store.
+    """Run `job` over the shards that are not done, with progress, and finish the store.
 
-    settings, fingerprints: for the manifest (`store.finalise`). resources: where the shards run;
+    finish: makes one store of all shards (`store.finalise`). resources: where the shards run;
     nothing of the store depends on them.
     """
     kind = job.spec.kind
-    job.folder.mkdir(exist_ok=True)
-    done = finished_shards(job.folder)
     if done:
         say(f"{kind}: {len(done)} of {shards} shards are finished already")
     began = time.perf_counter()
@@ -82,10 +81,7 @@ def build_store(
             examples, tokens = examples + counts.examples, tokens + counts.tokens
             rate = _rate(examples, tokens, time.perf_counter() - began)
             display.update(task, advance=1, note=f"{examples} examples, {rate}")
-    manifest = finalise(
-        job.folder, job.spec, shards=shards, settings=settings, fingerprints=fingerprints
-    )
-    return Build(job.folder, manifest, examples, tokens, time.perf_counter() - began)
+    return Build(job.folder, finish(), examples, tokens, time.perf_counter() - began)
 
 
 def _rate(examples: int, tokens: int, seconds: float) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from kava_core.artefacts import work_folder
 from kava_core.eviction import CacheBatch
+from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Resources
 from kava_core.store import (
     Ranges,
     StoreSpec,
     TeacherStore,
     calibrate,
+    finalise,
+    finished_shards,
     write_targets_shard,
 )
 from kava_core.targets.build import Build, ShardCounts, build_store
@@ -70,19 +74,30 @@ def build_kv_targets(
     plain = settings.model_dump(mode="json", by_alias=True)
     fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
     folder = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints}) / "output"
+    folder.mkdir(exist_ok=True)
+    caches = (cache_batch(store, number) for number in range(store.shards))
+    spec = targets_spec(plan, store.manifest.rotary.rotation, caches)
     return build_store(
-        EvictJob(teacher_kv, folder, plan, targets_spec(plan, store)),
+        EvictJob(teacher_kv, folder, plan, spec),
         store.shards,
-        settings={**store.manifest.settings, "evict": plain},
-        fingerprints=fingerprints,
+        done=finished_shards(folder),
+        finish=partial(
+            finalise,
+            folder,
+            spec,
+            shards=store.shards,
+            settings={**store.manifest.settings, "evict": plain},
+            fingerprints=fingerprints,
+        ),
         resources=resources.model_copy(update={"gpus_per_worker": 0}),  # it works on the CPU
     )
 
 
-def targets_spec(plan: Plan, store: TeacherStore) -> StoreSpec:
-    """Of the targets of a teacher store, with ranges from its caches where the codec needs them."""
-    settings, rotary = plan.settings, store.manifest.rotary.rotation
-    ranges = calibrate_ranges(plan, store)
+def targets_spec(plan: Plan, rotary: Rotary | None, caches: Iterable[CacheBatch]) -> StoreSpec:
+    """Of the targets of a teacher's caches, in the order of their records; as many are taken as the
+    codec needs for its ranges. rotary: of that teacher."""
+    settings = plan.settings
+    ranges = calibrate_ranges(plan, caches)
     return StoreSpec(plan.geometry, store_codec(settings), settings.phase, rotary, ranges)
 
 
@@ -99,15 +114,15 @@ def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
     )
 
 
-def calibrate_ranges(plan: Plan, store: TeacherStore) -> Ranges | None:
+def calibrate_ranges(plan: Plan, caches: Iterable[CacheBatch]) -> Ranges | None:
     """Ranges for the targets, from those of the first records; None where tokens have their own."""
     settings = plan.settings
     if settings.granularity == "token":
         return None
     samples: list[tuple[Tensor, Tensor]] = []
     seen = 0
-    for number in range(store.shards):
-        targets = plan.cut(cache_batch(store, number))
+    for batch in caches:
+        targets = plan.cut(batch)
         valid = (targets.slot_positions >= 0).all(dim=(1, 2))  # [B, M] filled in all rows, heads
         keys, values = (x.permute(0, 3, 1, 2, 4)[valid] for x in (targets.keys, targets.values))
         samples.append((keys, values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kava_core.store import (
     StoreSpec,
     TargetsStore,
     TeacherStore,
+    finalise,
     finished_shards,
     write_targets_shard,
     write_teacher_shard,
@@ -54,9 +56,20 @@ class Job:
 
 def build(job: Job, workers: int = 0) -> Build:
     resources = Resources(workers=workers, cpus_per_worker=0.5)
-    settings = {"a": 1}
+    job.folder.mkdir(exist_ok=True)
     return build_store(
-        job, len(SIZES), settings=settings, fingerprints=FINGERPRINTS, resources=resources
+        job,
+        len(SIZES),
+        done=finished_shards(job.folder),
+        finish=partial(
+            finalise,
+            job.folder,
+            job.spec,
+            shards=len(SIZES),
+            settings={"a": 1},
+            fingerprints=FINGERPRINTS,
+        ),
+        resources=resources,
     )
 
 

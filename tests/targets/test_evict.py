@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from kava_core.artefacts import work_folder
+from kava_core.eviction import CacheBatch
 from kava_core.eviction.policies.attention import Attention
 from kava_core.settings import Evict, Generate, Resources
 from kava_core.store import TargetsStore, TeacherStore, calibrate
@@ -34,6 +36,10 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> TeacherStore:
     """Caches of 14 traces of 1 to some tokens, in three shards."""
     folder = tmp_path_factory.mktemp("caches") / "data/one/teacher_kv"
     return write_caches(folder, "llama", TRACES, Generate(**EXACT))
+
+
+def batches(caches: TeacherStore) -> Iterator[CacheBatch]:
+    return (cache_batch(caches, number) for number in range(caches.shards))
 
 
 def evicted(caches: TeacherStore, settings: Evict, folder: Path) -> Build:
@@ -134,17 +140,19 @@ def test_ranges_are_those_of_the_first_records_slots(
             kept = (x[i, :, :, :count].movedim(2, 0) for x in (targets.keys, targets.values))
             samples.append(tuple(kept))
     expected = calibrate(samples, granularity, 90.0)  # type: ignore[arg-type]
-    found = calibrate_ranges(plan, caches)
+    found = calibrate_ranges(plan, batches(caches))
     assert found is not None
     for name, value in vars(expected).items():
         assert torch.equal(getattr(found, name), value), name
-    assert targets_spec(plan, caches).calibration.keys() == {"keys_scale", "keys_zero"}
+    assert targets_spec(
+        plan, caches.manifest.rotary.rotation, batches(caches)
+    ).calibration.keys() == {"keys_scale", "keys_zero"}
 
 
 def test_tokens_with_ranges_of_their_own_need_no_calibration(caches: TeacherStore) -> None:
     plan = Plan.of(Evict(budget=4, keys_bits=8), caches.geometry)
-    assert calibrate_ranges(plan, caches) is None
-    assert targets_spec(plan, caches).calibration == {}
+    assert calibrate_ranges(plan, batches(caches)) is None
+    assert targets_spec(plan, caches.manifest.rotary.rotation, batches(caches)).calibration == {}
 
 
 # --- what eviction did ----------------------------------------------------------------------------
@@ -191,7 +199,12 @@ def test_a_killed_stage_goes_on_where_it_was(caches: TeacherStore, tmp_path: Pat
     }
     folder = work_folder(tmp_path / "data/one/kv_targets", "evict", key) / "output"
     folder.mkdir()
-    job = EvictJob(caches.path, folder, plan, targets_spec(plan, caches))
+    job = EvictJob(
+        caches.path,
+        folder,
+        plan,
+        targets_spec(plan, caches.manifest.rotary.rotation, batches(caches)),
+    )
     job.open()(1)
     rest = evicted(caches, settings, tmp_path)
     assert rest.folder == folder

@@ -19,7 +19,7 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model
 from kava_core.settings import Evict, Generate
 from kava_core.store import TargetsStore, finalise
-from kava_core.targets.evict import EvictJob, targets_spec
+from kava_core.targets.evict import EvictJob, cache_batch, targets_spec
 from kava_core.targets.online import OnlineTargets
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
@@ -40,7 +40,9 @@ def made(
     caches = write_caches(folder / "teacher_kv", architecture, with_steps(toy_traces(12)), generate)
     plan = Plan.of(evict, caches.geometry)
     (folder / "kv_targets").mkdir()
-    job = EvictJob(caches.path, folder / "kv_targets", plan, targets_spec(plan, caches))
+    batches = (cache_batch(caches, number) for number in range(caches.shards))
+    spec = targets_spec(plan, caches.manifest.rotary.rotation, batches)
+    job = EvictJob(caches.path, folder / "kv_targets", plan, spec)
     work = job.open()
     for shard in range(caches.shards):
         work(shard)

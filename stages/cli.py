@@ -32,6 +32,7 @@ COMMANDS = {
     "ask": (".ask", "ask", "Put a question to a trained student."),
     "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
     "study": (".study", "study", "Study: students × seeds × settings, and what they say."),
+    "check": (".check", "check", "Check what a model can be, before anything runs."),
     "init": (".init", "init", "Make a project of your own in an empty folder."),
     "sync": (".sync", "sync", "Tell DVC what pipelines.yaml says."),
     "store": (".store", "store_group", "Inspect, verify and export stores."),

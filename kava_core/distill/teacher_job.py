@@ -12,7 +12,7 @@ from kava_core.artefacts import work_folder, write_json
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
-from kava_core.distill.start import start_teacher
+from kava_core.distill.start import check_teacher, start_teacher
 from kava_core.distill.terms import chain_terms
 from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
 from kava_core.models.teacher_pass import check_lengths
@@ -54,7 +54,7 @@ def train_teacher(
     """Train the teacher of `settings` on chains of thought, in the work of `output`.
 
     Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit`, and
-    name a problem that the model cannot hold.
+    name, before anything is trained, what the model cannot do and a problem that it cannot hold.
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
@@ -63,6 +63,7 @@ def train_teacher(
     training = settings.training
     model, tokenizer = start_teacher(settings, problems)
     encoder = TraceEncoder(tokenizer, problems.traces)
+    check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
     if training is not None:
         traces = encoder.encode_all(problems.load("train"))
         check_lengths(traces, model.config.get_text_config())

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import load_whole
 
 
 def open_student(folder: Path) -> LatentReasoner:
@@ -28,9 +27,5 @@ def open_student(folder: Path) -> LatentReasoner:
             f"{folder} is no student: expected a config.json of a latent_reasoner, found {found}. "
             "Name a folder that `kava distill` made."
         )
-    try:
-        return LatentReasoner.from_pretrained(folder).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise KavaError(
-            f"no student could be loaded from {folder}: {error}. Run `kava distill` again."
-        ) from None
+    student: LatentReasoner = load_whole(LatentReasoner, folder)
+    return student.eval()

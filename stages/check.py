@@ -1,0 +1,60 @@
+"""`kava check`: what can be said before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+import click
+
+from kava_core.errors import KavaError
+
+
+@click.command("check")
+@click.option("--model", required=True, help="Folder or Hub id of a causal language model.")
+@click.option("--revision", help="Branch, tag or commit of a Hub id; default: its main branch.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(model: str, revision: str | None, as_json: bool) -> None:
+    """Say whether a model can be a teacher and a student.
+
+    From its configuration: a small model of its kind, with random weights, goes through the proofs
+    that the stages make of the model itself. Weights that are on this machine are compared with the
+    model by the headers of their files. Exit status 1 if something is wrong with the files, or the
+    model can be neither.
+    """
+    from kava_core.models.check import Shape, judge_config
+    from kava_core.models.loading import check_weights, load_tokenizer, on_disk, whole_config
+
+    config = whole_config(model, revision)
+    files: dict[str, str | None] = {}
+    files["tokenizer"] = _why_not(load_tokenizer, model, revision)
+    if on_disk(model, revision):
+        files["weights"] = _why_not(check_weights, model, revision)
+    verdict = judge_config(config)
+    try:
+        shape = asdict(Shape.of(config.get_text_config()))
+    except KavaError:
+        shape = {"model_type": config.model_type}
+    uses = asdict(verdict)
+    failed = any(files.values()) or bool(verdict.teacher and verdict.student)
+    if as_json:
+        found = {"model": model, "shape": shape, "files": files, "uses": uses}
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        click.echo(f"{model}: " + ", ".join(f"{k} {v}" for k, v in shape.items() if v is not None))
+        for name, why in {**files, **uses}.items():
+            good = "whole" if name in files else "yes"
+            click.echo(f"{name.replace('_', ' ')}: {good if why is None else f'no. {why}'}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _why_not(
+    load: Callable[[str, str | None], object], model: str, revision: str | None
+) -> str | None:
+    try:
+        load(model, revision)
+    except KavaError as error:
+        return str(error)
+    return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from kava_core.errors import KavaError
 from kava_core.models.context import attention_windows, context_of
@@ -13,6 +14,8 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import cache_shape
 from kava_core.models.miniature import miniature
 from kava_core.models.proofs import prove_asked, prove_latents, prove_slots, prove_teacher
+
+Model = TypeVar("Model")
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,7 @@ def judge_config(config: PreTrainedConfig) -> Verdict:
         model = miniature(config)
     except KavaError as error:
         return Verdict(*[str(error)] * 3)
-    student = _why_not(lambda: _prove_student(model))
-    return Verdict(
-        teacher=_why_not(lambda: prove_teacher(model)),
-        student=student,
-        kv_loss=student or _why_not(lambda: prove_slots(_student(model))),
-    )
-
-
-def _prove_student(model: PreTrainedModel) -> None:
-    prove_asked(model)
-    prove_latents(_student(model))
-
-
-def _student(model: PreTrainedModel) -> LatentReasoner:
-    return LatentReasoner.from_teacher(
+    student = LatentReasoner.from_teacher(
         model,
         latents=2,
         iterations=2,
@@ -95,11 +84,17 @@ def _student(model: PreTrainedModel) -> LatentReasoner:
         eos_token_id=2,
         seed=0,
     )
+    taught = _why_not(prove_asked, model) or _why_not(prove_latents, student)
+    return Verdict(
+        teacher=_why_not(prove_teacher, model),
+        student=taught,
+        kv_loss=taught or _why_not(prove_slots, student),
+    )
 
 
-def _why_not(proof: Callable[[], object]) -> str | None:
+def _why_not(proof: Callable[[Model], object], model: Model) -> str | None:
     try:
-        proof()
+        proof(model)
     except KavaError as error:
         return str(error)
     return None

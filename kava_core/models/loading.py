@@ -49,10 +49,7 @@ def to_device(model: Model) -> Model:
 
 def attention_implementation(config: PreTrainedConfig) -> str:
     """SDPA, or eager where the architecture has none or caps its attention logits (SDPA cannot)."""
-    try:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        model_class = PreTrainedModel
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if capped or not getattr(model_class, "_supports_sdpa", True) else "sdpa"
 
@@ -224,11 +221,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         return model
     inner = getattr(model.base_model, "language_model", None)
     head = model.get_output_embeddings()
-    text_class = (
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-        else None
-    )
+    text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     refused = KavaError(
         f"{config.model_type} reads more than text, and its text part ({text.model_type}) is no "
         "causal language model to transformers that gives the same alone. Choose a model of text."
@@ -433,7 +426,7 @@ def _not_found(what: str, path: str, revision: str | None, error: Exception) -> 
         return KavaError(
             f"no {what} could be loaded from {path}{at}: {why}. This machine's cache holds "
             f"{_named(held)} of it. Name a branch, tag or commit that the model has, and without "
-            f"a network run `hf download {path} --revision {revision}` where there is one."
+            f"a network, run `hf download {path} --revision {revision}` where there is one."
         )
     asked = path if revision is None else f"{path} --revision {revision}"
     return KavaError(

@@ -20,8 +20,7 @@ VOCABULARY = 64
 WIDTH = 64  # of feed-forward layers
 LAYERS = 2  # at least
 MOST_LAYERS = 8
-HEADS = 4  # of keys and values, at most
-GROUP = 2  # of query heads per head of keys
+HEADS = 4  # of queries, at most; half as many of keys and values where these are shared
 EXPERTS = 4
 LARGEST = 100_000_000  # parameters
 
@@ -94,8 +93,8 @@ def _shrink(config: PreTrainedConfig) -> None:
     width = getattr(config, "hidden_size", None)
     if isinstance(heads, int) and isinstance(width, int):
         kv_heads, size = cache_shape(config)
-        fewer_kv = min(kv_heads, HEADS)
-        fewer = fewer_kv * min(heads // kv_heads, GROUP)
+        fewer_kv = min(kv_heads, HEADS if kv_heads == heads else HEADS // 2)
+        fewer = fewer_kv if kv_heads == heads else 2 * fewer_kv
         for name, value in _plain(config).items():
             if value == width and name.endswith(("size", "dim", "width", "embd", "d_model")):
                 setattr(config, name, fewer * size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kava_core.settings import Cadence, Resources, Student, Teacher
 from kava_core.store import TargetsStore
 from tests.distill.toy import TRAINING
 from tests.evaluation.talker import make_encoder, problems
-from tests.tiny import COMMON, tiny_model
+from tests.tiny import COMMON, CONFIGS, tiny_model
 
 ENCODER = make_encoder()
 LONGEST = max(len(ids) for ids in ENCODER.encode_questions([p.question for p in problems()]))
@@ -33,7 +34,9 @@ def model_of(model_type: str, **settings: Any) -> PreTrainedModel:
 
 
 def gpt2(positions: int) -> PreTrainedModel:
-    return model_of("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=positions)
+    config = copy.deepcopy(CONFIGS["gpt2"])
+    config.vocab_size, config.n_positions = len(ENCODER.tokenizer), positions
+    return tiny_model(config, torch.float32)
 
 
 def settings(**changes: Any) -> Teacher:

@@ -118,7 +118,7 @@ def start_student(
     )
     if store:
         prove_latents(student)
-        if settings.alpha_kv > 0:
+        if settings.taught("alpha_kv"):
             prove_slots(student)
     return student
 

@@ -221,7 +221,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         return model
     inner = getattr(model.base_model, "language_model", None)
     head = model.get_output_embeddings()
-    text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     refused = KavaError(
         f"{config.model_type} reads more than text, and its text part ({text.model_type}) is no "
         "causal language model to transformers that gives the same alone. Choose a model of text."

@@ -139,9 +139,9 @@ def _cut_layers(config: PreTrainedConfig) -> None:
     if own < layers:
         config.num_kv_shared_layers = sum(i >= own for i in chosen)
     for name in _FIRST_LAYERS:
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            setattr(config, name, min(value, len(chosen) - 1))
+        first = getattr(config, name, None)
+        if isinstance(first, int):
+            setattr(config, name, min(first, len(chosen) - 1))
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

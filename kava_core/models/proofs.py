@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def prove_capture(model: PreTrainedModel) -> Rotary:
         )
     for layer, call in enumerate(calls):
         reach = min(ids.shape[1], windows.get(layer, ids.shape[1]))
-        held = cache.layers[layer]
+        held: Any = cache.layers[layer]
         for what, seen, kept in (
             ("keys", call.key, held.keys),
             ("values", call.value, held.values),

@@ -87,7 +87,7 @@ class TeacherPass:
         recorder = _CoTRecorder(spans, self.model.config.get_text_config().num_hidden_layers)
         with recording(self.model, recorder):
             positions = torch.arange(ids.shape[1], device=device).expand(len(traces), -1)
-            states = teacher_forced(self.model, ids.to(device), positions)
+            states = self._states(ids.to(device), positions)
         keys, values, importance = recorder.ragged()
         batch = torch.arange(len(traces), device=device)
         endpoint = torch.stack([h[batch, spans.endpoint] for h in states], dim=1)
@@ -98,6 +98,9 @@ class TeacherPass:
             endpoint=endpoint,
             offsets=spans.offsets,
         )
+
+    def _states(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return teacher_forced(self.model, ids, positions)
 
     def _without_phase(self, keys: Tensor, spans: _Spans) -> Tensor:
         """keys [ΣN_C, L, H, D] post-RoPE → pre-RoPE, in float32 or wider."""

@@ -93,13 +93,13 @@ def test_a_student_is_refused_before_it_trains(store: Path) -> None:
     opened = TargetsStore.open(store)
     with pytest.raises(KavaError, match="not one this library can undo"):
         start_student(
-            Student(training=TRAINING, alpha_kv=1.0),
+            Student(reads="kv_targets", training=TRAINING, alpha_kv=1.0),
             model_of("cohere"),
             ENCODER.tokenizer,
             opened,
         )
     start_student(
-        Student(training=TRAINING, alpha_codi=1.0),
+        Student(reads="kv_targets", training=TRAINING, alpha_codi=1.0),
         model_of("cohere"),
         ENCODER.tokenizer,
         opened,

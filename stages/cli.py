@@ -21,7 +21,7 @@ from kava_core.errors import KavaError
 # that `kava --help` does not wait for torch.
 COMMANDS = {
     "plan": (".plan", "plan", "Plan: bytes, memory and time of a pipeline, before it runs."),
-    "check": (".check", "check", "Check: try a pipeline in the small, without weights."),
+    "check": (".check", "check", "Check: try a pipeline, or a model, before it costs days."),
     "prepare": (".prepare", "prepare", "Problems: generate or read them, and split them."),
     "teacher": (".teacher", "teacher", "Teacher: fine-tune it to write chains of thought."),
     "generate": (".generate", "generate", "Teacher KV: store its caches over the traces."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,9 @@ from kava_core.errors import KavaError
 from kava_core.models.context import check_context
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import build_llama, load_model, load_tokenizer
+from kava_core.models.proofs import prove_asked, prove_latents, prove_slots, prove_teacher
 from kava_core.problems.folder import ProblemFolder
+from kava_core.problems.records import Problem
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
 from kava_core.settings import Student, Teacher
@@ -51,6 +54,38 @@ def start_teacher(
     return model, tokenizer
 
 
+def check_teacher(
+    settings: Teacher,
+    model: PreTrainedModel,
+    encoder: TraceEncoder,
+    asked: Sequence[Problem],
+) -> None:
+    """KavaError, before anything is trained, for what would stop the teacher's stages later.
+
+    That is a model whose cache cannot be recorded or that cannot be asked (`prove_teacher`), and a
+    problem of `asked`, which it is validated on, without place for all that may be written. A
+    model that rotates its keys can write on past its context; one with learned positions cannot.
+    """
+    rotary = prove_teacher(model)
+    if not asked:
+        raise KavaError(
+            "there are no validation problems to ask the teacher. Ask `prepare` for some."
+        )
+    questions = encoder.encode_questions([problem.question for problem in asked])
+    longest = max(range(len(asked)), key=lambda i: len(questions[i]))
+    learned = not rotary.inv_freq.shape[1]
+    written = settings.max_new_tokens if learned else 1
+    check_context(
+        model.config,
+        len(questions[longest]) + len(encoder.answer_prompt_ids) + written,
+        what=f"validation problem {asked[longest].id}",
+        including=f"the answer prompt and {written} to write"
+        + (" (teacher.max_new_tokens)" if learned else ""),
+        remedy=("Lower teacher.max_new_tokens, d" if learned else "D")
+        + "rop long problems in `prepare`, or use a model with a longer context.",
+    )
+
+
 def start_student(
     settings: Student,
     model: PreTrainedModel,
@@ -59,7 +94,8 @@ def start_student(
 ) -> LatentReasoner:
     """The student that begins with the weights of `model`; without a store it has no latents.
 
-    KavaError if the model has no embeddings for all that the tokenizer knows.
+    KavaError if the model has no embeddings for all that the tokenizer knows, or does not compute
+    in latents what it should (`kava_core.models.proofs`).
     """
     encoder = TraceEncoder(tokenizer)
     known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
@@ -68,7 +104,8 @@ def start_student(
             f"the tokenizer has {len(tokenizer)} tokens, and {settings.model} has embeddings for "
             f"{known}. Choose a model that knows all of them."
         )
-    return LatentReasoner.from_teacher(
+    prove_asked(model)
+    student = LatentReasoner.from_teacher(
         model,
         latents=store.geometry.slots if store else 0,
         iterations=settings.iterations,
@@ -80,6 +117,11 @@ def start_student(
         eos_token_id=encoder.eos,
         seed=settings.training.seed,
     )
+    if store:
+        prove_latents(student)
+        if settings.taught("alpha_kv"):
+            prove_slots(student)
+    return student
 
 
 def check_records(student: LatentReasoner, dataset: AnswerDataset | TargetsDataset) -> None:

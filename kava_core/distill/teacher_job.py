@@ -13,7 +13,7 @@ from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
-from kava_core.distill.start import start_teacher
+from kava_core.distill.start import check_teacher, start_teacher
 from kava_core.distill.terms import chain_terms
 from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
@@ -62,7 +62,7 @@ def train_teacher(
     """Train the teacher of `settings` on chains of thought, in the work of `output`.
 
     Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit`, and
-    name a problem that the model cannot hold.
+    name, before anything is trained, what the model cannot do and a problem that it cannot hold.
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
@@ -71,6 +71,7 @@ def train_teacher(
     training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
     encoder = TraceEncoder(tokenizer, problems.traces)
+    check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
     if training is not None:
         check_head(model)
         adapters = None

@@ -96,8 +96,14 @@ _active: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 def layer_of(module: nn.Module) -> int:
-    """The number of the layer that an attention module belongs to."""
-    return int(module.layer_idx)  # type: ignore[arg-type]
+    """The number of the layer that an attention module belongs to; KavaError if it has none."""
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise KavaError(
+            f"{type(module).__name__} does not say which layer it belongs to (expected a number, "
+            f"layer_idx, found {layer!r}); its cache cannot be recorded. Choose another model."
+        )
+    return layer
 
 
 def register_attention(name: str, own_mask: Callable[[int, Tensor], Tensor] | None = None) -> None:
@@ -109,10 +115,16 @@ def register_attention(name: str, own_mask: Callable[[int, Tensor], Tensor] | No
 
     def register(kind: str) -> None:
         def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-            **options: Any,
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+            attention_mask: Tensor | None = None, **options: Any,
         ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+            mask = attention_mask  # some models hand it over by this name
             if own_mask is not None:
+                if mask is not None:
+                    raise KavaError(
+                        f"{type(module).__name__} makes an attention mask of its own; it cannot "
+                        "read from a compressed cache, whose mask goes by positions alone."
+                    )
                 mask = own_mask(layer_of(module), query)
             recorder = _active.get()
             if recorder is not None:
@@ -161,6 +173,17 @@ def shown_to(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def teacher_forced(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    """ids, positions [B, S] → the hidden states of all L+1 levels, each [B, S, E].
+
+    Without a mask: causality alone keeps what is right of a token out of it.
+    """
+    states: tuple[Tensor, ...] = model.base_model(
+        input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return states
 
 
 register_attention("kava")

@@ -26,8 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kava_core.models.capture import attending, register_attention
-from kava_core.models.context import context_of
-from kava_core.models.teacher_pass import attention_windows
+from kava_core.models.context import attention_windows, context_of
 
 ABSENT = 1 << 40  # a position after all positions
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.models.batching import by_length, pad
-from kava_core.models.capture import AttentionCall, recording
-from kava_core.models.context import check_context
-from kava_core.models.phase import rotary_of
+from kava_core.models.capture import AttentionCall, recording, teacher_forced
+from kava_core.models.context import attention_windows, check_context
+from kava_core.models.proofs import prove_capture
 from kava_core.record import Record
 from kava_core.rotary import Rotary, unrotate
 
@@ -39,22 +39,6 @@ class TeacherCache:
     importance: Tensor
     endpoint: Tensor
     offsets: Tensor
-
-
-def attention_windows(config: Any) -> dict[int, int]:
-    """layer → sliding window, for the layers that have one; KavaError on other attention kinds."""
-    layers = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * layers
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise KavaError(
-            f"{config.model_type} has layers of kind {', '.join(unknown)}, which keep no key and "
-            "value per token; expected full or sliding attention."
-        )
-    return {i: window for i, kind in enumerate(kinds) if kind == "sliding_attention" and window}
 
 
 def check_lengths(traces: Sequence[Record], config: Any) -> None:
@@ -83,13 +67,13 @@ def check_lengths(traces: Sequence[Record], config: Any) -> None:
 class TeacherPass:
     """The frozen teacher, ready to run over batches of traces.
 
-    model: any causal LM with a dynamic cache, on its device. Keys come back in float32 or wider,
-    values and endpoint states in the model's own dtype.
+    model: a causal LM on its device; KavaError if its cache cannot be recorded (`prove_capture`).
+    Keys come back in float32 or wider, values and endpoint states in the model's own dtype.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
-        self.rotary: Rotary = rotary_of(model)
+        self.rotary: Rotary = prove_capture(model)
 
     @torch.no_grad()
     def __call__(self, traces: Sequence[Record]) -> TeacherCache:
@@ -102,9 +86,8 @@ class TeacherPass:
         spans = _Spans.of(traces).to(device)
         recorder = _CoTRecorder(spans, self.model.config.get_text_config().num_hidden_layers)
         with recording(self.model, recorder):
-            states = self._states(
-                ids.to(device), torch.arange(ids.shape[1], device=device).expand(len(traces), -1)
-            )
+            positions = torch.arange(ids.shape[1], device=device).expand(len(traces), -1)
+            states = self._states(ids.to(device), positions)
         keys, values, importance = recorder.ragged()
         batch = torch.arange(len(traces), device=device)
         endpoint = torch.stack([h[batch, spans.endpoint] for h in states], dim=1)
@@ -117,10 +100,7 @@ class TeacherPass:
         )
 
     def _states(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """ids, positions [B, S] → the hidden states of all L+1 levels, each [B, S, E]."""
-        return self.model.base_model(
-            input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False
-        ).hidden_states
+        return teacher_forced(self.model, ids, positions)
 
     def _without_phase(self, keys: Tensor, spans: _Spans) -> Tensor:
         """keys [ΣN_C, L, H, D] post-RoPE → pre-RoPE, in float32 or wider."""
@@ -210,6 +190,11 @@ class _CoTRecorder:
         importance = answer_importance(
             call, spans.rows, spans.row_mask, spans.cot_start, spans.cot_length
         )
+        if self.layers[call.layer] is not None:
+            raise KavaError(
+                f"layer {call.layer} called transformers' attention interface twice in one forward "
+                "pass; this architecture's cache cannot be recorded."
+            )
         # [ΣN_C, H, …] each
         self.layers[call.layer] = (call.key[at], call.value[at], importance[at])
 

@@ -24,7 +24,7 @@ from kava_core.models.loading import (
     to_device,
     tokenizer_fingerprint,
 )
-from kava_core.models.phase import rotary_of
+from kava_core.models.proofs import prove_capture
 from kava_core.models.teacher_pass import TeacherCache, TeacherPass, check_lengths, over
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import ProblemFolder, open_problems
@@ -326,9 +326,10 @@ def trace_encoder(source: ProblemFolder, teacher: Path, settings: Generate) -> T
 
 
 def teacher_spec(model: PreTrainedModel, settings: Generate) -> StoreSpec:
-    """Of the store of this teacher's caches, before the rotary embedding, of all its layers."""
+    """Of the store of this teacher's caches, before the rotary embedding, of all its layers;
+    KavaError if they cannot be recorded."""
     geometry = store_geometry(model.config)
-    return StoreSpec(geometry, store_codec(settings), "pre_rope", rotary_of(model))
+    return StoreSpec(geometry, store_codec(settings), "pre_rope", prove_capture(model))
 
 
 def store_geometry(config: PreTrainedConfig) -> Geometry:

@@ -14,7 +14,13 @@ from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.start import start_teacher
 from kava_core.distill.terms import chain_terms
-from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
+from kava_core.models.loading import (
+    commit_of,
+    model_fingerprint,
+    save_model,
+    to_device,
+    tokenizer_fingerprint,
+)
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.problems.folder import ProblemFolder
 from kava_core.problems.traces import TraceEncoder
@@ -62,6 +68,7 @@ def train_teacher(
     curves.mkdir(exist_ok=True)
     training = settings.training
     model, tokenizer = start_teacher(settings, problems)
+    problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
     encoder = TraceEncoder(tokenizer, problems.traces)
     if training is not None:
         traces = encoder.encode_all(problems.load("train"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, StrictBool, ValidationError
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from kava_core.errors import KavaError
 from kava_core.settings.base import NAME, Name, NotNegative, Positive, PositiveReal, Section, Weight
@@ -62,6 +62,16 @@ class Pipeline(Section):
     report: Report
     resources: Resources = Resources()
     cadence: Cadence = Cadence()
+
+    @model_validator(mode="after")
+    def _has_a_tokenizer(self) -> Self:
+        if self.teacher.model == "scratch" and self.prepare.tokenizer is not None:
+            raise ValueError(
+                "prepare.tokenizer: a teacher from scratch learns its own tokenizer from the "
+                "problems that `prepare` leaves. Leave it out, and limit characters instead of "
+                "tokens"
+            )
+        return self
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kava_core.artefacts import publish, work_folder
 from kava_core.console import say
+from kava_core.settings.prepare import Prepare
 
 from .run import Run, stage
+
+if TYPE_CHECKING:
+    from kava_core.problems.folder import Measure
 
 ASKED = {"test", "test_sets", "allow_leakage"}  # settings that are of no concern to what is taught
 
@@ -18,25 +24,14 @@ def prepare(run: Run) -> None:
     what is asked, all disjoint by question. Lengths, and what became of every record that was
     read, are in the metrics.json of each.
     """
-    from kava_core.models.loading import load_tokenizer, tokenizer_fingerprint
     from kava_core.problems.bad import tell
-    from kava_core.problems.folder import Measure, write_problems, write_test_sets
+    from kava_core.problems.folder import write_problems, write_test_sets
     from kava_core.problems.load import Limits, Reading
     from kava_core.problems.prepare import FurtherSet, Sizes, prepare_problems
     from kava_core.problems.readers import Location
-    from kava_core.problems.tokens import TokenRules
-    from kava_core.problems.traces import TraceEncoder
 
     settings = run.settings.prepare
-    tokens = None
-    if settings.tokenizer is not None:
-        tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
-        rules = TokenRules(
-            TraceEncoder(tokenizer, settings.traces),
-            settings.max_question_tokens,
-            settings.max_trace_tokens,
-        )
-        tokens = Measure(rules, tokenizer_fingerprint(tokenizer))
+    tokens = _measure(settings)
     path, hub_config, revision = settings.path, settings.hub_config, settings.revision
     limits = Limits(
         settings.max_question_characters, settings.max_trace_characters, settings.max_steps
@@ -82,3 +77,21 @@ def prepare(run: Run) -> None:
     for name, count in splits.leaked.items():
         if count:
             say(f"{count} questions of {name} also stand in train or validation")
+
+
+def _measure(settings: Prepare) -> Measure | None:
+    """The rules of the tokenizer that the settings name, if they do."""
+    if settings.tokenizer is None:
+        return None
+    from kava_core.models.loading import load_tokenizer, tokenizer_fingerprint
+    from kava_core.problems.folder import Measure
+    from kava_core.problems.tokens import TokenRules
+    from kava_core.problems.traces import TraceEncoder
+
+    tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
+    rules = TokenRules(
+        TraceEncoder(tokenizer, settings.traces),
+        settings.max_question_tokens,
+        settings.max_trace_tokens,
+    )
+    return Measure(rules, tokenizer_fingerprint(tokenizer))

@@ -32,10 +32,8 @@ class TokenRules:
         """
         for start in range(0, len(problems), _AT_ONCE):
             some = problems[start : start + _AT_ONCE]
-            questions, traces = self.lengths(some)
-            faults = self.encoder.faults(some)
-            for place, question, trace, fault in zip(
-                places[start : start + _AT_ONCE], questions, traces, faults, strict=True
+            for place, (question, trace, fault) in zip(
+                places[start : start + _AT_ONCE], self.encoder.measure(some), strict=True
             ):
                 if fault is not None:
                     yield BadRow(

@@ -15,7 +15,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +30,15 @@ _STATED: dict[TraceForm, re.Pattern[str]] = {
     "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
     "results": re.compile(r"^\s*(.*?)\s*$"),
 }
+
+
+class Measured(NamedTuple):
+    """N_Q (with bos, if there is one) and N_C of the whole chain; fault: why the tokenizer cannot
+    write the problem, in words, None if it can."""
+
+    question_tokens: int
+    trace_tokens: int
+    fault: str | None
 
 
 class TraceEncoder:
@@ -130,16 +139,23 @@ class TraceEncoder:
             )
         ]
 
-    def faults(self, problems: Sequence[Problem]) -> list[str | None]:
-        """Why this tokenizer cannot write a problem, in words; None where it can."""
-        pieces = zip(
-            self._ids([self.question_text(problem.question) for problem in problems]),
-            self.encode_chains([problem.steps for problem in problems]),
-            self.encode_answers([problem.answer for problem in problems]),
-            strict=True,
-        )
-        written = [q + c + self.answer_prompt_ids + a[:-1] for q, c, a in pieces]
-        return self._lost(problems, written)
+    def measure(self, problems: Sequence[Problem]) -> list[Measured]:
+        """How many tokens each problem has, and whether this tokenizer can write it at all."""
+        if not problems:
+            return []
+        questions = self.encode_questions([problem.question for problem in problems])
+        chains = self.encode_chains([problem.steps for problem in problems])
+        answers = self.encode_answers([problem.answer for problem in problems])
+        bare = len(self.first)
+        written = [
+            q[bare:] + c + self.answer_prompt_ids + a[:-1]
+            for q, c, a in zip(questions, chains, answers, strict=True)
+        ]
+        faults = self._lost(problems, written)
+        return [
+            Measured(len(q), len(c), fault)
+            for q, c, fault in zip(questions, chains, faults, strict=True)
+        ]
 
     def encode_questions(self, questions: Sequence[str]) -> list[list[int]]:
         """The question ids of bare questions, as `encode` makes them."""

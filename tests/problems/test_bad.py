@@ -157,7 +157,7 @@ def test_texts_are_composed_so_that_tokenizers_can_write_them(tmp_path: Path) ->
     question = unicodedata.normalize("NFD", "Has André 3 cafés?")
     tokens = TokenRules(TraceEncoder(composing()))
     raw = Problem("p", question, ("<<1+1=2>>",), "2", "hand", "any")
-    assert "does not survive the tokenizer" in str(tokens.encoder.faults([raw]))
+    assert "does not survive the tokenizer" in str(tokens.encoder.measure([raw])[0].fault)
     with pytest.raises(KavaError, match="Problem p does not survive the tokenizer"):
         tokens.encoder.encode(raw)
     location = write(tmp_path / "train.jsonl", [row(1, question=question), row(2), row(3)])

@@ -11,12 +11,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from kava_core.distill.teacher_job import train_teacher
 from kava_core.errors import KavaError
 from kava_core.models.loading import load_tokenizer, tokenizer_fingerprint
 from kava_core.problems.folder import open_problems, open_test_sets
 from kava_core.problems.sources import SOURCES
 from kava_core.problems.tokenizer import train_tokenizer
-from kava_core.settings import load_pipeline
+from kava_core.settings import Cadence, Resources, Teacher, load_pipeline
 from stages.prepare import prepare
 
 REST: dict[str, Any] = {
@@ -255,6 +256,9 @@ def test_a_tokenizer_measures_limits_and_refuses_before_a_teacher_is_there(tmp_p
     folder.check_tokenizer(tokenizer_fingerprint(tokenizer))
     with pytest.raises(KavaError, match=r"another tokenizer: .*Set `prepare.tokenizer`"):
         folder.check_tokenizer("f" * 64)
+    teacher = Teacher.model_validate({"training": {"steps": 1, "learning_rate": 1e-3}})
+    with pytest.raises(KavaError, match=r"problems was measured in the tokens of another"):
+        train_teacher(teacher, folder, data / "teacher", Cadence(), Resources())
 
 
 # Each setting of a source that is read, with a value that must make a difference.

@@ -146,7 +146,6 @@ READ = [
             sQuestion=" A pet store had 13 siamese cats . How many are left ? ",
             lEquations=["X=((13.0+5.0)-10.0)"],
             lSolutions=[8.0],
-            lAlignments=[15, 45, 83],
         ),
         Draft(
             " A pet store had 13 siamese cats . How many are left ? ",

@@ -108,7 +108,11 @@ def write_problems(
         save_problems(folder / f"{name}.parquet", problems)
     metrics = {name: _describe(problems, tokens) for name, problems in taught.items()}
     write_json(folder / "metrics.json", metrics | {"rows": _rows(splits, taught)})
-    about = {"traces": traces, "settings": settings, "read": _of(taught, splits.origins)}
+    about: dict[str, Any] = {
+        "traces": traces,
+        "settings": settings,
+        "read": _of(taught, splits.origins),
+    }
     if tokens is not None:
         about["tokenizer"] = tokens.fingerprint
     write_json(folder / "problems.json", about)

@@ -99,8 +99,8 @@ class Reading:
             except UnusableRow as unusable:
                 dropped[str(unusable)] += 1
                 continue
-            except BadRow as wrong:
-                bad.append(_with_hint(wrong, source, row))
+            except BadRow as error:
+                bad.append(_with_hint(error, source, row))
                 continue
             except UnicodeEncodeError as error:
                 bad.append(BadRow(row.place, "Unicode text", f"half of a character ({error})"))
@@ -117,13 +117,13 @@ class Reading:
         if self.tokens is None:
             return Problems(number, found, dropped, bad)
         kept = []
-        for problem, broken in zip(found, self.tokens.broken(found, places, taught), strict=True):
-            if broken is None:
+        for problem, wrong in zip(found, self.tokens.broken(found, places, taught), strict=True):
+            if wrong is None:
                 kept.append(problem)
-            elif isinstance(broken, BadRow):
-                bad.append(broken)
+            elif isinstance(wrong, BadRow):
+                bad.append(wrong)
             else:
-                dropped[broken] += 1
+                dropped[wrong] += 1
         return Problems(number, kept, dropped, bad)
 
     def _draft(self, source: RowSource, row: Row) -> Draft:

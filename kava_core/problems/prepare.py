@@ -60,9 +60,9 @@ def prepare_problems(
     further = {}
     for name, asked in (test_sets or {}).items():
         read = partial(load_test_set, split=asked.split)
-        found = wrong.of(partial(read, name, asked.source, asked.location, reading))
-        if found is not None:
-            further[name] = found
+        asked_set = wrong.of(partial(read, name, asked.source, asked.location, reading))
+        if asked_set is not None:
+            further[name] = asked_set
     problems = {name: found.read.problems for name, found in further.items()}
     splits: ProblemSplits | None
     if isinstance(source, GeneratedSource):

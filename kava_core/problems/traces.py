@@ -230,9 +230,7 @@ class TraceEncoder:
             return "has an empty trace"
         return None if problem.answer.strip() else "has an empty answer"
 
-    def _lost(
-        self, problems: Sequence[Problem], written: Sequence[Sequence[int]]
-    ) -> list[str | None]:
+    def _lost(self, problems: Sequence[Problem], written: list[list[int]]) -> list[str | None]:
         """What the ids of each problem are, if they are not its text."""
         texts = self.tokenizer.batch_decode(
             written, skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -9,11 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kava_core.artefacts import work_folder, write_json
+from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.start import start_teacher
 from kava_core.distill.terms import chain_terms
+from kava_core.models.adapted import Base
+from kava_core.models.head import check_head
 from kava_core.models.loading import (
     commit_of,
     model_fingerprint,
@@ -32,22 +35,27 @@ from kava_core.store import ShardShuffleSampler
 class TrainedTeacher:
     """A teacher that has learnt, on its device, and where it is built.
 
-    encoder: with its tokenizer. about: what it was made from. curves: the folder of its loss
-    curves, empty for a model that is taken as it is.
+    encoder: with its tokenizer. settings, about: what it was made from. steps: how many it was
+    trained for. folder: holds the adapters already, if they are kept. curves: the folder of its
+    loss curves, empty for a model that is taken as it is.
     """
 
     model: PreTrainedModel
     encoder: TraceEncoder
+    settings: Teacher
     about: dict[str, Any]
+    steps: int
     folder: Path
     curves: Path
 
     def save(self, metrics: dict[str, float]) -> None:
         """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
         self.folder.mkdir(exist_ok=True)
-        save_model(self.folder, self.model, self.encoder.tokenizer)
+        training = self.settings.training
+        whole = training is None or training.keeps_weights
+        save_model(self.folder, self.model, self.encoder.tokenizer, weights=whole)
         write_json(self.folder / "metrics.json", metrics)
-        write_json(self.folder / "teacher.json", self.about)
+        write_json(self.folder / "teacher.json", {**self.about, "steps": self.steps})
 
 
 def train_teacher(
@@ -64,21 +72,27 @@ def train_teacher(
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
-    curves = work / "curves"
+    folder, curves = work / "teacher", work / "curves"
     curves.mkdir(exist_ok=True)
-    training = settings.training
+    training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
     problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
     encoder = TraceEncoder(tokenizer, problems.traces)
     if training is not None:
+        check_head(model)
+        adapters = None
+        if training.lora is not None:
+            adapters = add_lora(model, training.lora, seed=training.seed, path="teacher.training")
         traces = encoder.encode_all(problems.load("train"))
         check_lengths(traces, model.config.get_text_config())
         taught, held_out = hold_out([len(traces)], training, "teacher.training")
+        sampler = ShardShuffleSampler(taught, seed=training.seed)
+        steps = training.total_steps(len(sampler))
         fit(
             model,
             chain_terms,
             ChainDataset(traces),
-            ShardShuffleSampler(taught, seed=training.seed),
+            sampler,
             training,
             cadence,
             folder=work / "checkpoints",
@@ -87,7 +101,11 @@ def train_teacher(
             loader_workers=resources.loader_workers,
             held_out=held_out,
         )
-    return TrainedTeacher(to_device(model), encoder, about, work / "teacher", curves)
+        if adapters is not None and training.lora is not None:
+            made_from = about["fingerprints"]["model"]
+            base = Base(model=settings.model, commit=about["commit"], fingerprint=made_from)
+            model = end_lora(adapters, training.lora, folder, base)
+    return TrainedTeacher(to_device(model), encoder, settings, about, steps, folder, curves)
 
 
 def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:

@@ -18,20 +18,30 @@ _LONGEST_EXPRESSION = 300
 _MOST_DECIMALS = 6
 _FLOAT_NOISE = Fraction(1, 10**6)
 
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+# Thousands apart by commas, blanks or underscores, or nothing: 12,500 and 12 500 and 12_500.
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:_\d{3})+(?!\d)|\d+)"
+_NUMBER = rf"(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
 _SIGNED = re.compile(
     rf"(?<![\w.)])(?P<sign>[-+]?)"
-    rf"(?:(?P<whole>\d+)\s+(?:and\s+)?(?P<part>\d+\s*/\s*\d+)"
+    rf"(?:(?P<whole>\d+)\s+(?:and\s+)?(?P<part>[1-9]\d*\s*/\s*\d+)"
     rf"|(?P<top>{_NUMBER})\s*/\s*(?P<bottom>{_NUMBER})"
     rf"|(?P<number>{_NUMBER}))"
 )
-# After these a number is only the beginning of an expression, a range, a time or a date.
+# After these a number is only the beginning of an expression, a range, a time or a date. Words in
+# brackets are not: "18 (dollars)".
+_WORDS = r"\(\s*(?:[a-zA-Z]{2,}|a)(?:(?:, | |-)(?:[a-zA-Z]{2,}|a))*\s*\)"
 _GOES_ON = re.compile(
-    r"[\d,.:]\d|\d|[eE][-+]?\d|\s*(?:[\^*+×÷·=\\({√]|[-/x]\s*[\d(\\.])|[a-bd-fi-kn-rt-zA-Z]\b"
+    r"[\d,.:_]\d|\d|_|[eE][-+]?\d|\s*(?:[\^*+×÷·=\\{√]|[-/x]\s*[\d(\\.])|[a-bd-fi-kn-rt-zA-Z]\b"
+    rf"|(?!\s+{_WORDS})\s*\("
 )
 # Before these too: a root, a power, an operand.
 _STARTED = re.compile(r"[\\^√{]|[-+*/×÷·]\s*$|sqrt")
-_TUPLE = re.compile(r"[(\[][^)\]]*,(?!\d{3})")
+# Brackets with a comma, unless they begin with a word: "(in all, that is)".
+_TUPLE = re.compile(r"[(\[](?!\s*[a-zA-Z]{2})[^)\]]*,(?!\d{3})")
+# Several statements, each with its own "=": of them none is the answer. Not so a chain of
+# calculations, whose last result is.
+_SEVERAL = re.compile(r"=[^=]*(?:\bor\b|(?:[,;]|\band\b)\s*[a-zA-Z]\w*\s*=)", re.IGNORECASE)
+_NEXT_SENTENCE = re.compile(r"[.!?]\s+(?!(?:And|Or)\b)[A-Z]")
 _SCALE = re.compile(r"\s*(%|percent\b|thousand\b|million\b|billion\b|trillion\b)", re.IGNORECASE)
 _SCALES = {
     "%": Fraction(1, 100),
@@ -81,10 +91,12 @@ def extract_answer(generated: str) -> str | None:
 def parse_number(text: str) -> Fraction | None:
     """The exact value of a text that states one number, or None.
 
-    Commas, currency signs, units and words around the number do not matter; "3 million" counts in
-    full and "50%" is 50. Understood are integers, decimals, fractions, mixed numbers and scientific
-    notation, in plain text or simple LaTeX. Of "10 - 9 = 1" it is the right side. A text in which
-    the number is only a part of an expression, a tuple, a time or a range gives None.
+    Currency signs, units and words around the number do not matter, nor commas, blanks (also
+    U+00A0 and U+202F) and underscores between thousands; "3 million" counts in full and "50%" is
+    50. Understood are integers, decimals, fractions, mixed numbers and scientific notation, in
+    plain text or simple LaTeX. Of "10 - 9 = 1" it is the right side. A text in which the number is
+    only a part of an expression, a tuple, a time or a range gives None, and so does one with other
+    numbers in the same sentence ("18 or 19", "2 hours 30 minutes"): the first is not the answer.
     """
     number = _parse(text)
     if number is None:
@@ -154,27 +166,44 @@ def _rounded(predicted: _Number, gold: _Number) -> bool:
 
 
 def _parse(text: str) -> _Number | None:
-    plain = _plain(text).rpartition("=")[2].strip()
+    plain = _plain(text)
+    if _SEVERAL.search(plain):
+        return None
+    plain = plain.rpartition("=")[2].strip()
     if plain.startswith("-"):
         plain = "-" + plain[1:].lstrip()
-    match = _SIGNED.search(plain)
-    if match is None or _TUPLE.search(plain) or len(match[0]) > _LONGEST_NUMBER:
+    first = _SIGNED.search(plain)
+    if first is None or _TUPLE.search(plain) or _GOES_ON.match(plain, first.end()):
         return None
-    if _GOES_ON.match(plain, match.end()) or _STARTED.search(plain[: match.start()]):
+    if _STARTED.search(plain[: first.start()]):
+        return None
+    end = _NEXT_SENTENCE.search(plain, first.end())
+    stated = {
+        _number(match, plain)
+        for match in _SIGNED.finditer(plain, first.start(), end.start() if end else len(plain))
+    }
+    values = {(number.value, number.scale) for number in stated if number}
+    return _number(first, plain) if None not in stated and len(values) == 1 else None
+
+
+def _number(match: re.Match[str], text: str) -> _Number | None:
+    """The number that was matched in a text; None if it is too long, or divided by 0."""
+    if len(match[0]) > _LONGEST_NUMBER:
         return None
     if match["whole"]:
-        bottom = _fraction(match["part"].partition("/")[2])
-        if not bottom:
+        top, _, bottom = match["part"].partition("/")
+        below = _fraction(bottom)
+        if not below:
             return None
-        value = _fraction(match["whole"]) + _fraction(match["part"].partition("/")[0]) / bottom
+        value = _fraction(match["whole"]) + _fraction(top) / below
     elif match["top"]:
-        bottom = _fraction(match["bottom"])
-        if not bottom:
+        below = _fraction(match["bottom"])
+        if not below:
             return None
-        value = _fraction(match["top"]) / bottom
+        value = _fraction(match["top"]) / below
     else:
         value = _fraction(match["number"])
-    scale = _SCALE.match(plain, match.end())
+    scale = _SCALE.match(text, match.end())
     return _Number(
         -value if match["sign"] == "-" else value,
         _SCALES[scale[1].lower()] if scale else Fraction(1),
@@ -183,7 +212,7 @@ def _parse(text: str) -> _Number | None:
 
 
 def _fraction(digits: str) -> Fraction:
-    return Fraction(digits.replace(",", "").strip())
+    return Fraction(re.sub("[,_ ]", "", digits))
 
 
 _FRACTION = re.compile(

@@ -15,9 +15,10 @@ def evaluate(run: Run) -> None:
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
     answer at once (teacher-no-cot) and every student of the pipeline. Writes evaluation/: metrics
     and comparisons per test set and system, predictions.parquet with all that was generated, what
-    `dvc metrics` and `dvc plots` show, similarity.json, the cosine similarity of each student's
-    latents to its targets, and interpretability.json, what the latents hold. Seconds and memory go
-    to measured/evaluation.json.
+    `dvc metrics` and `dvc plots` show, lm_eval.json, the accuracy by another harness' rules,
+    similarity.json, the cosine similarity of each student's latents to its targets, and
+    interpretability.json, what the latents hold. Seconds and memory go to
+    measured/evaluation.json.
     """
     from kava_core.evaluation.comparison import compare_systems
     from kava_core.evaluation.examination import ProblemSet

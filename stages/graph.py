@@ -208,7 +208,8 @@ def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
 
 
 def _local_problems(settings: Pipeline) -> list[str]:
-    sources = [settings.prepare.path, *(s.path for s in settings.prepare.test_sets.values())]
+    prepare = settings.prepare
+    sources = [prepare.path, prepare.tokenizer, *(s.path for s in prepare.test_sets.values())]
     return _local(*sources)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kava_core.artefacts import publish, work_folder
 from kava_core.console import say
+from kava_core.settings.prepare import Prepare
 
 from .run import Run, stage
+
+if TYPE_CHECKING:
+    from kava_core.problems.folder import Measure
 
 ASKED = {"test", "test_sets", "allow_leakage"}  # settings that are of no concern to what is taught
 
@@ -15,15 +21,17 @@ def prepare(run: Run) -> None:
     """Generate or read problems and split them.
 
     Writes problems/{train,validation}.parquet, what is taught, and test_sets/{test,NAME}.parquet,
-    what is asked, all disjoint by question. Counts, lengths and what was left out are in the
-    metrics.json of each.
+    what is asked, all disjoint by question. Lengths, and what became of every record that was
+    read, are in the metrics.json of each.
     """
+    from kava_core.problems.bad import tell
     from kava_core.problems.folder import write_problems, write_test_sets
     from kava_core.problems.load import Limits, Reading
     from kava_core.problems.prepare import FurtherSet, Sizes, prepare_problems
     from kava_core.problems.readers import Location
 
     settings = run.settings.prepare
+    tokens = _measure(settings)
     path, hub_config, revision = settings.path, settings.hub_config, settings.revision
     limits = Limits(
         settings.max_question_characters, settings.max_trace_characters, settings.max_steps
@@ -31,7 +39,13 @@ def prepare(run: Run) -> None:
     splits = prepare_problems(
         settings.source,
         None if path is None else Location(path, hub_config, revision),
-        Reading(settings.traces, settings.drop_last_step, limits),
+        Reading(
+            settings.traces,
+            settings.drop_last_step,
+            limits,
+            tokens.rules if tokens else None,
+            settings.on_bad_record,
+        ),
         Sizes(settings.train, settings.validation, settings.test),
         seed=settings.seed,
         deduplicate=settings.deduplicate,
@@ -49,14 +63,35 @@ def prepare(run: Run) -> None:
     problems, test_sets = work / "problems", work / "test_sets"
     for folder in (problems, test_sets):
         folder.mkdir(exist_ok=True)
-    write_problems(problems, splits, settings.traces, taught)
-    write_test_sets(test_sets, splits, settings.traces, plain)
+    write_problems(problems, splits, settings.traces, taught, tokens)
+    write_test_sets(test_sets, splits, settings.traces, plain, tokens)
     publish((problems, run.path("problems")), (test_sets, run.path("test_sets")))
     counts = {name: len(found) for name, found in {**splits.taught(), **splits.asked()}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))
     for name, reasons in splits.dropped.items():
         left_out = ", ".join(f"{rows} ({reason})" for reason, rows in reasons.items())
         say(f"left out of {name}: {left_out}")
+    for name, bad in splits.bad.items():
+        if bad:
+            say(f"bad records of {name}: {tell(bad)}")
     for name, count in splits.leaked.items():
         if count:
             say(f"{count} questions of {name} also stand in train or validation")
+
+
+def _measure(settings: Prepare) -> Measure | None:
+    """The rules of the tokenizer that the settings name, if they do."""
+    if settings.tokenizer is None:
+        return None
+    from kava_core.models.loading import load_tokenizer, tokenizer_fingerprint
+    from kava_core.problems.folder import Measure
+    from kava_core.problems.tokens import TokenRules
+    from kava_core.problems.traces import TraceEncoder
+
+    tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
+    rules = TokenRules(
+        TraceEncoder(tokenizer, settings.traces),
+        settings.max_question_tokens,
+        settings.max_trace_tokens,
+    )
+    return Measure(rules, tokenizer_fingerprint(tokenizer))

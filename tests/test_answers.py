@@ -1,6 +1,7 @@
 """What counts as the same answer."""
 
 import threading
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -101,6 +102,20 @@ SAME = [
     ("$13,333.333 a month", "13333.333333333334"),
     ("40000/3", "13333.333333333334"),
     ("-0.3", "-0.30000000000000004"),
+    ("1_000", "1000"),
+    ("1 000", "1000"),
+    ("12 500 000.5 dollars", "12500000.5"),
+    ("-1 000", "-1000"),
+    ("1\u00a0000", "1000"),
+    ("12\u202f500", "12,500"),
+    ("1000", "1 000"),
+    ("1 000/3", "1000/3"),
+    ("18 (dollars)", "18"),
+    ("72 (in total, so)", "72"),
+    ("18 or 18.0", "18"),
+    ("0.5 or 1/2", "0.5"),
+    ("18. Ian has 3.", "18"),
+    ("16-3-4=9, 9*2=18", "18"),
 ]
 
 DIFFERENT = [
@@ -149,7 +164,72 @@ DIFFERENT = [
     ("13333.333333333334", "13333.33"),
     ("0.33", "0.333"),
     ("13333.33%", "13333.333333333334"),
+    ("18 or 19", "18"),
+    ("18 or 19", "19"),
+    ("18, 19", "18"),
+    ("18 and 19", "18"),
+    ("18. Or 19.", "18"),
+    ("18 19", "18"),
+    ("18 180", "18"),
+    ("18 dollars and 50 cents", "18"),
+    ("18 dollars and 50 cents", "50"),
+    ("2 hours 30 minutes", "2"),
+    ("5 m 30 cm", "5"),
+    ("In 3 days he earns 18", "3"),
+    ("3 of 5", "3"),
+    ("x = 5 or x = 6", "6"),
+    ("x = 5, y = 6", "6"),
+    ("18 (9*2)", "18"),
+    ("1_000", "1"),
+    ("1_0", "1"),
+    ("1_0", "10"),
+    ("1 000", "1"),
+    ("1\u202f000", "1"),
+    ("1 00", "100"),
+    ("5 (x + 1)", "5"),
+    ("(\\pi, 3)", "3"),
 ]
+
+# What users of lm-evaluation-harness and its like reported as scored wrongly: the text, the gold
+# answer. EleutherAI/lm-evaluation-harness #1204, #3214, #3254; stanford-crfm/helm #4337;
+# open-compass/opencompass #2343, #2426; jundot/omlx #3484.
+REPORTED = [
+    ("The total cost of Rory's delivery order is $29.00.", "29"),
+    ("So the order will cost $29.00", "29"),
+    ("The answer is: $29.00.", "29"),
+    ("The answer is 29.", "29"),
+    ("The answer is $29", "29"),
+    ("So he made a profit of $70,000.", "70000"),
+    ("200,000-130,000=$<<200000-130000=70000>>70,000\n#### 70000", "70000"),
+    ("#### 70,000", "70000"),
+    ("#### $70,000.00", "70000"),
+    ("####70000", "70000"),
+    ("a profit of \\$70,000.", "70000"),
+    ("a profit of $70{,}000$.", "70000"),
+    ("a profit of $70\\!000$.", "70000"),
+    ("The answer is 72, in total, so the farmer earns that much.", "72"),
+    ("The answer is 72, which is the total.", "72"),
+    ("The total is 72 clips, altogether.", "72"),
+    ("#### 72, in total", "72"),
+    ("**72**", "72"),
+    ("The answer is **72**.", "72"),
+    ("The answer is: **$72**", "72"),
+    ("The final answer is \\boxed{72}.", "72"),
+    ("Therefore, the final answer is \\(\\boxed{72}\\).", "72"),
+    ("Answer: $\\boxed{\\$72.00}$", "72"),
+    ("she has \\$18 left", "18"),
+    ("He owes -$5", "-5"),
+    ("it grew to 1,080.50 kg.", "1080.5"),
+    ("So 1/2 of the pie is left.", "0.5"),
+    ("That is 40%.", "40"),
+    ("The answer is 12\u00a0500 dollars", "12500"),
+]
+
+
+@pytest.mark.parametrize(("text", "gold"), REPORTED)
+def test_what_other_harnesses_were_reported_for_is_right_here(text: str, gold: str) -> None:
+    assert same_answer(extract_answer(text), gold)
+    assert not same_answer(extract_answer(text), str(Fraction(gold) + 1))
 
 
 @pytest.mark.parametrize(("predicted", "gold"), SAME)
@@ -199,6 +279,22 @@ def test_a_text_without_an_answer_has_none(generated: str) -> None:
 def test_every_integer_is_read_exactly(number: int, form: str) -> None:
     if abs(number) < 10**150:
         assert parse_number(form.format(f"{number:,}")) == number
+
+
+@given(
+    st.lists(st.decimals(0, 10**9, places=1), min_size=2, max_size=4),
+    st.sampled_from([" or ", ", ", " and ", "; ", " dollars and ", " hours "]),
+)
+def test_several_numbers_are_one_only_if_they_are_the_same(
+    numbers: list[Decimal], between: str
+) -> None:
+    text = between.join(f"{number:.1f}" for number in numbers)
+    assert parse_number(text) == (Fraction(numbers[0]) if len(set(numbers)) == 1 else None)
+
+
+@given(st.integers(0, 10**12), st.sampled_from([" ", "\u00a0", "\u202f", "_", ","]))
+def test_thousands_may_stand_apart(number: int, between: str) -> None:
+    assert parse_number(f"{number:,}".replace(",", between)) == number
 
 
 @given(st.fractions())

@@ -17,7 +17,13 @@ from kava_core.distill.start import check_teacher, start_teacher
 from kava_core.distill.terms import chain_terms
 from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
-from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
+from kava_core.models.loading import (
+    commit_of,
+    model_fingerprint,
+    save_model,
+    to_device,
+    tokenizer_fingerprint,
+)
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.problems.folder import ProblemFolder
 from kava_core.problems.traces import TraceEncoder
@@ -70,6 +76,7 @@ def train_teacher(
     curves.mkdir(exist_ok=True)
     training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
+    problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
     encoder = TraceEncoder(tokenizer, problems.traces)
     check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
     if training is not None:

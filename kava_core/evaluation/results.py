@@ -8,11 +8,13 @@ from pathlib import Path
 from kava_core.evaluation.breakdown import length_bin, score_groups
 from kava_core.evaluation.comparison import Comparison
 from kava_core.evaluation.examination import Examination, ProblemSet
+from kava_core.evaluation.lm_eval import RULES, matches
 from kava_core.evaluation.perplexity import perplexity
 from kava_core.findings.base import write_finding
 from kava_core.findings.differences import compare
 from kava_core.findings.evaluation import (
     COMPARISONS,
+    HARNESS,
     INSIGHTS,
     METRICS,
     PREDICTIONS,
@@ -20,6 +22,7 @@ from kava_core.findings.evaluation import (
     SUMMARY,
     Differences,
     EvaluationCosts,
+    HarnessScores,
     Prediction,
     Score,
     Scores,
@@ -47,6 +50,25 @@ def score(examination: Examination, test_set: ProblemSet) -> Score:
         by_operation=score_groups(test_set.operations, marks),
         by_trace_length=score_groups([[length_bin(n)] for n in test_set.trace_tokens], marks),
     )
+
+
+def harness_scores(examinations: Examinations, test_sets: Sequence[ProblemSet]) -> HarnessScores:
+    """What lm-evaluation-harness would say of the same answers, by each of its rules."""
+    return {
+        test_set.name: {
+            name: {
+                rule: 100
+                * sum(
+                    matches(reply.text, problem.answer, rule)
+                    for problem, reply in zip(test_set.problems, found.replies, strict=True)
+                )
+                / len(found.replies)
+                for rule in RULES
+            }
+            for name, found in examinations[test_set.name].items()
+        }
+        for test_set in test_sets
+    }
 
 
 def cost(examination: Examination) -> SystemCost:
@@ -111,6 +133,7 @@ def write_results(
             for prediction in _predictions(test_set, name, found)
         ],
     )
+    write_finding(folder / HARNESS, harness_scores(examinations, test_sets))
     write_finding(folder / SIMILARITY, comparison.similarity)
     if comparison.insights:
         write_finding(folder / INSIGHTS, comparison.insights, spaced=False)

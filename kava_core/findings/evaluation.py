@@ -11,6 +11,7 @@ from kava_core.findings.scores import GroupScore, Percent
 METRICS, COMPARISONS, SUMMARY = "metrics.json", "comparisons.json", "summary.json"
 PREDICTIONS, SIMILARITY = "predictions.parquet", "similarity.json"
 INSIGHTS = "interpretability.json"
+HARNESS = "lm_eval.json"
 MEASURED = "evaluation.json"
 
 
@@ -34,6 +35,10 @@ class Score(Finding):
 
 
 Scores = dict[str, dict[str, Score]]  # test set → system
+
+
+# test set → system → rule of lm-evaluation-harness → accuracy in %
+HarnessScores = dict[str, dict[str, dict[str, Percent]]]
 
 
 class Difference(Finding):

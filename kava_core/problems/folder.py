@@ -13,8 +13,9 @@ from typing import Any, get_args
 from kava_core.artefacts import fingerprint, folder_fingerprint, read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.problems.parquet import load_problems, save_problems
-from kava_core.problems.records import Problem, TraceForm, describe
+from kava_core.problems.records import Problem, TraceForm, describe, describe_tokens
 from kava_core.problems.splits import ProblemSplits
+from kava_core.problems.tokens import TokenRules
 
 TAUGHT = ("train", "validation")
 # The source's own test set; further ones stand beside it under their names.
@@ -22,15 +23,37 @@ OWN = "test"
 
 
 @dataclass(frozen=True)
+class Measure:
+    """The rules of a tokenizer, and the fingerprint that it goes by."""
+
+    rules: TokenRules
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class ProblemFolder:
-    """An opened folder of problems that are taught; `traces` says how their steps are written."""
+    """An opened folder of problems that are taught; `traces` says how their steps are written.
+
+    tokenizer: the fingerprint of the one that they were measured with; None if there was none.
+    """
 
     path: Path
     traces: TraceForm
+    tokenizer: str | None = None
 
     def load(self, split: str) -> list[Problem]:
         """The problems of `train` or `validation`."""
         return load_problems(self.path / f"{split}.parquet")
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """KavaError if the problems were measured with another tokenizer than the teacher's."""
+        if self.tokenizer not in (None, fingerprint):
+            raise KavaError(
+                f"{self.path} was measured in the tokens of another tokenizer: expected the "
+                f"teacher's, {fingerprint[:12]}…, found {str(self.tokenizer)[:12]}…. Set "
+                "`prepare.tokenizer` to the teacher's model (and `tokenizer_revision` to its "
+                "revision), and run `kava prepare` again."
+            )
 
     def fingerprint(self, *splits: str) -> str:
         """Names the content of the given splits and how their steps are written."""
@@ -68,35 +91,50 @@ class AskedFolder:
 
 
 def write_problems(
-    folder: Path, splits: ProblemSplits, traces: TraceForm, settings: Mapping[str, Any]
+    folder: Path,
+    splits: ProblemSplits,
+    traces: TraceForm,
+    settings: Mapping[str, Any],
+    tokens: Measure | None = None,
 ) -> None:
     """Write train and validation, `problems.json` and `metrics.json`.
 
-    The metrics are counts and lengths per split, and rows left out. `settings` must be of what is
-    taught alone, so that the folder does not change with what is asked.
+    The metrics are counts and lengths per split, and what became of all rows. `settings` must be of
+    what is taught alone, so that the folder does not change with what is asked. tokens: of the
+    tokenizer that the problems were measured with.
     """
     taught = splits.taught()
     for name, problems in taught.items():
         save_problems(folder / f"{name}.parquet", problems)
-    metrics = {name: describe(problems) for name, problems in taught.items()}
-    write_json(folder / "metrics.json", metrics | {"dropped": _of(taught, splits.dropped)})
-    about = {"traces": traces, "settings": settings, "read": _of(taught, splits.origins)}
+    metrics = {name: _describe(problems, tokens) for name, problems in taught.items()}
+    write_json(folder / "metrics.json", metrics | {"rows": _rows(splits, taught)})
+    about: dict[str, Any] = {
+        "traces": traces,
+        "settings": settings,
+        "read": _of(taught, splits.origins),
+    }
+    if tokens is not None:
+        about["tokenizer"] = tokens.fingerprint
     write_json(folder / "problems.json", about)
 
 
 def write_test_sets(
-    folder: Path, splits: ProblemSplits, traces: TraceForm, settings: Mapping[str, Any]
+    folder: Path,
+    splits: ProblemSplits,
+    traces: TraceForm,
+    settings: Mapping[str, Any],
+    tokens: Measure | None = None,
 ) -> None:
     """Write the source's own test set and the further ones, `test_sets.json` and `metrics.json`.
 
-    The metrics are counts and lengths per test set, rows left out, and leaked questions.
+    The metrics are counts and lengths per test set, what became of all rows, and leaked questions.
     """
     asked = splits.asked()
     for name, problems in asked.items():
         save_problems(folder / f"{name}.parquet", problems, steps=False)
     metrics = {
-        "test_sets": {name: describe(problems) for name, problems in asked.items()},
-        "dropped": _of(asked, splits.dropped),
+        "test_sets": {name: _describe(problems, tokens) for name, problems in asked.items()},
+        "rows": _rows(splits, asked),
         "leaked": splits.leaked,
     }
     write_json(folder / "metrics.json", metrics)
@@ -113,7 +151,7 @@ def open_problems(path: Path) -> ProblemFolder:
     """KavaError if the folder is not one of problems that `prepare` wrote."""
     about = _about(path / "problems.json")
     _require(path, TAUGHT)
-    return ProblemFolder(path, about["traces"])
+    return ProblemFolder(path, about["traces"], about.get("tokenizer"))
 
 
 def open_test_sets(path: Path) -> AskedFolder:
@@ -122,6 +160,16 @@ def open_test_sets(path: Path) -> AskedFolder:
     names = [Path(str(name)).name for name in about.get("test_sets", [])]  # none outside the folder
     _require(path, [OWN, *names])
     return AskedFolder(path, about["traces"], tuple(names))
+
+
+def _describe(problems: Sequence[Problem], tokens: Measure | None) -> dict[str, Any]:
+    return describe(problems) | (
+        {} if tokens is None else describe_tokens(*tokens.rules.lengths(problems))
+    )
+
+
+def _rows(splits: ProblemSplits, names: Iterable[str]) -> dict[str, Any]:
+    return {name: splits.counts(name) for name in names}
 
 
 def _of(names: Iterable[str], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from kava_core.errors import KavaError
 from kava_core.problems.rows import Row
@@ -19,9 +20,20 @@ def commit_of(name: str, revision: str | None) -> str | None:
     """The commit that a revision of a dataset on the Hub (None: its newest) is now.
 
     None where the Hub cannot be asked: a dataset in the local cache can be read all the same.
+    KavaError if the Hub says that it has no such dataset, or no such revision of it.
     """
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=_SECONDS).sha
+    except RevisionNotFoundError:
+        raise KavaError(
+            f"The dataset {name} on the Hub has no revision {revision!r}. Correct `revision` (a "
+            "branch, a tag or a commit), or leave it out for the newest."
+        ) from None
+    except RepositoryNotFoundError:
+        raise KavaError(
+            f"{name!r} is no local path, and no dataset on the Hub that may be read from here. "
+            "Correct `path`, or log in with `hf auth login` if it is a private one."
+        ) from None
     except Exception:  # transports fail each in their own way, and none of them matters here
         return None
 
@@ -44,10 +56,14 @@ def read_dataset(
             else f"{name!r} is no local path, and it was looked for on the Hub"
             + (f" at revision {revision}" if revision else "")
         )
-        return KavaError(
-            f"{expected}: {type(error).__name__}: {reason}. Correct the path, or try again with a "
-            "network."
+        remedy = (
+            "Correct the path."
+            if Path(name).is_dir()
+            else "Correct the path, or try again with a network; where there is none, get it "
+            f"elsewhere with `hf download {name} --repo-type dataset --local-dir FOLDER`, and set "
+            "`path` to that folder."
         )
+        return KavaError(f"{expected}: {type(error).__name__}: {reason}. {remedy}")
 
     def rows(split: str) -> Iterator[Row]:
         number = 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kava_core.errors import KavaError
+from kava_core.problems.bad import BadRecords, OnBadRecord
 from kava_core.problems.readers import Location, read_source
 from kava_core.problems.records import Problem, TraceForm, normalise_question, trace_characters
-from kava_core.problems.rows import Row
-from kava_core.problems.sources import RowSource, Source
+from kava_core.problems.rows import BadRow, Row
+from kava_core.problems.sources import RowSource, Source, sources_of
 from kava_core.problems.sources.base import FROM_EQUATIONS, Draft, UnusableRow, equations_as
 from kava_core.problems.splits import ProblemSplits, cut_splits
+from kava_core.problems.tokens import TokenRules
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,83 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Problems:
+    """What became of the rows of one split: `rows` in all, each in one of the other three.
+
+    problems: kept; dropped: well-formed and left out, by reason; bad: malformed, or nothing that
+    the tokenizer can write.
+    """
+
+    rows: int
+    problems: list[Problem]
+    dropped: Counter[str]
+    bad: list[BadRow]
+
+    def counts(self) -> dict[str, int]:
+        """Everything left out by reason; bad rows with "bad: " before it."""
+        return dict(sorted((self.dropped + Counter(f"bad: {b.reason}" for b in self.bad)).items()))
+
+
+@dataclass(frozen=True)
 class Reading:
-    """How rows become problems: the form of the steps, whether the last is left out, limits."""
+    """How rows become problems: the form of the steps, whether the last is left out, limits.
+
+    tokens: the rules of a tokenizer, where one is known. on_bad_record: whether bad rows are an
+    error, which names all of them, or left out and counted.
+    """
 
     traces: TraceForm
     drop_last_step: bool = False
     limits: Limits = Limits()
+    tokens: TokenRules | None = None
+    on_bad_record: OnBadRecord = "fail"
 
     def problems(
-        self, source: RowSource, rows: Iterable[Row], split: str, *, taught: bool
-    ) -> tuple[list[Problem], Counter[str]]:
-        """The usable rows, and how many of the others there were, by reason.
-
-        taught: a problem without steps is left out. KavaError for a malformed row, with its place.
-        """
+        self, source: RowSource, rows: Iterable[Row | BadRow], split: str, *, taught: bool
+    ) -> Problems:
+        """Read all rows; taught: a problem without steps is left out."""
         found: list[Problem] = []
-        reasons: Counter[str] = Counter()
+        places: list[str] = []
+        dropped: Counter[str] = Counter()
+        bad: list[BadRow] = []
+        number = 0
         for row in rows:
+            number += 1
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
             try:
                 draft = self._draft(source, row)
+                problem = self._problem(source, draft, f"{source.name}-{split}-{row.number:06d}")
             except UnusableRow as unusable:
-                reasons[str(unusable)] += 1
+                dropped[str(unusable)] += 1
                 continue
-            if taught and not draft.steps:
-                reasons["no steps"] += 1
+            except BadRow as error:
+                bad.append(_with_hint(error, source, row))
                 continue
-            problem = self._problem(source, draft, f"{source.name}-{split}-{row.number:06d}")
+            except UnicodeEncodeError as error:
+                bad.append(BadRow(row.place, "Unicode text", f"half of a character ({error})"))
+                continue
             if taught and not problem.steps:
-                reasons["no step but the last"] += 1
+                dropped["no step but the last" if draft.steps else "no steps"] += 1
                 continue
             broken = self.limits.broken(problem, taught)
             if broken:
-                reasons[broken] += 1
+                dropped[broken] += 1
                 continue
             found.append(problem)
-        return found, reasons
+            places.append(row.place)
+        if self.tokens is None:
+            return Problems(number, found, dropped, bad)
+        kept = []
+        for problem, wrong in zip(found, self.tokens.broken(found, places, taught), strict=True):
+            if wrong is None:
+                kept.append(problem)
+            elif isinstance(wrong, BadRow):
+                bad.append(wrong)
+            else:
+                dropped[wrong] += 1
+        return Problems(number, kept, dropped, bad)
 
     def _draft(self, source: RowSource, row: Row) -> Draft:
         if self.traces not in FROM_EQUATIONS:
@@ -88,22 +133,42 @@ class Reading:
         return replace(draft, steps=tuple(equations_as(draft.steps, self.traces)))
 
     def _problem(self, source: RowSource, draft: Draft, name: str) -> Problem:
+        steps = draft.steps[:-1] if self.drop_last_step else draft.steps
         return Problem(
             id=name,
-            question=" ".join(draft.question.split()),
-            steps=draft.steps[:-1] if self.drop_last_step else draft.steps,
-            answer=draft.answer,
+            question=_composed(" ".join(draft.question.split())),
+            steps=tuple(map(_composed, steps)),
+            answer=_composed(draft.answer),
             source=source.name,
-            topic=" ".join(draft.topic.split()),
+            topic=_composed(" ".join(draft.topic.split())),
         )
+
+
+def _composed(text: str) -> str:
+    """The text in NFC, as the tokenizers of many models write it; UnicodeEncodeError for one that
+    no file could hold."""
+    text.encode("utf-8")
+    return unicodedata.normalize("NFC", text)
+
+
+def _with_hint(bad: BadRow, source: RowSource, row: Row) -> BadRow:
+    """The same, with the sources that have rows of these fields, if this one has not."""
+    fitting = sources_of(row.fields)
+    if source.name in fitting or not source.layouts:
+        return bad
+    hint = (
+        f"Its fields are those of source {' or '.join(fitting)}."
+        if fitting
+        else "Source table takes any fields by their names."
+    )
+    return BadRow(bad.place, bad.expected, bad.found, f"{bad.remedy} {hint}")
 
 
 @dataclass(frozen=True)
 class ReadSet:
-    """Problems that were read, how many rows were left out, by reason, and from what."""
+    """A test set that was read: what became of its rows, and from what it was read."""
 
-    problems: list[Problem]
-    dropped: dict[str, int]
+    read: Problems
     origin: dict[str, Any]
 
 
@@ -122,20 +187,24 @@ def load_splits(
     """Train, validation and test problems of a source; see `cut_splits` for the sizes.
 
     With `deduplicate`, what is asked in test or in `test_sets` is left out of train and validation.
-    KavaError for a malformed row (with its place), a split without a usable row, and too few rows.
+    KavaError for bad rows (`BadRecords`, unless they are to be left out), a split without a usable
+    row, and too few rows.
     """
     check_form(source, reading.traces)
-    problems: dict[str, list[Problem]] = {"train": [], "validation": [], "test": []}
-    dropped: dict[str, dict[str, int]] = {}
     splits = read_source(location, source.hub_config)
     if "train" not in splits:
         raise KavaError(f"{location.path}: expected a split `train`, found {sorted(splits)}.")
-    for split, found in splits.items():
-        taught = split != "test"
-        problems[split], reasons = reading.problems(source, found.rows, split, taught=taught)
-        _require(source, location, split, problems[split], reasons)
-        if reasons:
-            dropped[split] = dict(reasons)
+    read = {
+        split: reading.problems(source, found.rows, split, taught=split != "test")
+        for split, found in splits.items()
+    }
+    _refuse_bad(read, reading)
+    for split, found in read.items():
+        _require(source, location, split, found)
+    problems = {
+        split: read[split].problems if split in read else []
+        for split in ("train", "validation", "test")
+    }
     cut = cut_splits(
         problems["train"],
         problems["validation"],
@@ -150,10 +219,11 @@ def load_splits(
             for problem in asked
         },
         deduplicate=deduplicate,
-        dropped=dropped,
+        rows={split: found.rows for split, found in read.items()},
+        dropped={split: found.counts() for split, found in read.items()},
     )
     origins = {split: splits.get(split, splits["train"]).origin() for split in problems}
-    return replace(cut, origins=origins)
+    return replace(cut, origins=origins, bad={split: found.bad for split, found in read.items()})
 
 
 def check_form(source: Source, traces: TraceForm) -> None:
@@ -178,8 +248,8 @@ def load_test_set(
     """The problems of a test set called `name`.
 
     `split` of None is `test`, or the only split there is. Steps are those of `reading`, or of the
-    one form that the source has; a problem may have none. KavaError for a malformed row (with its
-    place), a split that is not there, and a split without a usable row.
+    one form that the source has; a problem may have none. KavaError for bad rows (`BadRecords`,
+    unless they are to be left out), a split that is not there, and one without a usable row.
     """
     splits = read_source(location, source.hub_config)
     chosen = split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
@@ -189,23 +259,27 @@ def load_test_set(
             f"{', '.join(splits)}. Set `split`."
         )
     if not source.gives(reading.traces) and source.forms:
-        reading = Reading(source.forms[0], reading.drop_last_step, reading.limits)
-    problems, reasons = reading.problems(source, splits[chosen].rows, chosen, taught=False)
-    _require(source, location, chosen, problems, reasons)
-    renamed = [replace(p, id=f"{name}-{p.id.rpartition('-')[2]}") for p in problems]
-    return ReadSet(renamed, dict(sorted(reasons.items())), splits[chosen].origin())
+        reading = replace(reading, traces=source.forms[0])
+    read = reading.problems(source, splits[chosen].rows, chosen, taught=False)
+    _refuse_bad({name: read}, reading)
+    _require(source, location, chosen, read)
+    renamed = [replace(p, id=f"{name}-{p.id.rpartition('-')[2]}") for p in read.problems]
+    return ReadSet(replace(read, problems=renamed), splits[chosen].origin())
 
 
-def _require(
-    source: RowSource,
-    location: Location,
-    split: str,
-    problems: Sequence[Problem],
-    reasons: Counter[str],
-) -> None:
-    if not problems:
-        why = ", ".join(f"{count} with {reason}" for reason, count in sorted(reasons.items()))
+def _refuse_bad(read: Mapping[str, Problems], reading: Reading) -> None:
+    if reading.on_bad_record == "fail" and any(found.bad for found in read.values()):
+        raise BadRecords(
+            {name: found.bad for name, found in read.items()},
+            {name: found.rows for name, found in read.items()},
+        )
+
+
+def _require(source: RowSource, location: Location, split: str, read: Problems) -> None:
+    if not read.problems:
+        why = ", ".join(f"{count} with {reason}" for reason, count in read.counts().items())
+        first = f" The first: {read.bad[0]}" if read.bad else ""
         raise KavaError(
             f"No usable {split} row in {location.path}: {why or 'it has no rows'}. Check that it "
-            f"is {source.name}, and the settings of `prepare`."
+            f"is {source.name}, and the settings of `prepare`.{first}"
         )

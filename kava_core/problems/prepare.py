@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from kava_core.answers import has_value
 from kava_core.errors import KavaError
+from kava_core.problems.bad import BadRecords
 from kava_core.problems.load import Reading, ReadSet, check_form, load_splits, load_test_set
 from kava_core.problems.readers import Location
 from kava_core.problems.records import Problem
+from kava_core.problems.rows import BadRow
 from kava_core.problems.sources import GeneratedSource, RowSource, Source
 from kava_core.problems.splits import ProblemSplits, count_leaks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,35 +51,62 @@ def prepare_problems(
 ) -> ProblemSplits:
     """The problems of a source, generated or read from `location`, and its further test sets.
 
-    KavaError for rows that cannot be read, too few of them, a question that is taught and asked
-    (unless one of `deduplicate` and `allow_leakage` is set), and a split none of whose answers is a
-    number or a mathematical expression.
+    KavaError for bad rows (`BadRecords`: those of all splits and test sets at once, unless they are
+    to be left out), too few rows, a question that is taught and asked (unless one of `deduplicate`
+    and `allow_leakage` is set), and a split none of whose answers is a number or a mathematical
+    expression.
     """
-    further = {
-        name: load_test_set(name, asked.source, asked.location, reading, split=asked.split)
-        for name, asked in (test_sets or {}).items()
-    }
-    problems = {name: found.problems for name, found in further.items()}
+    wrong = _Wrong()
+    further = {}
+    for name, asked in (test_sets or {}).items():
+        read = partial(load_test_set, split=asked.split)
+        asked_set = wrong.of(partial(read, name, asked.source, asked.location, reading))
+        if asked_set is not None:
+            further[name] = asked_set
+    problems = {name: found.read.problems for name, found in further.items()}
+    splits: ProblemSplits | None
     if isinstance(source, GeneratedSource):
         splits = _generated(source, reading, sizes, seed)
     elif isinstance(source, RowSource) and location is not None:
-        splits = load_splits(
-            source,
-            location,
-            reading,
-            train=sizes.train,
-            validation=sizes.validation,
-            test=sizes.test,
-            seed=seed,
-            deduplicate=deduplicate,
-            test_sets=problems,
+        splits = wrong.of(
+            partial(
+                load_splits,
+                source,
+                location,
+                reading,
+                train=sizes.train,
+                validation=sizes.validation,
+                test=sizes.test,
+                seed=seed,
+                deduplicate=deduplicate,
+                test_sets=problems,
+            )
         )
     else:
         raise KavaError(f"Expected a path to read {source.name} from, found none. Set `path`.")
-    splits = _joined(splits, problems, further)
+    if splits is None or wrong.bad:
+        raise BadRecords(wrong.bad, wrong.rows)
+    splits = _joined(splits, further)
     for name, found in {**splits.taught(), **splits.asked()}.items():
         _check_answers(name, found)
     return replace(splits, leaked=count_leaks(splits, allow_leakage))
+
+
+class _Wrong:
+    """The bad rows of several readings, gathered."""
+
+    def __init__(self) -> None:
+        self.bad: dict[str, list[BadRow]] = {}
+        self.rows: dict[str, int] = {}
+
+    def of(self, read: Callable[[], T]) -> T | None:
+        """What `read` gives; None, and its bad rows remembered, if it has some."""
+        try:
+            return read()
+        except BadRecords as found:
+            self.bad |= found.bad
+            self.rows |= found.rows
+            return None
 
 
 def _generated(source: GeneratedSource, reading: Reading, sizes: Sizes, seed: int) -> ProblemSplits:
@@ -88,14 +121,14 @@ def _generated(source: GeneratedSource, reading: Reading, sizes: Sizes, seed: in
     )
 
 
-def _joined(
-    splits: ProblemSplits, problems: dict[str, list[Problem]], further: Mapping[str, ReadSet]
-) -> ProblemSplits:
+def _joined(splits: ProblemSplits, further: Mapping[str, ReadSet]) -> ProblemSplits:
     return replace(
         splits,
-        test_sets=problems,
+        test_sets={name: found.read.problems for name, found in further.items()},
+        rows=splits.rows | {name: found.read.rows for name, found in further.items()},
         dropped=splits.dropped
-        | {name: found.dropped for name, found in further.items() if found.dropped},
+        | {name: found.read.counts() for name, found in further.items() if found.read.counts()},
+        bad=splits.bad | {name: found.read.bad for name, found in further.items()},
         origins=splits.origins | {name: found.origin for name, found in further.items()},
     )
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from kava_core.artefacts import file_digest
 from kava_core.errors import KavaError
 from kava_core.problems.hub import commit_of, read_dataset
-from kava_core.problems.rows import Row
+from kava_core.problems.rows import BadRow, Row
 from kava_core.problems.splits import SPLIT_NAMES
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,11 +45,12 @@ class Location:
 class SplitRows:
     """The rows of one split, read as they are asked for, and what they are read from.
 
-    That is either `files` (by their names in the location) or the `dataset` on the Hub, whose
-    `commit` is None where the Hub did not say.
+    What is no row (a line that is not JSON) is given in its place as a `BadRow`, and reading goes
+    on. They are read from either `files` (by their names in the location) or the `dataset` on the
+    Hub, whose `commit` is None where the Hub did not say.
     """
 
-    rows: Iterator[Row]
+    rows: Iterator[Row | BadRow]
     files: Mapping[str, Path] = field(default_factory=dict)
     dataset: str | None = None
     commit: str | None = None
@@ -61,24 +62,28 @@ class SplitRows:
         return {"files": {name: file_digest(path) for name, path in self.files.items()}}
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path) -> Iterator[Row | BadRow]:
     """The rows of a JSONL file, one object per line; blank lines are passed over.
 
-    KavaError, naming file and line (counted from 1), for a line that is not a JSON object.
+    A line (counted from 1) that is not a JSON object is a `BadRow`.
     """
     number = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if raw.strip():
                 place = f"{path}:{line}"
-                yield Row(_object(_json(raw, place), place), place, number)
+                try:
+                    yield _row(_json(raw, place), place, number)
+                except BadRow as bad:
+                    yield bad
                 number += 1
 
 
-def read_json(path: Path) -> Iterator[Row]:
+def read_json(path: Path) -> Iterator[Row | BadRow]:
     """The objects of a JSON list, or of a file that is JSONL under another name.
 
-    A list is held in memory while it is read; places name its items, counted from 1.
+    A list is held in memory while it is read; places name its items, counted from 1. An item that
+    is no object is a `BadRow`; KavaError if the list itself cannot be read.
     """
     with path.open("rb") as file:
         start = file.read(4096).lstrip()
@@ -86,14 +91,14 @@ def read_json(path: Path) -> Iterator[Row]:
         yield from read_jsonl(path)
         return
     for number, item in enumerate(_json(path.read_bytes(), str(path))):
-        place = f"{path}, item {number + 1}"
-        yield Row(_object(item, place), place, number)
+        yield _row(item, f"{path}, item {number + 1}", number)
 
 
-def read_csv(path: Path) -> Iterator[Row]:
+def read_csv(path: Path) -> Iterator[Row | BadRow]:
     """The rows of a CSV file with a header; every field is text.
 
-    KavaError, naming file and line, for a row with other fields than the header says.
+    A row with other fields than the header says is a `BadRow`. KavaError if the rest cannot be
+    read either: it has no header, a quote is never closed, or it is not UTF-8.
     """
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -106,12 +111,11 @@ def read_csv(path: Path) -> Iterator[Row]:
                 place = f"{path}:{reader.line_num}"
                 if not values:
                     continue
-                if len(values) != len(names):
-                    raise KavaError(
-                        f"{place}: expected {len(names)} fields ({', '.join(names)}), found "
-                        f"{len(values)}. Mend the row."
-                    )
-                yield Row(dict(zip(names, values, strict=True)), place, number)
+                if len(values) == len(names):
+                    yield Row(dict(zip(names, values, strict=True)), place, number)
+                else:
+                    expected = f"{len(names)} fields ({', '.join(names)})"
+                    yield BadRow(place, expected, str(len(values)))
                 number += 1
         except csv.Error as error:
             raise KavaError(
@@ -121,7 +125,7 @@ def read_csv(path: Path) -> Iterator[Row]:
             raise KavaError(f"{path}: expected UTF-8, found {error}. Mend the file.") from None
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path) -> Iterator[Row | BadRow]:
     """The rows of a Parquet file, counted from 0; KavaError if it is damaged."""
     number = 0
     try:
@@ -134,23 +138,27 @@ def read_parquet(path: Path) -> Iterator[Row]:
         raise KavaError(f"{path}: expected Parquet, found {error}. Get the file again.") from None
 
 
-def read_text(path: Path) -> Iterator[Row]:
-    """The lines of a text file, rows with the one field `text`; blank ones are passed over."""
+def read_text(path: Path) -> Iterator[Row | BadRow]:
+    """The lines of a text file, rows with the one field `text`; blank ones are passed over.
+
+    A line that is not UTF-8 is a `BadRow`.
+    """
     number = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
+            place = f"{path}:{line}"
             try:
                 text = raw.decode("utf-8").strip()
             except UnicodeDecodeError as error:
-                raise KavaError(
-                    f"{path}:{line}: expected UTF-8, found {error}. Mend the line."
-                ) from None
+                yield BadRow(place, "UTF-8", str(error), "Mend the line.")
+                number += 1
+                continue
             if text:
-                yield Row({"text": text}, f"{path}:{line}", number)
+                yield Row({"text": text}, place, number)
                 number += 1
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
@@ -221,7 +229,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Row | BadRow]:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise KavaError(
@@ -231,7 +239,7 @@ def _read_file(path: Path) -> Iterator[Row]:
     return _readable(path, reader(path))
 
 
-def _readable(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+def _readable(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
     try:
         yield from rows
     except OSError as error:
@@ -242,12 +250,10 @@ def _json(raw: bytes, place: str) -> Any:
     try:
         return json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise KavaError(f"{place}: expected JSON, found {error}. Mend the line.") from None
+        raise BadRow(place, "JSON", str(error), "Mend the line.") from None
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise KavaError(
-            f"{place}: expected a JSON object, found {type(value).__name__}. Mend the line."
-        )
-    return value
+def _row(value: Any, place: str, number: int) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(value, place, number)
+    return BadRow(place, "a JSON object", type(value).__name__, "Mend the line.")

@@ -68,6 +68,11 @@ def describe(problems: Iterable[Problem]) -> dict[str, Any]:
     }
 
 
+def describe_tokens(questions: Sequence[int], traces: Sequence[int]) -> dict[str, Any]:
+    """The same quantiles of N_Q and N_C, the lengths that limits in tokens are set in."""
+    return {"question_tokens": _quantiles(questions), "trace_tokens": _quantiles(traces)}
+
+
 def trace_characters(steps: Sequence[str]) -> int:
     """The length of a trace: the characters of all its steps."""
     return sum(map(len, steps))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, normalise_question
+from kava_core.problems.rows import BadRow
 
 # A split by the names that files and datasets give it.
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
@@ -17,19 +18,24 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev")
 
 @dataclass(frozen=True)
 class ProblemSplits:
-    """The problems of a source, and how many rows were left out.
+    """The problems of a source, and what became of all its rows.
 
-    `test_sets` are further problems to be asked, by name. `dropped` maps a split of the source or
-    a test set to {reason: rows}; `leaked` maps `test` and every test set to the number of its
-    questions that also stand in train or validation (0 unless leakage was allowed); `origins` maps
-    a split or test set to what it was read from (`SplitRows.origin`), if it was read.
+    `test_sets` are further problems to be asked, by name. `rows` maps a split or a test set to the
+    rows that it had: a row that was cut from train is one of the split that it went to. Each is one
+    of its problems, or counted in `dropped`, which maps the same to {reason: rows}. `bad` are the
+    bad rows among those, by the source's splits and the test sets. `leaked` maps `test` and every
+    test set to the number of its questions that also stand in train or validation (0 unless leakage
+    was allowed); `origins` maps a split or test set to what it was read from (`SplitRows.origin`),
+    if it was read.
     """
 
     train: list[Problem]
     validation: list[Problem]
     test: list[Problem]
     test_sets: dict[str, list[Problem]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    bad: dict[str, list[BadRow]] = field(default_factory=dict)
     leaked: dict[str, int] = field(default_factory=dict)
     origins: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -41,6 +47,17 @@ class ProblemSplits:
         """`test` and the further test sets by name."""
         return {"test": self.test, **self.test_sets}
 
+    def counts(self, name: str) -> dict[str, Any]:
+        """{"in", "kept", "dropped": {reason: rows}} of a split or test set; the first is the sum
+        of all others."""
+        kept = len({**self.taught(), **self.asked()}[name])
+        # What is generated was never anything else than kept.
+        return {
+            "in": self.rows.get(name, kept),
+            "kept": kept,
+            "dropped": self.dropped.get(name, {}),
+        }
+
 
 def cut_splits(
     train: Sequence[Problem],
@@ -51,9 +68,10 @@ def cut_splits(
     validation_size: int,
     test_size: int | None,
     seed: int,
+    rows: Mapping[str, int],
+    dropped: Mapping[str, Mapping[str, int]],
     elsewhere: Set[str] = frozenset(),
     deduplicate: bool = False,
-    dropped: dict[str, dict[str, int]] | None = None,
 ) -> ProblemSplits:
     """Cut what the source does not have (validation, test) from train.
 
@@ -62,15 +80,14 @@ def cut_splits(
     order. Left out and counted are later repetitions of a question within train, training questions
     of a given validation set, rows beyond the sizes asked for, and, with `deduplicate`, rows of
     train and validation whose question is one of the test set or of `elsewhere` (normalised
-    questions). KavaError if there are too few rows, or if nothing is left.
+    questions). rows, dropped: how many rows each split of the source had, and how many of them were
+    left out before. KavaError if there are too few rows, or if nothing is left.
     """
-    counts: dict[str, Counter[str]] = {
-        name: Counter(reasons) for name, reasons in (dropped or {}).items()
-    }
+    counts: dict[str, Counter[str]] = {name: Counter(reasons) for name, reasons in dropped.items()}
 
-    def drop(split: str, reason: str, rows: int) -> None:
-        if rows:
-            counts.setdefault(split, Counter())[reason] += rows
+    def drop(split: str, reason: str, left_out: int) -> None:
+        if left_out:
+            counts.setdefault(split, Counter())[reason] += left_out
 
     unique: dict[str, Problem] = {}
     for problem in train:
@@ -109,11 +126,17 @@ def cut_splits(
     rest = pool[cut_test + cut_validation :]
     chosen_train = rest if train_size is None else rest[:train_size]
     drop("train", _BEYOND, len(rest) - len(chosen_train))
+    moved = {"train": -cut_test - cut_validation, "validation": cut_validation, "test": cut_test}
     return ProblemSplits(
         train=_renamed(chosen_train, "train"),
         validation=_renamed(chosen_validation, "validation"),
         test=_renamed(chosen_test, "test"),
-        dropped={name: dict(sorted(reasons.items())) for name, reasons in sorted(counts.items())},
+        rows={name: rows.get(name, 0) + number for name, number in moved.items()},
+        dropped={
+            name: dict(sorted(reasons.items()))
+            for name, reasons in sorted(counts.items())
+            if reasons
+        },
     )
 
 

@@ -15,7 +15,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,12 +24,22 @@ from kava_core.problems.records import Problem, TraceForm
 from kava_core.record import Record
 
 ANSWER_PROMPT = "The answer is:"
+_NAMED = 20  # problems in a message
 # Where a step states its result: behind the last "=", or it is nothing else.
 _STATED: dict[TraceForm, re.Pattern[str]] = {
     "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
     "results": re.compile(r"^\s*(.*?)\s*$"),
     "checked": re.compile(r"=\s*([^=]+?)\s*$"),
 }
+
+
+class Measured(NamedTuple):
+    """N_Q (with bos, if there is one) and N_C of the whole chain; fault: why the tokenizer cannot
+    write the problem, in words, None if it can."""
+
+    question_tokens: int
+    trace_tokens: int
+    fault: str | None
 
 
 class TraceEncoder:
@@ -91,17 +101,13 @@ class TraceEncoder:
     def encode_all(self, problems: Sequence[Problem]) -> list[Record]:
         """The traces of many problems, in their order, tokenised in one call per kind of piece.
 
-        KavaError, naming the problem, if its trace or answer is empty, if its text holds one of
-        the tokenizer's special tokens, or if decoding the ids does not give the text back (white
+        KavaError, naming all such problems, if a trace or an answer is empty, if a text holds one
+        of the tokenizer's special tokens, or if decoding the ids does not give the text back (white
         space aside): such a tokenizer would teach something else than the problem.
         """
         if not problems:
             return []
-        for problem in problems:
-            if not self.cot_text(problem.steps).strip():
-                raise KavaError(f"Problem {problem.id} has an empty trace. Remove it or mend it.")
-            if not problem.answer.strip():
-                raise KavaError(f"Problem {problem.id} has an empty answer. Remove it or mend it.")
+        _refuse(problems, [self._empty(problem) for problem in problems])
         questions = self._ids([self.question_text(problem.question) for problem in problems])
         cuts = [self._latent_steps(problem) for problem in problems]
         latent = [problem.steps[:cut] for problem, cut in zip(problems, cuts, strict=True)]
@@ -113,7 +119,7 @@ class TraceEncoder:
         written = [
             q + c + p + a[:-1] for q, c, p, a in zip(questions, cots, prompts, answers, strict=True)
         ]
-        self._check(problems, written)
+        _refuse(problems, self._lost(problems, written))
         return [
             Record(
                 id=problem.id,
@@ -131,6 +137,24 @@ class TraceEncoder:
             for problem, question, cot, prompt, answer, (ends, results) in zip(
                 problems, questions, cots, prompts, answers, places, strict=True
             )
+        ]
+
+    def measure(self, problems: Sequence[Problem]) -> list[Measured]:
+        """How many tokens each problem has, and whether this tokenizer can write it at all."""
+        if not problems:
+            return []
+        questions = self.encode_questions([problem.question for problem in problems])
+        chains = self.encode_chains([problem.steps for problem in problems])
+        answers = self.encode_answers([problem.answer for problem in problems])
+        bare = len(self.first)
+        written = [
+            q[bare:] + c + self.answer_prompt_ids + a[:-1]
+            for q, c, a in zip(questions, chains, answers, strict=True)
+        ]
+        faults = self._lost(problems, written)
+        return [
+            Measured(len(q), len(c), fault)
+            for q, c, fault in zip(questions, chains, faults, strict=True)
         ]
 
     def encode_questions(self, questions: Sequence[str]) -> list[list[int]]:
@@ -201,26 +225,58 @@ class TraceEncoder:
         )["input_ids"]
         return ids
 
-    def _check(self, problems: Sequence[Problem], written: list[list[int]]) -> None:
+    def _empty(self, problem: Problem) -> str | None:
+        if not self.cot_text(problem.steps).strip():
+            return "has an empty trace"
+        return None if problem.answer.strip() else "has an empty answer"
+
+    def _lost(self, problems: Sequence[Problem], written: list[list[int]]) -> list[str | None]:
+        """What the ids of each problem are, if they are not its text."""
         texts = self.tokenizer.batch_decode(
             written, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        found: list[str | None] = []
         for problem, ids, text in zip(problems, written, texts, strict=True):
             special = self._special.intersection(ids)
-            if special:
-                names = self.tokenizer.convert_ids_to_tokens(sorted(special))
-                raise KavaError(
-                    f"Problem {problem.id} turns into the tokenizer's special tokens {names}. "
-                    "Remove them from its text, or use a tokenizer that knows its characters."
-                )
             expected = (
                 self.question_text(problem.question)
                 + self.cot_text(problem.steps)
                 + ANSWER_PROMPT
                 + problem.answer
             )
-            if "".join(text.split()) != "".join(expected.split()):
-                raise KavaError(
-                    f"Problem {problem.id} does not survive the tokenizer: expected "
-                    f"{expected!r}, decoding gives {text!r}. Use another tokenizer."
+            if special:
+                names = self.tokenizer.convert_ids_to_tokens(sorted(special))
+                found.append(f"turns into the tokenizer's special tokens {names}")
+            elif (given := "".join(text.split())) != (wanted := "".join(expected.split())):
+                found.append(
+                    f"does not survive the tokenizer: {_around(wanted, given)} becomes "
+                    f"{_around(given, wanted)}"
                 )
+            else:
+                found.append(None)
+        return found
+
+
+def _around(text: str, other: str) -> str:
+    """The part of a text where it begins to differ from another, quoted."""
+    differ = (i for i, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    same = next(differ, min(len(text), len(other)))
+    return repr(text[max(0, same - 20) : same + 20])
+
+
+def _refuse(problems: Sequence[Problem], faults: Sequence[str | None]) -> None:
+    """KavaError that names every problem with a fault, if there is one."""
+    wrong = [(problem.id, fault) for problem, fault in zip(problems, faults, strict=True) if fault]
+    if not wrong:
+        return
+    first, others = wrong[0], [name for name, _ in wrong[1:]]
+    named = ", ".join(others[:_NAMED]) + (" …" if len(others) > _NAMED else "")
+    raise KavaError(
+        f"Problem {first[0]} {first[1]}"
+        + (
+            f"; {len(others)} of {len(problems)} others cannot be used either ({named})"
+            * bool(others)
+        )
+        + ". Mend or remove what is wrong; where `prepare.tokenizer` is the teacher's model, "
+        "`prepare.on_bad_record: drop` leaves it out."
+    )

@@ -70,6 +70,12 @@ class Pipeline(Section):
                 "resources.push_caches: means nothing at `generate.keep: targets`, where no caches "
                 "are kept. Leave it out"
             )
+        if self.teacher.model == "scratch" and self.prepare.tokenizer is not None:
+            raise ValueError(
+                "prepare.tokenizer: a teacher from scratch learns its own tokenizer from the "
+                "problems that `prepare` leaves. Leave it out, and limit characters instead of "
+                "tokens"
+            )
         return self
 
 

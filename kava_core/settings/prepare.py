@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
+from kava_core.problems.bad import OnBadRecord
 from kava_core.problems.records import TraceForm
 from kava_core.problems.sources import SOURCES, GeneratedSource, RowSource, Source
 from kava_core.settings.base import Name, Positive, Section
@@ -39,9 +40,12 @@ class Prepare(Section):
     hub_config: the Hub's name for a part of a dataset; null: the source's own. revision: the
     version of a dataset on the Hub; null: its newest. Sizes of null take all there is.
     drop_last_step: leave out the step that states the answer. max_*: what is longer is left out and
-    counted; questions everywhere, traces in train and validation. deduplicate: leave out of train
-    and validation what stands in a test set; without it such a question is an error, unless
-    allow_leakage.
+    counted; questions everywhere, traces in train and validation. tokenizer: the teacher's, a
+    Hugging Face folder or id (at tokenizer_revision; null: its newest), which tokens are counted
+    with, and which must be able to write every record. on_bad_record: what is malformed, or cannot
+    be written, is an error that names all of it, or is left out and counted. deduplicate: leave out
+    of train and validation what stands in a test set; without it such a question is an error,
+    unless allow_leakage.
     """
 
     source: SourceChoice
@@ -57,6 +61,11 @@ class Prepare(Section):
     max_steps: Positive | None = None
     max_question_characters: Positive | None = None
     max_trace_characters: Positive | None = None
+    tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    max_question_tokens: Positive | None = None
+    max_trace_tokens: Positive | None = None
+    on_bad_record: OnBadRecord = "fail"
     deduplicate: StrictBool = False
     allow_leakage: StrictBool = False
     test_sets: dict[Name, TestSet] = Field(default_factory=dict)
@@ -66,9 +75,15 @@ class Prepare(Section):
         name = self.source.name
         if self.deduplicate and self.allow_leakage:
             raise ValueError("deduplicate leaves nothing that allow_leakage could allow: set one")
-        if self.test_sets.keys() & {name, "test"}:
+        if self.test_sets.keys() & {name, "train", "validation", "test"}:
             raise ValueError(
-                f"test_sets must not be named test or {name}, the pipeline's own source"
+                f"test_sets must not be named train, validation, test or {name}, the pipeline's "
+                "own source"
+            )
+        counted = self.changed("tokenizer_revision", "max_question_tokens", "max_trace_tokens")
+        if counted and self.tokenizer is None and not isinstance(self.source, GeneratedSource):
+            raise ValueError(
+                f"{', '.join(counted)}: which tokens? Set `tokenizer` to the teacher's model"
             )
         if not isinstance(self.source, GeneratedSource):
             if self.path is None:
@@ -85,6 +100,11 @@ class Prepare(Section):
             "max_steps",
             "max_question_characters",
             "max_trace_characters",
+            "tokenizer",
+            "tokenizer_revision",
+            "max_question_tokens",
+            "max_trace_tokens",
+            *(() if self.test_sets else ("on_bad_record",)),
         )
         if foreign:
             raise ValueError(f"source {name} has no {', '.join(foreign)}")

@@ -13,7 +13,7 @@ from kava_core.evaluation.asking import Reply
 from kava_core.evaluation.comparison import Comparison
 from kava_core.evaluation.examination import Examination, examine
 from kava_core.evaluation.perplexity import perplexity
-from kava_core.evaluation.results import cost, costs_of, score, write_results
+from kava_core.evaluation.results import cost, costs_of, harness_scores, score, write_results
 from kava_core.findings.evaluation import Prediction
 from kava_core.findings.scores import GroupScore, wilson
 from kava_core.models.latent import LatentReasoner
@@ -24,6 +24,7 @@ from tests.stages.project import digest
 
 FILES = [
     "comparisons.json",
+    "lm_eval.json",
     "metrics.json",
     "plots/steps.json",
     "plots/systems.json",
@@ -72,6 +73,21 @@ def test_means_are_computed_by_hand(encoder: TraceEncoder) -> None:
     found = score(examination, some(encoder))
     assert (found.forward_passes, found.tokens) == (5.5, 6.5)
     assert cost(examination).seconds_per_problem == pytest.approx(0.55)
+
+
+def test_the_same_answers_are_scored_by_the_rules_of_another_harness(
+    encoder: TraceEncoder,
+) -> None:
+    toy = some(encoder)
+    texts = [
+        f"#### {p.answer}." if i < 3 else f"$ {p.answer}, so" for i, p in enumerate(toy.problems)
+    ]
+    examination = examined(encoder)
+    replies = [replace(r, text=text) for r, text in zip(examination.replies, texts, strict=True)]
+    found = {"toy": {"kava": replace(examination, replies=replies)}}
+    assert harness_scores(found, [toy]) == {
+        "toy": {"kava": {"strict-match": 25.0, "flexible-extract": 100.0}}
+    }
 
 
 def test_costs_are_apart(encoder: TraceEncoder) -> None:

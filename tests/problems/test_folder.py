@@ -21,7 +21,11 @@ from kava_core.problems.splits import ProblemSplits
 SPLITS = Synthetic().splits(6, 2, 3, seed=0)
 ASKED = [Problem("hard-000000", "How many?", (), "7", "gsm-hard", "sums")]
 WITH_HARD = replace(
-    SPLITS, test_sets={"hard": ASKED}, dropped={"hard": {"no answer": 2}}, leaked={"hard": 1}
+    SPLITS,
+    test_sets={"hard": ASKED},
+    rows={"hard": 3},
+    dropped={"hard": {"no answer": 2}},
+    leaked={"hard": 1},
 )
 
 
@@ -47,7 +51,7 @@ def test_what_is_taught_is_read_as_it_was(tmp_path: Path) -> None:
     assert opened.traces == "equations"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["train"]["problems"] == 6
-    assert metrics["dropped"] == {}
+    assert metrics["rows"]["train"] == {"in": 6, "kept": 6, "dropped": {}}
 
 
 def test_test_sets_are_the_own_one_first_and_then_the_others(tmp_path: Path) -> None:
@@ -59,7 +63,8 @@ def test_test_sets_are_the_own_one_first_and_then_the_others(tmp_path: Path) -> 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["test_sets"]["hard"]["by_steps"] == {"0": 1}
     assert metrics["test_sets"]["test"]["problems"] == 3
-    assert (metrics["dropped"], metrics["leaked"]) == ({"hard": {"no answer": 2}}, {"hard": 1})
+    assert metrics["rows"]["hard"] == {"in": 3, "kept": 1, "dropped": {"no answer": 2}}
+    assert metrics["leaked"] == {"hard": 1}
 
 
 def test_a_further_test_set_changes_nothing_that_is_taught(tmp_path: Path) -> None:

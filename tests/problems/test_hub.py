@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from kava_core.errors import KavaError
 from kava_core.problems import hub
@@ -64,5 +65,25 @@ def test_what_cannot_be_had_is_named_with_its_revision(monkeypatch: pytest.Monke
         raise ConnectionError("no network")
 
     monkeypatch.setattr(hub, "load_dataset", fail)
-    with pytest.raises(KavaError, match=r"'owner/name' is no local path.* at revision 2222"):
+    words = r"'owner/name' is no local path.* at revision 2222.*`hf download owner/name --repo-type"
+    with pytest.raises(KavaError, match=words):
         read_source(Location("owner/name", revision="v2"))
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RevisionNotFoundError, "owner/name on the Hub has no revision 'v9'. Correct `revision`"),
+        (RepositoryNotFoundError, "no dataset on the Hub that may be read from here. Correct"),
+    ],
+)
+def test_what_the_hub_says_it_has_not_is_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, error: type[RepositoryNotFoundError], words: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error("404", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    with pytest.raises(KavaError, match=words):
+        read_source(Location("owner/name", revision="v9"))

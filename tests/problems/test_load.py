@@ -206,7 +206,7 @@ def test_a_test_set_takes_the_split_called_test_or_the_only_one(folder: Path) ->
         found = load_test_set(
             "asked", GSM8K(), Location(str(location)), Reading("equations"), split=split
         )
-        return [problem.id for problem in found.problems]
+        return [problem.id for problem in found.read.problems]
 
     assert read(folder) == [f"asked-{n:06d}" for n in range(6)]
     assert len(read(folder, "train")) == len(read(folder / "train.jsonl")) == 21
@@ -218,8 +218,8 @@ def test_a_test_set_without_the_form_asked_for_brings_the_one_it_has(tmp_path: P
     (tmp_path / "test.txt").write_text("How many?||<<1+1=2>> #### 2\nAnd now?|| #### two\n")
     location = Location(str(tmp_path))
     found = load_test_set("aug", GSM8kAug(), location, Reading("sentences"))
-    assert [problem.steps for problem in found.problems] == [("<<1+1=2>>",)]
-    assert found.dropped == {"answer is no number": 1}
+    assert [problem.steps for problem in found.read.problems] == [("<<1+1=2>>",)]
+    assert found.read.counts() == {"answer is no number": 1}
     (tmp_path / "test.txt").write_text("How many?||<<1+1=2>> #### two\nAnd now?|| ####\n")
     with pytest.raises(KavaError, match="1 with answer is no number, 1 with no answer"):
         load_test_set("aug", GSM8kAug(), location, Reading("equations"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kava_core.errors import KavaError
 from kava_core.problems.readers import Location, read_source
-from kava_core.problems.rows import Row
+from kava_core.problems.rows import BadRow, Row
 
 
 def jsonl(path: Path, rows: list[dict[str, str]]) -> None:
@@ -45,7 +45,11 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, str]]], None]] = {
 
 
 def read(path: Path, split: str = "train") -> Iterator[Row]:
-    return read_source(Location(str(path)))[split].rows
+    """The rows of a file that is to have no bad ones."""
+    for row in read_source(Location(str(path)))[split].rows:
+        if isinstance(row, BadRow):
+            raise row
+        yield row
 
 
 # A Unicode line end within a text is no line end of a file, and a lone surrogate is no text.
@@ -122,6 +126,25 @@ def test_a_broken_file_is_refused_with_its_place(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(KavaError, match=words):
         list(read(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "bad"),
+    [
+        ("train.jsonl", b'{"a": 1}\n{"a": \n[1]\n\n{"a": 2}\n', ["JSON", "a JSON object"]),
+        ("train.json", b'[{"a": 1}, 7, "x", {"a": 2}]', ["a JSON object"] * 2),
+        ("train.csv", b"a,b\n1,2\n3\n4,5,6\n7,8\n", ["2 fields (a, b)"] * 2),
+        ("train.txt", b"one\n\xff\n\xfe\ntwo\n", ["UTF-8"] * 2),
+    ],
+)
+def test_reading_goes_on_behind_a_line_that_is_no_row(
+    tmp_path: Path, name: str, content: bytes, bad: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = list(read_source(Location(str(tmp_path / name)))["train"].rows)
+    assert [row.expected for row in found if isinstance(row, BadRow)] == bad
+    rows = [row for row in found if isinstance(row, Row)]
+    assert [row.number for row in rows] == [0, 3]  # as if the others were mended
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path) -> None:

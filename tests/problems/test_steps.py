@@ -58,14 +58,16 @@ def test_a_part_of_the_trace_has_its_own_steps_only() -> None:
 
 def test_results_come_from_equations() -> None:
     row = Row({"question": "q", "answer": "a <<1+2=3>>3\nb <<3*4=12>>12\n#### 12"}, "r:1", 0)
-    (problem,), left_out = Reading("results").problems(GSM8K(), [row], "train", taught=True)
-    assert problem.steps == ("3", "12") and not left_out
+    read = Reading("results").problems(GSM8K(), [row], "train", taught=True)
+    (problem,) = read.problems
+    assert problem.steps == ("3", "12")
+    assert (read.rows, read.counts(), read.bad) == (1, {}, [])
 
 
 def test_checked_results_come_from_equations() -> None:
     row = Row({"question": "q", "answer": "a <<1+2=3>>3\nb <<3*4=12>>12\n#### 12"}, "r:1", 0)
-    (problem,), left_out = Reading("checked").problems(GSM8K(), [row], "train", taught=True)
-    assert problem.steps == ("3: 1+2 = 3", "12: 3*4 = 12") and not left_out
+    (problem,) = Reading("checked").problems(GSM8K(), [row], "train", taught=True).problems
+    assert problem.steps == ("3: 1+2 = 3", "12: 3*4 = 12")
 
 
 def test_a_checked_step_begins_and_ends_in_the_same_tokens() -> None:

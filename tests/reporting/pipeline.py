@@ -90,11 +90,11 @@ def make_pipeline(
     counts = {"problems": 60, "by_steps": {"2": 20, "3": 20, "4": 20}}
     _write(
         made.folder / "problems/metrics.json",
-        {"train": counts, "validation": counts, "dropped": {}},
+        {"train": counts, "validation": counts, "rows": {}},
     )
     _write(
         made.folder / "test_sets/metrics.json",
-        {"test_sets": dict.fromkeys(["test", *test_sets[1:]], counts), "dropped": {}, "leaked": {}},
+        {"test_sets": dict.fromkeys(["test", *test_sets[1:]], counts), "rows": {}, "leaked": {}},
     )
     _write(
         made.folder / "test_sets/test_sets.json",

@@ -158,6 +158,7 @@ def test_again_it_has_the_same_bytes_and_only_what_was_measured_differs(
     assert sorted(before) == [
         "comparisons.json",
         "interpretability.json",
+        "lm_eval.json",
         "metrics.json",
         "plots/steps.json",
         "plots/systems.json",

@@ -11,9 +11,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from kava_core.distill.teacher_job import train_teacher
 from kava_core.errors import KavaError
+from kava_core.models.loading import load_tokenizer, tokenizer_fingerprint
 from kava_core.problems.folder import open_problems, open_test_sets
 from kava_core.problems.sources import SOURCES
+from kava_core.problems.tokenizer import train_tokenizer
+from kava_core.settings import Cadence, Resources, Teacher, load_pipeline
 from stages.prepare import prepare
 
 REST: dict[str, Any] = {
@@ -35,6 +39,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "gsm8k-aug-nl": [
         {"question": f"{n} and 1?", "cot": f"Add one. It is {n + 1}.", "answer": str(n + 1)}
+        for n in range(9)
+    ],
+    "multiarith": [
+        {
+            "sQuestion": f"{n} and 1 ? ",
+            "lEquations": [f"X=({n}.0+1.0)"],
+            "lSolutions": [n + 1.0],
+        }
         for n in range(9)
     ],
     "svamp": [
@@ -69,7 +81,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def run(folder: Path, **settings: Any) -> Path:
     """The pipeline's folder that these settings of `prepare` give."""
-    document = {"pipelines": {"one": {"prepare": settings, **REST}}}
+    teacher = REST["teacher"] | ({"model": "x/y"} if "tokenizer" in settings else {})
+    document = {"pipelines": {"one": {"prepare": settings, **REST, "teacher": teacher}}}
     (folder / "pipelines.yaml").write_text(yaml.safe_dump(document))
     arguments = ["--pipeline", "one", "--pipelines", str(folder / "pipelines.yaml")]
     arguments += ["--data", str(folder / "data")]
@@ -121,11 +134,21 @@ def test_what_was_left_out_is_counted_in_the_metrics(tmp_path: Path) -> None:
         max_question_characters=40,
         test_sets={"hard": {"source": "gsm-hard", "path": write(tmp_path / "hard.jsonl", hard)}},
     )
-    assert metrics(data, "problems")["dropped"] == {
-        "train": {"beyond the number asked for": 1, "no answer": 1}
+    assert metrics(data, "problems")["rows"] == {
+        "train": {
+            "in": 6,
+            "kept": 4,
+            "dropped": {"beyond the number asked for": 1, "no answer": 1},
+        },
+        "validation": {"in": 2, "kept": 2, "dropped": {}},
     }
-    assert metrics(data, "test_sets")["dropped"] == {
-        "hard": {"no answer": 1, "question longer than 40 characters": 1}
+    assert metrics(data, "test_sets")["rows"] == {
+        "test": {"in": 2, "kept": 2, "dropped": {}},
+        "hard": {
+            "in": 6,
+            "kept": 4,
+            "dropped": {"no answer": 1, "question longer than 40 characters": 1},
+        },
     }
 
 
@@ -138,10 +161,10 @@ def test_a_leaked_question_is_an_error_unless_allowed_or_taken_out(tmp_path: Pat
     assert not (tmp_path / "data/one").exists()
     data = run(tmp_path, **settings, test_sets={"aug": aug}, allow_leakage=True)
     assert metrics(data, "test_sets")["leaked"] == {"test": 0, "aug": 1}
-    assert metrics(data, "problems")["dropped"] == {}
+    assert metrics(data, "problems")["rows"]["train"]["dropped"] == {}
     data = run(tmp_path, **settings, test_sets={"aug": aug}, deduplicate=True)
     assert metrics(data, "test_sets")["leaked"] == {"test": 0, "aug": 0}
-    assert metrics(data, "problems")["dropped"] == {"train": {"question of a test set": 1}}
+    assert metrics(data, "problems")["rows"]["train"]["dropped"] == {"question of a test set": 1}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -201,6 +224,43 @@ def uneven(n: int) -> dict[str, str]:
     return {"question": question, "answer": "\n".join([*steps, f"#### {n + 1}"])}
 
 
+def own_tokenizer(folder: Path) -> str:
+    texts = [row["question"] for row in map(uneven, range(40))]
+    train_tokenizer(texts, 280).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_measures_limits_and_refuses_before_a_teacher_is_there(tmp_path: Path) -> None:
+    rows = [uneven(n) for n in range(12)] + [uneven(12) | {"question": "What is <|eos|>?"}]
+    settings = {
+        "source": "gsm8k",
+        "path": write(tmp_path / "rows.jsonl", rows),
+        "traces": "sentences",
+        "validation": 2,
+        "test": 2,
+        "tokenizer": own_tokenizer(tmp_path / "tokenizer"),
+    }
+    with pytest.raises(KavaError, match=r"rows.jsonl:13: expected a text that the tokenizer can"):
+        run(tmp_path, **settings)
+    assert not (tmp_path / "data/one").exists()
+    data = run(tmp_path, **settings, on_bad_record="drop", max_question_tokens=7)
+    counts = metrics(data, "problems")["rows"]["train"]
+    assert counts["dropped"]["bad: expected a text that the tokenizer can write"] == 1
+    assert counts["dropped"]["question longer than 7 tokens"] > 0
+    found = metrics(data, "problems")["train"]
+    assert 0 < found["question_tokens"]["max"] <= 7
+    assert found["trace_tokens"]["min"] > 5
+    assert metrics(data, "test_sets")["test_sets"]["test"]["question_tokens"]["max"] <= 7
+    folder = open_problems(data / "problems")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    folder.check_tokenizer(tokenizer_fingerprint(tokenizer))
+    with pytest.raises(KavaError, match=r"another tokenizer: .*Set `prepare.tokenizer`"):
+        folder.check_tokenizer("f" * 64)
+    teacher = Teacher.model_validate({"training": {"steps": 1, "learning_rate": 1e-3}})
+    with pytest.raises(KavaError, match=r"problems was measured in the tokens of another"):
+        train_teacher(teacher, folder, data / "teacher", Cadence(), Resources())
+
+
 # Each setting of a source that is read, with a value that must make a difference.
 DIFFERENCES: dict[str, Any] = {
     "traces": "equations",
@@ -212,6 +272,9 @@ DIFFERENCES: dict[str, Any] = {
     "max_steps": 1,
     "max_question_characters": 10,
     "max_trace_characters": 15,
+    "max_question_tokens": 7,
+    "max_trace_tokens": 15,
+    "on_bad_record": "drop",
     "test_sets": {"hard": {"source": "gsm-hard", "path": "hard.jsonl"}},
 }
 
@@ -222,8 +285,17 @@ def test_every_setting_changes_something(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "hard.jsonl", HARD)
-    path = write(tmp_path / "rows.jsonl", [uneven(n) for n in range(12)])
+    rows: list[dict[str, Any]] = [uneven(n) for n in range(12)]
+    path = write(tmp_path / "rows.jsonl", rows)
     settings = {"source": "gsm8k", "path": path, "traces": "sentences", "validation": 2, "test": 2}
+    if setting.endswith("_tokens"):
+        settings["tokenizer"] = own_tokenizer(tmp_path / "tokenizer")
+    if setting == "on_bad_record":
+        write(tmp_path / "rows.jsonl", [*rows, {"question": "None?"}])
+        with pytest.raises(KavaError, match=r"on_bad_record: drop"):
+            run(tmp_path, **settings)
+        run(tmp_path, **settings, on_bad_record="drop")
+        return
     plain = parquet(run(tmp_path, **settings))
     assert parquet(run(tmp_path, **(settings | {setting: DIFFERENCES[setting]}))) != plain
 
@@ -282,6 +354,22 @@ def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> Non
         )
 
 
+def test_a_tokenizer_beside_a_teacher_that_learns_its_own_is_refused(
+    tmp_path: Path,
+) -> None:
+    document = {
+        "pipelines": {
+            "one": {
+                "prepare": {"source": "gsm8k", "path": "x", "validation": 1, "tokenizer": "x/y"},
+                **REST,
+            }
+        }
+    }
+    (tmp_path / "pipelines.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(KavaError, match=r"prepare.tokenizer: a teacher from scratch learns"):
+        load_pipeline(tmp_path / "pipelines.yaml", "one")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -323,7 +411,27 @@ def test_a_dataset_whose_answers_are_mere_text_is_refused(tmp_path: Path) -> Non
                 "path": "x",
                 "test_sets": {"svamp": {"source": "math", "path": "x"}},
             },
-            "prepare: test_sets must not be named test or svamp",
+            "prepare: test_sets must not be named train, validation, test or svamp",
+        ),
+        (
+            {"source": "gsm8k", "path": "x", "max_trace_tokens": 9},
+            "prepare: max_trace_tokens: which tokens. Set `tokenizer` to the teacher's model",
+        ),
+        (
+            {"source": "gsm8k", "path": "x", "tokenizer_revision": "v1"},
+            "prepare: tokenizer_revision: which tokens. Set `tokenizer`",
+        ),
+        (
+            {"source": "gsm8k", "path": "x", "on_bad_record": "ignore"},
+            "prepare.on_bad_record: Input should be 'fail' or 'drop', found 'ignore'",
+        ),
+        (
+            {"source": "synthetic", "train": 1, "test": 1, "on_bad_record": "drop"},
+            "synthetic has no on_bad_record",
+        ),
+        (
+            {"source": "synthetic", "train": 1, "test": 1, "tokenizer": "x", "max_trace_tokens": 5},
+            "synthetic has no tokenizer, max_trace_tokens",
         ),
         (
             {"source": "svamp", "path": "x", "test_sets": {"a/b": {"source": "math", "path": "x"}}},

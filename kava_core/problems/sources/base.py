@@ -54,18 +54,20 @@ class Source(ABC):
 class RowSource(Source):
     """A published format, row by row.
 
-    `forms` is empty for one that has only questions and answers. `hub_config` is the configuration
-    to ask the Hub for.
+    `forms` is empty for one that has only questions and answers. `layouts` are the fields of each
+    of its published forms, without those that it can do without; none where settings name them.
+    `hub_config` is the configuration to ask the Hub for.
     """
 
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = ()
     hub_config: ClassVar[str | None] = None
 
     @abstractmethod
     def read(self, row: Row, traces: TraceForm) -> Draft:
         """The row with its steps in the form `traces`, one of `forms`.
 
-        KavaError, with the row's place, if it is malformed; UnusableRow if it is well-formed but
-        has no answer that can be checked.
+        BadRow, with the row's place, if it is malformed; UnusableRow if it is well-formed but has
+        no answer that can be checked.
         """
 
 

@@ -16,6 +16,7 @@ class Boxed(RowSource):
 
     name = "math"
     forms = ("sentences",)
+    layouts = (("problem", "solution"),)
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
         solution = row.text("solution")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kava_core.errors import KavaError
 from kava_core.problems.records import TraceForm
-from kava_core.problems.rows import Row
+from kava_core.problems.rows import BadRow, Row
 from kava_core.problems.sources.base import Draft, RowSource, lines, marked, notes, number
 
 
@@ -17,15 +16,13 @@ class GSM8K(RowSource):
     name = "gsm8k"
     forms = ("equations", "sentences")
     hub_config = "main"
+    layouts = (("question", "answer"),)
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
         text = row.text("answer")
         body, mark, last = marked(text)
         answer = number(last)
         if not mark or answer is None:
-            raise KavaError(
-                f"{row.place}: expected `answer` to end in a line '#### number', found "
-                f"{text[-60:]!r}. Mend the row."
-            )
+            raise BadRow(row.place, "`answer` to end in a line '#### number'", repr(text[-60:]))
         steps = notes(body) if traces == "equations" else lines(body)
         return Draft(row.text("question"), steps, answer, "word problem")

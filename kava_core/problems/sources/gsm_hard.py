@@ -19,6 +19,7 @@ class GSMHard(RowSource):
 
     name = "gsm-hard"
     forms = ()
+    layouts = (("input", "target"),)
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
         answer = row.number_text("target")

@@ -22,6 +22,7 @@ class MetaMath(RowSource):
 
     name = "metamath"
     forms = ("sentences",)
+    layouts = (("query", "response"),)
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
         response = row.text("response")

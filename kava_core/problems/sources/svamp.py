@@ -1,4 +1,8 @@
-"""SVAMP: `Body`, `Question`, `Equation` ("( 8.0 - 2.0 )"), `Answer` and `Type`."""
+"""SVAMP: `Body`, `Question`, `Equation` ("( 8.0 - 2.0 )"), `Answer` and `Type`.
+
+The Hub's form has `question_concat` too, body and question with a space between, and its answers
+are texts.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,21 @@ class SVAMP(RowSource):
 
     name = "svamp"
     forms = ("equations",)
+    layouts = (("Body", "Question", "Equation", "Answer", "Type"),)
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
         answer = checked_number(_whole(row.number_text("Answer")))
-        equation = _outer(_whole("".join(row.text("Equation").split())))
-        if not _EQUATION.fullmatch(equation):
-            raise row.wrong("an equation of numbers", "Equation")
+        step = equation(row, "Equation", row.text("Equation"), answer)
         question = f"{row.text('Body')} {row.text('Question')}"
-        return Draft(question, (f"<<{equation}={answer}>>",), answer, row.text("Type"))
+        return Draft(question, (step,), answer, row.text("Type"))
+
+
+def equation(row: Row, name: str, written: str, answer: str) -> str:
+    """`<<8-2=6>>` of "( 8.0 - 2.0 )", which is written in field `name`; BadRow if it is none."""
+    left = _outer(_whole("".join(written.split())))
+    if not _EQUATION.fullmatch(left):
+        raise row.wrong("an equation of numbers", name)
+    return f"<<{left}={answer}>>"
 
 
 def _whole(text: str) -> str:

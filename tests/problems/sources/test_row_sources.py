@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kava_core.errors import KavaError
 from kava_core.problems.records import TraceForm
 from kava_core.problems.rows import Row
-from kava_core.problems.sources import SOURCES, RowSource
+from kava_core.problems.sources import SOURCES, RowSource, sources_of
 from kava_core.problems.sources.base import NOTE, Draft, UnusableRow, sentences
 from kava_core.problems.sources.table import Table
 
@@ -63,6 +63,26 @@ READ = [
         Draft("How many?", ("<<2/2=1>>", "<<2+.5=2.5>>"), "2.5", "word problem"),
     ),
     (
+        "gsm8k-aug",
+        "equations",
+        row(question="How many?", cot="<<2/2=1>> <<2+1=3>>", answer="3"),  # zen-E/GSM8k-Aug
+        Draft("How many?", ("<<2/2=1>>", "<<2+1=3>>"), "3", "word problem"),
+    ),
+    (
+        "gsm8k-aug",
+        "equations",
+        row(question="How many?", cot=["<<2/2=1>>", "<<2+1=3>>"], answer="3"),
+        Draft("How many?", ("<<2/2=1>>", "<<2+1=3>>"), "3", "word problem"),
+    ),
+    (
+        "gsm8k-aug-nl",
+        "sentences",
+        row(  # whynlp/gsm8k-aug-nl
+            question="How many?", steps=["He has 2. He buys 1.", " ", "So he has  3."], answer="3"
+        ),
+        Draft("How many?", ("He has 2. He buys 1.", "So he has 3."), "3", "word problem"),
+    ),
+    (
         "gsm8k-aug-nl",
         "sentences",
         row(question="How many?", cot="Mr. A has 2.5 kg. He buys 1. So 3.5.", answer="#### 3.5"),
@@ -105,12 +125,49 @@ READ = [
         Draft("B Q?", ("<<(8-2)*(3+10)=78>>",), "78", "Multiplication"),
     ),
     (
+        "svamp",
+        "equations",
+        row(  # ChilleD/SVAMP
+            ID="chal-7",
+            Body="Dan has 8 cats",
+            Question="How many?",
+            Equation="( 290.0 / 2.0 )",
+            Answer="145",
+            Type="Common-Division",
+            question_concat="Dan has 8 cats How many?",
+        ),
+        Draft("Dan has 8 cats How many?", ("<<290/2=145>>",), "145", "Common-Division"),
+    ),
+    (
+        "multiarith",
+        "equations",
+        row(  # MultiArith.json
+            iIndex=1,
+            sQuestion=" A pet store had 13 siamese cats . How many are left ? ",
+            lEquations=["X=((13.0+5.0)-10.0)"],
+            lSolutions=[8.0],
+        ),
+        Draft(
+            " A pet store had 13 siamese cats . How many are left ? ",
+            ("<<(13+5)-10=8>>",),
+            "8",
+            "word problem",
+        ),
+    ),
+    (
+        "multiarith",
+        "sentences",
+        row(question="How many?", final_ans="1,008"),  # ChilleD/MultiArith
+        Draft("How many?", (), "1008", "word problem"),
+    ),
+    (
         "metamath",
         "sentences",
-        row(
+        row(  # meta-math/MetaMathQA
             query="What is $x$?",
             response="We add.\nSo $x = 110$. Done.\n#### 110\nThe answer is: 110",
             type="GSM_Rephrased",
+            original_question="How many?",
         ),
         Draft("What is $x$?", ("We add.", "So $x = 110$.", "Done."), "110", "GSM_Rephrased"),
     ),
@@ -158,6 +215,8 @@ UNUSABLE = [
     ("gsm8k-aug-nl", row(question="Q?", cot="Add.", answer=None), "no answer"),
     ("gsm8k-aug-nl", row(question="Q?", cot="Add.", answer="some"), "answer is no number"),
     ("gsm-hard", row(input="Q?", target=None), "no answer"),
+    ("multiarith", row(question="Q?", final_ans=" "), "no answer"),
+    ("multiarith", row(question="Q?", final_ans="some"), "answer is no number"),
     ("metamath", row(query="Q?", response="We add."), "no answer"),
     ("metamath", row(query="Q?", response="The answer is: "), "no answer"),
     ("math", row(problem="Q?", solution="It is 2."), "no answer in a"),
@@ -169,7 +228,7 @@ MALFORMED = [
     ("gsm8k", row(question="Q?", answer="2"), "expected `answer` to end in a line '#### number'"),
     ("gsm8k-aug", aug("Q? <<1+1=2>> #### 2"), r"expected 'question\|\|"),
     ("gsm8k-aug", aug("Q?||<<1+1=2>> 2"), r"expected 'question\|\|"),
-    ("gsm8k-aug", row(question="Q?", answer="2"), "`steps`, found no such field"),
+    ("gsm8k-aug", row(question="Q?", answer="2"), "`steps` or `cot`, found no such field beside"),
     ("gsm8k-aug", row(question="Q?", steps=[1], answer="2"), r"`steps`, found list \[1\]"),
     ("gsm8k-aug-nl", row(question="Q?", cot=None, answer="2"), "`cot`, found NoneType"),
     ("gsm-hard", row(input="Q?", target=[2]), "`target`, found list"),
@@ -179,6 +238,13 @@ MALFORMED = [
         "svamp",
         row(Body="B", Question="Q?", Equation="x=1", Answer=1, Type="T"),
         "an equation of numbers in `Equation`, found str 'x=1'",
+    ),
+    ("multiarith", row(a=1), "`sQuestion` or `question`, found no such field beside `a`"),
+    ("multiarith", row(sQuestion="Q?", lEquations=["X=1"], lSolutions=[1, 2]), "of one item in"),
+    (
+        "multiarith",
+        row(sQuestion="Q?", lEquations=["X=Y"], lSolutions=[1]),
+        "an equation of numbers in `lEquations`, found str 'X=Y'",
     ),
     ("metamath", row(query="Q?"), "`response`, found no such field"),
     ("math", row(problem="", solution="\\boxed{1}"), "`problem`, found str ''"),
@@ -214,6 +280,18 @@ def test_every_source_that_reads_rows_is_tried() -> None:
     assert {case[0] for case in READ} == {
         name for name, kind in SOURCES.items() if issubclass(kind, RowSource)
     }
+
+
+@pytest.mark.parametrize(("name", "found"), [(case[0], case[2]) for case in READ])
+def test_a_published_row_is_known_by_its_fields(name: str, found: Row) -> None:
+    assert name in sources_of(found.fields) or name == "table"
+
+
+def test_fields_of_no_source_and_of_one_field_less() -> None:
+    assert sources_of({"q", "a"}) == []
+    assert sources_of({"question", "answer"}) == ["gsm8k"]
+    assert sources_of({"question", "cot", "answer", "id"}) == ["gsm8k-aug", "gsm8k-aug-nl"]
+    assert sources_of({"input", "code"}) == []
 
 
 @given(st.text(st.sampled_from("Aab 1.3?!\n<>=$\\x"), max_size=60))

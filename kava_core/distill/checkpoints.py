@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,19 +11,43 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
+from kava_core.artefacts import clear, read_json
+from kava_core.console import say
+from kava_core.errors import KavaError
+
+STATE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-\d{1,18}")
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the Trainer writes its state last)."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of)
-    for checkpoint in reversed(found):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(checkpoint)  # a kill left it half-written
-        else:
+    """The newest checkpoint that was written to its end (the Trainer writes its state last).
+
+    Newer ones that a kill or a power cut left torn are removed, which is said. What is no
+    checkpoint by its name is left alone.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        if _is_whole(checkpoint):
             return checkpoint
+        say(f"{checkpoint} is damaged, and is not continued from")
+        clear(checkpoint)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its state can be read and is that of its step."""
+    try:
+        plain = read_json(checkpoint / STATE)
+        state = TrainerState(**plain)
+    except (KavaError, TypeError, ValueError, AttributeError):
+        return False
+    return (
+        state.global_step == step_of(checkpoint)
+        and isinstance(plain.get("log_history"), list)
+        and isinstance(plain.get("stateful_callbacks"), dict)
+        and any((checkpoint / name).is_file() for name in WEIGHTS)
+    )
 
 
 def step_of(checkpoint: Path) -> int:

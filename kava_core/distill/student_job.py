@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.artefacts import work_folder, write_json
+from kava_core.artefacts import fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, merge_lora
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
 from kava_core.distill.callbacks import STOP_FILE, following
@@ -106,7 +106,7 @@ class StudentJob:
     def _save(
         self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str
     ) -> None:
-        self.folder.mkdir(exist_ok=True)
+        fresh_folder(self.folder)
         save_model(self.folder, student, tokenizer)
         write_json(
             self.folder / "student.json",

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kava_core.artefacts import work_folder, write_json
+from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
@@ -38,7 +38,7 @@ class TrainedTeacher:
 
     def save(self, metrics: dict[str, float]) -> None:
         """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
-        self.folder.mkdir(exist_ok=True)
+        fresh_folder(self.folder)
         save_model(self.folder, self.model, self.encoder.tokenizer)
         write_json(self.folder / "metrics.json", metrics)
         write_json(self.folder / "teacher.json", self.about)
@@ -58,8 +58,7 @@ def train_teacher(
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
-    curves = work / "curves"
-    curves.mkdir(exist_ok=True)
+    curves = ensure_folder(work / "curves")
     training = settings.training
     model, tokenizer = start_teacher(settings, problems)
     encoder = TraceEncoder(tokenizer, problems.traces)

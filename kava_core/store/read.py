@@ -24,7 +24,6 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.record import Record
-from kava_core.store.checksum import file_checksum
 from kava_core.store.codec import EncodedTensor, spread
 from kava_core.store.index import Index
 from kava_core.store.layout import (
@@ -37,7 +36,15 @@ from kava_core.store.layout import (
     shard_layout,
     shard_name,
 )
-from kava_core.store.manifest import REMAKE, Expectation, Manifest, check_file, load_manifest
+from kava_core.store.manifest import (
+    REMAKE,
+    Expectation,
+    Manifest,
+    check_content,
+    check_file,
+    load_manifest,
+    unless_made_anew,
+)
 from kava_core.store.tensor_file import read_header
 
 OPEN_FILES = 128
@@ -200,24 +207,31 @@ class _Store(ABC):
         """Once per file: KavaError unless it is there, whole, and has the content it should."""
         if name in self._checked:
             return
-        info = self.manifest.files[name]
-        check_file(self.path, name, info.bytes)
-        if self.checksums and file_checksum(self.path / name) != info.blake3:
-            raise KavaError(
-                f"{self.path / name} does not match its checksum: its content is damaged. {REMAKE}"
-            )
+        check_file(self.path, name, self.manifest.files[name].bytes)
+        if self.checksums:
+            check_content(self.path / name, self.manifest)
         self._checked.add(name)
 
     def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
         """All tensors of a file, memory-mapped."""
-        self.check_content(name)
+        self._spans(name, layout)
         file = self.path / name
-        read_header(file, layout)
         try:
             with safe_open(file, framework="pt") as tensors:
                 return {key: tensors.get_tensor(key) for key in layout}
         except (SafetensorError, OSError) as error:
             raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
+
+    def _spans(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+        """Where the tensors of a file are; the file is checked.
+
+        Its header first: a file of many empty gigabytes is not read through.
+        """
+        with unless_made_anew(self.path, self.manifest):
+            check_file(self.path, name, self.manifest.files[name].bytes)
+            spans = read_header(self.path / name, layout)
+            self.check_content(name)
+        return spans
 
     def _shared(self) -> dict[str, Tensor]:
         """Scale and zero of the calibration file; empty if every token has its own."""
@@ -380,10 +394,9 @@ class TargetsStore(_Store):
             self._maps.move_to_end(shard)
             return maps
         name = shard_name(shard)
-        self.check_content(name)
         records = self.manifest.shards[shard]
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
-        spans = read_header(self.path / name, layout)
+        spans = self._spans(name, layout)
         whole = np.asarray(np.memmap(self.path / name, np.uint8, "r"))
         tensors = {key: whole[slice(*spans[key])].reshape(records, -1) for key in layout}
         if shard not in self._agreed:

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kava_core.artefacts import atomic_path, canonical_json, read_json, sync, write_json
+from kava_core.artefacts import (
+    atomic_path,
+    canonical_json,
+    clear,
+    read_json,
+    sync,
+    write_json,
+)
 from kava_core.console import say
 from kava_core.errors import KavaError
 from kava_core.record import Record
@@ -142,15 +149,46 @@ def write_targets_shard(
 
 
 def finished_shards(folder: Path) -> set[int]:
-    """The shards in a working folder that are complete and need no redoing."""
-    if (folder / MANIFEST_FILE).exists():
+    """The shards in a working folder that are complete and need no redoing.
+
+    What is there by name but torn (no file, of another length than its side record says, a side
+    record or manifest that cannot be read) is removed and said to be made again.
+    """
+    if _is_whole(folder):
         return set(range(len(load_manifest(folder).shards)))
     done = set()
-    for side in folder.glob("shard-*.json"):
+    for side in sorted(folder.glob("shard-*.json")):
         match = SIDE_RECORD.fullmatch(side.name)
-        if match and (folder / shard_name(int(match[1]))).exists():
+        if not match:
+            continue
+        file = folder / shard_name(int(match[1]))
+        if _is_finished(side, file):
             done.add(int(match[1]))
+        else:
+            say(f"{file} is damaged, and is made again")
+            clear(side)
+            clear(file)
     return done
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder is a store already; a manifest that is wrong goes."""
+    if not (folder / MANIFEST_FILE).exists():
+        return False
+    try:
+        manifest = load_manifest(folder)
+    except KavaError as error:
+        say(f"{error} What of it is whole is used.")
+        clear(folder / MANIFEST_FILE)
+        return False
+    return bool(manifest.shards)
+
+
+def _is_finished(side: Path, file: Path) -> bool:
+    try:
+        return bool(read_json(side)["bytes"] == file.lstat().st_size and file.is_file())
+    except (KavaError, KeyError, TypeError, OSError):
+        return False
 
 
 def finalise(
@@ -169,9 +207,9 @@ def finalise(
     Says what quantisation changed. A killed run may call it again. KavaError names shards that are
     missing or were written with another spec, ids that occur twice, and a store without records.
     """
-    if (folder / MANIFEST_FILE).exists():  # written last: only the tidying is left
+    if _is_whole(folder):  # the manifest is written last: only the tidying is left
         _tidy(folder)
-        return load_manifest(folder, spec.kind)
+        return _complete(folder, spec)
     if shards < 1:
         raise KavaError(f"{folder}: a store needs records, found none. Check what went in.")
     missing = sorted(set(range(shards)) - finished_shards(folder))
@@ -222,6 +260,21 @@ def finalise(
     for fact, value in drift_facts(manifest):
         say(f"{spec.kind}: {fact} by quantisation: {value}")
     _tidy(folder)
+    return _complete(folder, spec)
+
+
+def _complete(folder: Path, spec: StoreSpec) -> Manifest:
+    """The manifest of the store; KavaError if a file is missing, or there is one that is not its.
+
+    Another process may have been at work in the folder, or the disk be damaged.
+    """
+    manifest = load_manifest(folder, spec.kind)
+    more = sorted({path.name for path in folder.iterdir()} - {*manifest.files, MANIFEST_FILE})
+    if more:
+        raise KavaError(
+            f"{folder / more[0]} does not belong to the store that was made there. See that "
+            "nothing else writes into that folder, delete it and run the stage again."
+        )
     return manifest
 
 
@@ -310,8 +363,10 @@ def _write(
         flushed.result()
         # A shard without a side record is not done. Names that a power cut takes back cost no more
         # than writing the shard again; `finalise` makes them durable.
-        temporary.replace(file)
-        described.replace(_side_path(folder, shard))
+        for made, place in ((temporary, file), (described, _side_path(folder, shard))):
+            if place.is_dir():  # which no file can replace
+                clear(place)
+            made.replace(place)
 
 
 def _encode(
@@ -419,7 +474,7 @@ def _check_ids(folder: Path, ids: list[str], seen: set[str]) -> None:
 def _tidy(folder: Path) -> None:
     """Remove side records and what a killed writer left behind."""
     for path in [*folder.glob("shard-*.json"), *folder.glob(".*.tmp")]:
-        path.unlink()
+        clear(path)
     sync(folder)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from kava_core.artefacts import ensure_folder
 from kava_core.console import progress, say
 from kava_core.parallel.shards import Job, run_shards
 from kava_core.settings import Resources
@@ -64,7 +65,7 @@ def build_store(
     nothing of the store depends on them.
     """
     kind = job.spec.kind
-    job.folder.mkdir(exist_ok=True)
+    ensure_folder(job.folder)
     done = finished_shards(job.folder)
     if done:
         say(f"{kind}: {len(done)} of {shards} shards are finished already")

@@ -99,8 +99,20 @@ def _line(task: Task) -> str:
 
 
 def readable_time(seconds: float) -> str:
-    """`42 s`, `7 min`, `3 h 20 min`."""
+    """`42 s`, `7 min`, `3 h 20 min`, `5 d 2 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def readable_size(size: float) -> str:
+    """A number of bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

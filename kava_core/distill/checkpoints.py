@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import TrainerState
 
@@ -17,8 +19,10 @@ from kava_core.artefacts import clear, read_json
 from kava_core.console import say
 from kava_core.errors import KavaError
 
-STATE = "trainer_state.json"
+STATE, WEIGHTS = "trainer_state.json", "model.safetensors"
+ARCHIVES = ("optimizer.pt", "scheduler.pt")  # whose directory stands at their end
 CHECKPOINT = re.compile(r"checkpoint-\d{1,18}")
+
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end (the Trainer writes its state last).
@@ -36,17 +40,19 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether its state can be read and is that of its step."""
+    """Whether its state is that of its step, and no file of it ends before its end."""
     try:
         plain = read_json(checkpoint / STATE)
         state = TrainerState(**plain)
-    except (KavaError, TypeError, ValueError, AttributeError):
+        with safe_open(checkpoint / WEIGHTS, framework="pt"):  # its header tells its length
+            pass
+    except (KavaError, TypeError, ValueError, AttributeError, SafetensorError, OSError):
         return False
     return (
         state.global_step == step_of(checkpoint)
-        and isinstance(plain.get("log_history"), list)
+        and isinstance(state.log_history, list)
         and isinstance(plain.get("stateful_callbacks"), dict)
-        and any((checkpoint / name).is_file() for name in WEIGHTS)
+        and all(zipfile.is_zipfile(checkpoint / name) for name in ARCHIVES)
     )
 
 

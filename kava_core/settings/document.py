@@ -30,9 +30,8 @@ def read_yaml(path: Path) -> Any:
     path.
     """
     content = read_regular(path, LARGEST)
-    loader = None
     try:
-        loader = yaml.SafeLoader(content.decode())
+        loader = _Loader(content.decode())
         root = loader.get_single_node()
         if root is None:
             return None
@@ -40,14 +39,28 @@ def read_yaml(path: Path) -> Any:
         for place, node in _scalars(root, ()):
             _check_scalar(path, loader, place, node)
         return loader.construct_document(root)
-    except RecursionError:
-        raise KavaError(f"{path} is nested too deep. Write it flatter.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise KavaError(f"{path} is not valid YAML: {shorten(said, LONGEST_MESSAGE)}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at the first node that is too deep: the time that a deep document takes is a square."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        if self.depth > DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"expected lists and mappings in at most {DEEPEST} others, found more",
+                problem_mark=self.peek_event().start_mark,
+            )
+        self.depth += 1
+        node: Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def shorten(text: str, longest: int = LONGEST_WORD) -> str:
@@ -86,21 +99,16 @@ def _pieces(value: Any, longest: int) -> Iterator[str]:
 
 
 def _check_size(path: Path, root: Node) -> None:
-    """KavaError if the document is too deep or, aliases resolved, too large or without end."""
+    """KavaError if the document is, aliases resolved, too large or without end."""
     sizes: dict[int, int] = {}
     above: set[int] = set()
 
-    def size(node: Node, depth: int) -> int:
+    def size(node: Node) -> int:
         if id(node) in above:
             raise KavaError(f"{path}{_at(node)}: an alias stands inside of what it names.")
-        if depth > DEEPEST:
-            raise KavaError(
-                f"{path}{_at(node)}: expected lists and mappings in at most {DEEPEST} others, "
-                "found more. Write it flatter."
-            )
         if id(node) not in sizes:
             above.add(id(node))
-            sizes[id(node)] = 1 + sum(size(child, depth + 1) for child in _children(node))
+            sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
             above.discard(id(node))
         if sizes[id(node)] > MOST_VALUES:
             raise KavaError(
@@ -109,7 +117,7 @@ def _check_size(path: Path, root: Node) -> None:
             )
         return sizes[id(node)]
 
-    size(root, 0)
+    size(root)
 
 
 def _children(node: Node) -> Iterator[Node]:

@@ -90,8 +90,8 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
         raise KavaError(f"{path} has no pipeline {shown(name)}. There are: {there}.")
     if not re.fullmatch(NAME, name):
         raise KavaError(
-            f"pipeline name {shown(name)} must be of at most 100 letters, digits, - and _ only: it "
-            "names a folder, and DVC reads a dot as a path. Rename it."
+            f"{path}: pipeline name {shown(name)} must be of at most 100 letters, digits, - and _ "
+            "only: it names a folder, and DVC reads a dot as a path. Rename it."
         )
     try:
         return name, Pipeline.model_validate(pipelines[name])

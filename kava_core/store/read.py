@@ -45,6 +45,7 @@ from kava_core.store.manifest import (
     load_manifest,
     unless_made_anew,
 )
+from kava_core.store.statistics import Sums, row_sums
 from kava_core.store.tensor_file import read_header
 
 OPEN_FILES = 128
@@ -199,6 +200,13 @@ class _Store(ABC):
     def check_shard(self, shard: int) -> None:
         """KavaError if a shard is damaged or disagrees with the manifest or the index."""
 
+    @abstractmethod
+    def sums(self, shard: int) -> dict[str, Sums]:
+        """Sums over a shard's keys, values and endpoint states, as they are read, row by row.
+
+        Over valid slots, or tokens.
+        """
+
     def check_calibration(self) -> None:
         """KavaError if the calibration file is damaged."""
         self._shared()
@@ -293,6 +301,15 @@ class TeacherStore(_Store):
     def check_shard(self, shard: int) -> None:
         self.shard(shard)
 
+    def sums(self, shard: int) -> dict[str, Sums]:
+        content = self.shard(shard)
+        size = int(content.offsets[-1]) * self.geometry.kv_heads * self.geometry.head_dim
+        return {
+            "keys": _sums(content.keys, [size] * len(self.geometry.rows)),
+            "values": _sums(content.values, [size] * len(self.geometry.rows)),
+            "endpoint": _endpoint_sums(content.endpoint),
+        }
+
 
 @dataclass
 class Buffer:
@@ -367,6 +384,17 @@ class TargetsStore(_Store):
         shape = (len(positions), -1, self.geometry.kv_heads, self.geometry.slots)
         return positions.copy().view(np.int32).reshape(shape)
 
+    def sums(self, shard: int) -> dict[str, Sums]:
+        first = sum(self.sizes[:shard])
+        content = self.batch(range(first, first + self.sizes[shard]))
+        counts = (content.slot_counts.sum((0, 2)) * self.geometry.head_dim).tolist()
+        empty = (content.slot_positions < 0)[..., None]
+        return {
+            "keys": _sums(content.keys, counts, empty),
+            "values": _sums(content.values, counts, empty),
+            "endpoint": _endpoint_sums(content.endpoint),
+        }
+
     def _place(self, name: str) -> int:
         layout = shard_layout(self.kind, self.geometry, self.codec, records=1, tokens=0)
         return list(layout).index(name)
@@ -431,3 +459,15 @@ def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:
 def _rows(x: Tensor) -> list[np.ndarray]:
     """The bytes of each row of a contiguous tensor, writable."""
     return list(x.view(torch.uint8).view(len(x), -1).numpy())
+
+
+def _sums(encoded: EncodedTensor, counts: Sequence[int], leave_out: Tensor | None = None) -> Sums:
+    """Of each row of encoded [A, R, …], counts [R] numbers of which are not left out."""
+    x = encoded.dequantise(dtype=torch.float32)
+    total, squares = row_sums(x if leave_out is None else x.masked_fill(leave_out, 0))
+    return {"count": list(counts), "sum": total.tolist(), "squares": squares.tolist()}
+
+
+def _endpoint_sums(endpoint: EncodedTensor) -> Sums:
+    records, levels = endpoint.codes.shape[:2]
+    return _sums(endpoint, [records * endpoint.length] * levels)

@@ -46,12 +46,11 @@ from kava_core.store.layout import (
 )
 from kava_core.store.manifest import FileInfo, Manifest, RotaryInfo, load_manifest
 from kava_core.store.spec import StoreSpec
+from kava_core.store.statistics import deviations, row_sums
 from kava_core.store.summary import drift_facts
 from kava_core.store.tensor_file import flush, serialise, write_pieces
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
-# Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
-PIECE = 1 << 17
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -247,7 +246,7 @@ def finalise(
         settings=settings,
         fingerprints=fingerprints,
         statistics={
-            f"{name}_std": _std([side["sums"][name] for side in sides])
+            f"{name}_std": deviations([side["sums"][name] for side in sides])
             for name in ("keys", "values", "endpoint")
         },
         drift=merge_drift([side["drift"] for side in sides]),
@@ -342,7 +341,7 @@ def _write(
         counts = {"endpoint": [len(records) * hidden_size] * levels}
         sums = {}
         for name, (_, where) in inputs.items():
-            total, squares = _sums(decoded[name])
+            total, squares = row_sums(decoded[name])
             if not np.isfinite(squares).all():
                 _check_finite(name, decoded[name], records, where)
             count = counts.get(name, content.counts)
@@ -416,34 +415,6 @@ def _stored_tensors(name: str, item: EncodedTensor) -> dict[str, Tensor]:
         tensors[f"{name}_scale"] = item.scale.squeeze(-1)
         tensors[f"{name}_zero"] = item.zero.squeeze(-1)
     return tensors
-
-
-def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Σx and Σx² of x [A, R, …] for each of its R rows, in float64; the same for any threads."""
-    x = x.reshape(x.shape[0], x.shape[1], -1)
-    step = max(1, PIECE // x[0].numel())
-    total, squares = torch.empty(2, *x.shape[:2], dtype=torch.float64)  # [A, R] each
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # pieces this small only lose by being cut up further
-    try:
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            exact = x[part].double()
-            torch.sum(exact, -1, out=total[part])
-            torch.sum(exact.square_(), -1, out=squares[part])
-        return total.sum(0).numpy(), squares.sum(0).numpy()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _std(parts: list[dict[str, list[float]]]) -> tuple[float, ...]:
-    """Standard deviation (of the population) per row from the shards' sums, in shard order."""
-    count, total, squares = (
-        np.sum([part[key] for part in parts], axis=0, dtype=np.float64)
-        for key in ("count", "sum", "squares")
-    )
-    variance = squares / count - (total / count) ** 2
-    return tuple(np.sqrt(np.maximum(variance, 0)).tolist())
 
 
 def _side_path(folder: Path, shard: int) -> Path:

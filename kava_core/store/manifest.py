@@ -42,7 +42,7 @@ SOFTWARE = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
 
 # Bytes that a manifest may have, and for each file of the folder: it is read whole, and reading it
 # must cost a hostile one neither time nor memory.
-LARGEST, LARGEST_PER_FILE = 1 << 21, 1 << 10
+LARGEST, LARGEST_PER_FILE = 1 << 20, 1 << 10
 # Positions are turned by an angle each: one more than a whole turn says nothing.
 LARGEST_ANGLE, LARGEST_SCALING = 2 * math.pi, 100.0
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ from kava_core.store.statistics import Sums, row_sums
 from kava_core.store.tensor_file import read_header
 
 OPEN_FILES = 128
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class _Store(ABC):
         self.manifest = manifest
         self.checksums = checksums
         self.index = Index(path, manifest)
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, ...]] = {}  # file → what it was when it was checked
         self._calibration: dict[str, Tensor] | None = None
 
     @classmethod
@@ -212,34 +214,49 @@ class _Store(ABC):
         self._shared()
 
     def check_content(self, name: str) -> None:
-        """Once per file: KavaError unless it is there, whole, and has the content it should."""
-        if name in self._checked:
-            return
-        check_file(self.path, name, self.manifest.files[name].bytes)
-        if self.checksums:
-            check_content(self.path / name, self.manifest)
-        self._checked.add(name)
+        """Once per file: KavaError unless it is there, whole, and has the content it should.
 
-    def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
-        """All tensors of a file, memory-mapped."""
-        self._spans(name, layout)
-        file = self.path / name
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in layout}
-        except (SafetensorError, OSError) as error:
-            raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
-
-    def _spans(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
-        """Where the tensors of a file are; the file is checked.
-
-        Its header first: a file of many empty gigabytes is not read through.
+        Once more if it is another file by now: a store may be made anew while it is read.
         """
         with unless_made_anew(self.path, self.manifest):
             check_file(self.path, name, self.manifest.files[name].bytes)
-            spans = read_header(self.path / name, layout)
+            now = _identity(self.path / name)
+            before = self._checked.get(name)
+            if now == before:
+                return
+            if self.checksums or before is not None:
+                check_content(self.path / name, self.manifest)
+            self._checked[name] = now
+
+    def _opened(
+        self, name: str, layout: dict[str, TensorSpec], opener: Callable[[Path], T]
+    ) -> tuple[T, dict[str, tuple[int, int]]]:
+        """What `opener` makes of a checked file, and where the tensors in it are.
+
+        The header is checked first: a file of many empty gigabytes is not read through.
+        """
+        file = self.path / name
+        with unless_made_anew(self.path, self.manifest):
+            check_file(self.path, name, self.manifest.files[name].bytes)
+            spans = read_header(file, layout)
             self.check_content(name)
-        return spans
+            try:
+                opened = opener(file)
+                same = _identity(file) == self._checked[name]
+            except (SafetensorError, OSError) as error:
+                raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
+            if not same:  # what was opened may not be what was checked
+                raise KavaError(f"{file} was changed while it was read. {REMAKE}")
+        return opened, spans
+
+    def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
+        """All tensors of a file, memory-mapped."""
+
+        def read(file: Path) -> dict[str, Tensor]:
+            with safe_open(file, framework="pt") as tensors:
+                return {key: tensors.get_tensor(key) for key in layout}
+
+        return self._opened(name, layout, read)[0]
 
     def _shared(self) -> dict[str, Tensor]:
         """Scale and zero of the calibration file; empty if every token has its own."""
@@ -424,8 +441,7 @@ class TargetsStore(_Store):
         name = shard_name(shard)
         records = self.manifest.shards[shard]
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
-        spans = self._spans(name, layout)
-        whole = np.asarray(np.memmap(self.path / name, np.uint8, "r"))
+        whole, spans = self._opened(name, layout, _map)
         tensors = {key: whole[slice(*spans[key])].reshape(records, -1) for key in layout}
         if shard not in self._agreed:
             self._check_slots(shard, tensors["slot_counts"], tensors["slot_positions"])
@@ -450,6 +466,17 @@ class TargetsStore(_Store):
                     f"{self.path / shard_name(shard)} and the index disagree: the slots of record "
                     f"{row} of the shard are not places in its trace. {REMAKE}"
                 )
+
+
+def _map(file: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped."""
+    return np.asarray(np.memmap(file, np.uint8, "r"))
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Another one if another file stands under the name, or it was written to."""
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:

@@ -106,7 +106,11 @@ def test_one_short_sentence_with_the_place(tmp_path: Path, kind: str, tell: Tell
         tracemalloc.stop()
     assert message in said and peak < MEGABYTES
     assert "\x1b" not in said
-    tell("hostile settings", kind, "a sentence of under 500 characters, with the place")
+    tell(
+        "crafted settings",
+        "a kind of YAML (the test names them)",
+        "a short sentence with the place",
+    )
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

@@ -14,19 +14,23 @@ from tests.faults.conftest import Tell
 from tests.faults.stage import STAGES, Stage
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+HOW = {
+    1: "SIGKILL, SIGTERM or SIGINT at a random moment",
+    2: "two such in a row",
+    3: "three such in a row",
+}
 MakeStage = Callable[[str], Stage]
 
 
-def check_kills(whole: Stage, seconds: float, home: Stage, seed: int, kills: int) -> str:
-    """Kill `home` at random moments, finish it, and compare; the signals, in words.
+def check_kills(whole: Stage, seconds: float, home: Stage, seed: int, kills: int) -> None:
+    """Kill `home` at random moments, finish it, and compare.
 
     whole: the same stage, finished; seconds: what that took.
     """
     rng = random.Random(f"{home.name} {seed}")
-    before, expected, names = home.digests(), whole.digests(), []
+    before, expected = home.digests(), whole.digests()
     for _ in range(kills):
         number = rng.choice(SIGNALS)
-        names.append(number.name)
         code = home.kill(rng.uniform(0, seconds), number)
         # Training that is told to end saves its state and says so.
         assert code in (0, -number, 128 + number) or "and saved." in home.said, home.said
@@ -36,7 +40,6 @@ def check_kills(whole: Stage, seconds: float, home: Stage, seed: int, kills: int
     assert home.digests() == expected
     assert "Traceback" not in home.said, home.said
     assert list(home.work.iterdir()) == []
-    return ", ".join(names)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -46,8 +49,8 @@ def test_a_kill_costs_nothing_but_time(make_stage: MakeStage, name: str, tell: T
     code, seconds = whole.run()
     assert code == 0, whole.said
     home = Stage(whole.home.with_name("again"), name)
-    said = check_kills(whole, seconds, home, 0, 1)
-    tell(f"{name} killed once", said, "rerun: same bytes, nothing left over")
+    check_kills(whole, seconds, home, 0, 1)
+    tell(f"{name} killed", HOW[1], "run again: same bytes, nothing left over")
 
 
 @pytest.mark.slow
@@ -63,6 +66,5 @@ def test_thirty_kills_cost_nothing_but_time(make_stage: MakeStage, name: str, te
         shutil.copytree(start, home.home)
         kills = 1 + seed % 3
         check_kills(whole, seconds, home, seed, kills)
-        how = f"{kills} of SIGKILL, SIGTERM, SIGINT in a row, at random moments"
-        tell(f"{name} killed", how, "rerun: same bytes, nothing left over")
+        tell(f"{name} killed", HOW[kills], "run again: same bytes, nothing left over")
         shutil.rmtree(home.home)

@@ -15,6 +15,7 @@ import pytest
 from kava_core.artefacts import publish, work_folder
 from kava_core.errors import KavaError
 from kava_core.store import TargetsStore
+from kava_core.store.read import OPEN_FILES
 from tests.faults.conftest import Tell
 from tests.faults.stage import STAGES, Stage
 from tests.store.make import make_targets_store
@@ -59,6 +60,23 @@ def test_another_student_is_another_run(make_stage: MakeStage) -> None:
     code, _ = stage.run()
     assert code == 0
     assert f"distill kava: process {first.pid} on this machine was at work here" in stage.said
+
+
+def test_shards_that_are_opened_again_are_of_the_same_store(tmp_path: Path) -> None:
+    """Of a store with many shards few are open; another store of its shapes took its place."""
+    output = tmp_path / "data" / "p" / "kv_targets"
+    sizes = (1,) * (OPEN_FILES + 1)
+    for seed in (1, 2):
+        make_targets_store(tmp_path / str(seed), sizes, seed=seed)
+    shutil.copytree(tmp_path / "1", output)
+    for checksums in (True, False):
+        store = TargetsStore.open(output, checksums=checksums)
+        store.batch(range(len(store)))
+        built = work_folder(output, "evict", {}) / "output"
+        shutil.copytree(tmp_path / ("2" if checksums else "1"), built)
+        publish((built, output))
+        with pytest.raises(KavaError, match=r"was made anew while it was read\. Run this"):
+            store.batch(range(len(store)))
 
 
 def test_a_reader_sees_one_store_whole(tmp_path: Path, tell: Tell) -> None:

@@ -25,7 +25,7 @@ from kava_core.store import ShardShuffleSampler
 
 STOP_FILE = "stop"
 FOLLOW_SECONDS = 0.5
-LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "gradient_share")
+LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "gradient_share", "weight")
 
 
 class Epochs(TrainerCallback):
@@ -47,16 +47,25 @@ class Window(TrainerCallback, ExportableState):
     """What has been measured since the last log. It is part of every checkpoint, so that a
     continued run logs what an uninterrupted one does, wherever it was stopped.
 
-    before: this window and the random numbers as they were when the step at work began."""
+    weights: those found by measuring, in the step `balanced`. before: this window and the random
+    numbers as they were when the step at work began."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.batches = 0
         self.shares: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.balanced: int | None = None
         self.before: tuple[dict[str, Any], RandomState] | None = None
 
     def attributes(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "batches": self.batches, "shares": dict(self.shares)}
+        return {
+            "sums": dict(self.sums),
+            "batches": self.batches,
+            "shares": dict(self.shares),
+            "weights": dict(self.weights),
+            "balanced": self.balanced,
+        }
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": self.attributes()}

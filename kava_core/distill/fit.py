@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback
 
 from kava_core.console import progress, say
+from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import (
     STOP_FILE,
     Curves,
@@ -56,6 +57,7 @@ def fit(
     title: str,
     loader_workers: int = 0,
     held_out: Sequence[int] = (),
+    balance: Balance | None = None,
 ) -> None:
     """Train `model` in place.
 
@@ -65,7 +67,8 @@ def fit(
     caller's. cadence: changes no weight. folder: where checkpoints live until the run is complete;
     a whole checkpoint found there is continued from. curves: a folder for the loss curves, in
     DVCLive's format. held_out: indices of the dataset that the sampler leaves out, on which the
-    terms are measured every `training.held_out.every` steps.
+    terms are measured every `training.held_out.every` steps. balance: what the terms are multiplied
+    with; None: nothing.
 
     A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
@@ -115,6 +118,7 @@ def fit(
             callbacks += [ProgressBar(display, task), Curves(curves)]
         trainer = TermsTrainer(
             terms=terms,
+            balance=balance or Balance(),
             sampler=sampler,
             window=window,
             shares_every=cadence.gradient_share_every,

@@ -66,7 +66,7 @@ class StudentInputs:
             expected = Expectation(fingerprints["teacher"], fingerprints["tokenizer"])
             store = TargetsStore.open(source, expected)
             _check_budget(store, evict)
-            if settings.alpha_readout:
+            if settings.taught("alpha_readout"):
                 _check_slot_tokens(name, store)
             fingerprints["kv_targets"] = store.manifest.digest
         else:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from kava_core.distill.match import Match
 from kava_core.models.latent import Reasoning
 from kava_core.settings import Student
-from kava_core.settings.student import KVParts
+from kava_core.settings.student import KVParts, Share
 from kava_core.store import TargetsStore
 
 
@@ -146,15 +146,20 @@ def objective_of(
 ) -> Objective:
     """The objective with the statistics of the whole store, never of a batch.
 
-    match: of the student with the store; None for one that has the teacher's layers.
+    A term whose weight is a share has weight 1 here: `Balance` gives it its share. match: of the
+    student with the store; None for one that has the teacher's layers.
     """
+
+    def number(weight: float | Share) -> float:
+        return 1.0 if isinstance(weight, Share) else weight
+
     plain = Objective(
-        alpha_kv=settings.alpha_kv if store else 0.0,
-        alpha_codi=settings.alpha_codi if store else 0.0,
-        w_cot=settings.w_cot,
+        alpha_kv=number(settings.alpha_kv) if store else 0.0,
+        alpha_codi=number(settings.alpha_codi) if store else 0.0,
+        w_cot=number(settings.w_cot),
         kv_distance=settings.kv_distance,
         codi_distance=settings.codi_distance,
-        alpha_readout=settings.alpha_readout if store else 0.0,
+        alpha_readout=number(settings.alpha_readout) if store else 0.0,
         kv_parts=settings.kv_parts,
     )
     if store is None:

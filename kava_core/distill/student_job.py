@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kava_core.artefacts import fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, merge_lora
+from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
 from kava_core.distill.callbacks import STOP_FILE, following
 from kava_core.distill.fit import fit
@@ -71,7 +72,9 @@ class StudentJob:
             adapters = None
             if training.lora is not None:
                 adapters = add_lora(student, training.lora, seed=training.seed)
-            projected = match is not None and settings.model is not None and settings.alpha_kv > 0
+            projected = (
+                match is not None and settings.model is not None and settings.taught("alpha_kv")
+            )
             if match is not None and projected:
                 add_projectors(student, match)
             fit(
@@ -86,6 +89,7 @@ class StudentJob:
                 title=self.name,
                 loader_workers=self.loader_workers,
                 held_out=held_out,
+                balance=Balance.of(settings),
             )
             if group.rank() > 0:
                 return
@@ -131,7 +135,7 @@ class _Material:
 
     @classmethod
     def of(cls, settings: Student, source: Path, tokenizer: PreTrainedTokenizerBase) -> _Material:
-        chains = settings.w_cot > 0
+        chains = settings.taught("w_cot")
         if settings.reads == "kv_targets":
             store = TargetsStore.open(source)
             dataset = TargetsDataset(store, chains, online=settings.targets == "online")
@@ -177,5 +181,5 @@ def train_student(
 def _match(student: LatentReasoner, settings: Student, store: TargetsStore | None) -> Match | None:
     if store is None:
         return None
-    kv, codi = settings.alpha_kv > 0, settings.alpha_codi > 0
+    kv, codi = settings.taught("alpha_kv"), settings.taught("alpha_codi")
     return Match.between(student, store, settings.layer_map, kv=kv, codi=codi)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
 from kava_core.console import say
+from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import Window
 from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
 from kava_core.distill.terms import Batch, Terms
@@ -26,8 +27,9 @@ LOWEST_SHARE = 0.01
 class TermsTrainer(Trainer):
     """Minimises the sum of the terms, in the sampler's order.
 
-    shares_every: every so many steps (0: never) each term's share in the gradient is measured,
-    where there are several. held_out: indices of the dataset that `evaluate` measures.
+    balance: what the terms are multiplied with. shares_every: every so many steps (0: never) each
+    term's share in the gradient is measured, where there are several. held_out: indices of the
+    dataset that `evaluate` measures.
     """
 
     model_accepts_loss_kwargs = False  # every term is a mean over records: plain averaging is right
@@ -36,6 +38,7 @@ class TermsTrainer(Trainer):
         self,
         *,
         terms: Terms,
+        balance: Balance,
         sampler: ShardShuffleSampler,
         window: Window,
         shares_every: int,
@@ -43,6 +46,7 @@ class TermsTrainer(Trainer):
         **options: Any,
     ) -> None:
         self.terms = terms
+        self.balance = balance
         self.sampler = sampler
         self.window = window
         self.shares_every = shares_every
@@ -67,7 +71,7 @@ class TermsTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        terms = self.terms(model, inputs)
+        terms = self._weighted(self.terms(model, inputs), model)
         if self.shares_every and len(terms) > 1 and self.state.global_step % self.shares_every == 0:
             self._measure_shares(terms, model)
         loss = torch.stack(list(terms.values())).sum()
@@ -112,6 +116,7 @@ class TermsTrainer(Trainer):
                 indices = list(own[first : first + step])
                 batch = self.train_dataset.__getitems__(indices)  # type: ignore[union-attr]
                 terms = self.terms(self.model, send_to_device(batch, self.args.device))
+                terms = {name: term * self._factor(name) for name, term in terms.items()}
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(term) * len(indices)
         self.model.train()
@@ -125,13 +130,35 @@ class TermsTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
+    def _weighted(self, terms: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The terms times their factors; in a step that is due, with factors found on its first
+        batch."""
+        step, window = self.state.global_step, self.window
+        if self.balance.due(step) and window.balanced != step:
+            window.weights = self.balance.weights(self._gradient_norms(terms, model), self._done())
+            window.balanced = step
+        return {name: term * self._factor(name) for name, term in terms.items()}
+
+    def _factor(self, name: str) -> float:
+        if name in self.balance.shares:
+            return self.window.weights.get(name, 0.0)
+        return self.balance.left(name, self._done())
+
+    def _done(self) -> float:
+        return self.state.global_step / self.args.max_steps
+
+    def _gradient_norms(self, terms: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
+        """Of the gradient of each term, over all processes."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         norms = {}
         for name, term in terms.items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             squares = [group.mean(g.float()).square().sum() for g in gradients if g is not None]
             norms[name] = float(torch.stack(squares).sum().sqrt())
+        return norms
+
+    def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
+        norms = self._gradient_norms(terms, model)
         total = sum(norms.values()) or 1.0
         self.window.shares = {name: norm / total for name, norm in norms.items()}
         for name, share in self.window.shares.items():
@@ -150,5 +177,7 @@ class TermsTrainer(Trainer):
                 logs["loss" if name == "loss" else f"loss_{name}"] = total / window.batches
             for name, share in window.shares.items():
                 logs[f"gradient_share_{name}"] = share
+            for name, weight in window.weights.items():
+                logs[f"weight_{name}"] = weight
             window.sums, window.batches = {}, 0
         super().log(logs, *args, **kwargs)

@@ -12,7 +12,7 @@ from kava_core.problems.readers import Location, read_source
 from kava_core.problems.records import Problem, TraceForm, normalise_question, trace_characters
 from kava_core.problems.rows import Row
 from kava_core.problems.sources import RowSource, Source
-from kava_core.problems.sources.base import Draft, UnusableRow, result
+from kava_core.problems.sources.base import FROM_EQUATIONS, Draft, UnusableRow, equations_as
 from kava_core.problems.splits import ProblemSplits, cut_splits
 
 
@@ -82,10 +82,10 @@ class Reading:
         return found, reasons
 
     def _draft(self, source: RowSource, row: Row) -> Draft:
-        if self.traces != "results":
+        if self.traces not in FROM_EQUATIONS:
             return source.read(row, self.traces)
         draft = source.read(row, "equations" if source.forms else self.traces)
-        return replace(draft, steps=tuple(map(result, draft.steps)))
+        return replace(draft, steps=tuple(equations_as(draft.steps, self.traces)))
 
     def _problem(self, source: RowSource, draft: Draft, name: str) -> Problem:
         return Problem(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TraceForm = Literal["equations", "sentences", "results"]
+TraceForm = Literal["equations", "sentences", "results", "checked"]
 
 
 @dataclass(frozen=True, slots=True)

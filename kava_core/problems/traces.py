@@ -28,6 +28,7 @@ ANSWER_PROMPT = "The answer is:"
 _STATED: dict[TraceForm, re.Pattern[str]] = {
     "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
     "results": re.compile(r"^\s*(.*?)\s*$"),
+    "checked": re.compile(r"=\s*([^=]+?)\s*$"),
 }
 
 
@@ -35,10 +36,10 @@ class TraceEncoder:
     """Turns problems into traces with one tokenizer.
 
     Equations are joined without anything between them, sentences end in a line end each, a blank
-    stands before each result (`traces`). The first `latent_fraction` of a problem's steps, rounded
-    up, are C. `bos` stands first in the question if the tokenizer has one and would put it there
-    itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write the answer
-    prompt.
+    stands before each result, checked or not (`traces`). The first `latent_fraction` of a problem's
+    steps, rounded up, are C. `bos` stands first in the question if the tokenizer has one and would
+    put it there itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write
+    the answer prompt.
     """
 
     def __init__(
@@ -79,9 +80,8 @@ class TraceEncoder:
 
     def _step_texts(self, steps: Sequence[str]) -> list[str]:
         """Each step as it stands in the chain."""
-        before, after = {"equations": ("", ""), "sentences": ("", "\n"), "results": (" ", "")}[
-            self.traces
-        ]
+        before = " " if self.traces in ("results", "checked") else ""
+        after = "\n" if self.traces == "sentences" else ""
         return [f"{before}{step}{after}" for step in steps]
 
     def encode(self, problem: Problem) -> Record:

@@ -13,11 +13,31 @@ from pydantic import (
     model_validator,
 )
 
-from kava_core.settings.base import NotNegative, Positive, Section, Weight
+from kava_core.settings.base import NotNegative, Positive, Real, Section, Weight
 from kava_core.settings.training import Training
 
 Distance = Literal["l1", "smooth_l1", "mse"]
 KVParts = Literal["both", "keys", "values"]
+
+
+class Share(Section):
+    """A weight found by measuring: the one that gives a term this share of the gradient, the norm
+    of its gradient in the sum over all terms of theirs."""
+
+    share: Annotated[Real, Field(gt=0, lt=1)]
+
+
+def _number_or_share(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        raise ValueError(
+            f"should be a number from 0, or {{share: …}} with a number between 0 and 1, not {value}"
+        ) from None
+
+
+TermWeight = Annotated[Weight | Share, WrapValidator(_number_or_share)]
+WEIGHTS = ("alpha_kv", "alpha_codi", "alpha_readout", "w_cot")
 
 
 def _one_layer_map(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
@@ -37,7 +57,7 @@ LayerMap = Annotated[
 
 
 # Settings that mean something only where there are latents, Jacobi iterations, a term of the loss.
-KV = ("kv_distance", "kv_std", "kv_parts", "fake_quantise")
+KV = ("kv_distance", "kv_std", "kv_parts", "kv_schedule", "fake_quantise")
 CODI = ("codi_distance", "codi_std")
 JACOBI = ("iterations", "per_position")
 LATENT = (
@@ -69,10 +89,12 @@ class Student(Section):
     itself. Another model learns K/V projectors into the teacher's basis beside it. layer_map: which
     layer of the teacher teaches each of the student's. reasoning: `jacobi` with `iterations` T, or
     `sequential`. alpha_kv, alpha_codi, alpha_readout, w_cot: weights of the terms beside the
-    answer's; the readout, cross-entropy of the hidden state that becomes a latent on the token of
-    its slot, needs targets with one token per slot (`evict.select: record`). kv_parts: what the KV
-    term compares. fake_quantise: keys and values pass through the store's codes before they are
-    compared. docs/methods.md has a snippet for each method.
+    answer's, each a number or `{share: 0.3}`, measured anew every `balance_every` steps; the
+    readout, cross-entropy of the hidden state that becomes a latent on the token of its slot, needs
+    targets with one token per slot (`evict.select: record`). kv_parts: what the KV term compares.
+    kv_schedule: `linear` lets its weight fall to 0 over the run. fake_quantise: keys and values
+    pass through the store's codes before they are compared. docs/methods.md has a snippet for each
+    method.
     """
 
     reads: Literal["kv_targets", "problems"]
@@ -86,17 +108,23 @@ class Student(Section):
     iterations: NotNegative = 3
     projection: StrictBool = True
     per_position: StrictBool = True
-    alpha_kv: Weight = 0.0
-    alpha_codi: Weight = 0.0
-    alpha_readout: Weight = 0.0
-    w_cot: Weight = 0.0
+    alpha_kv: TermWeight = 0.0
+    alpha_codi: TermWeight = 0.0
+    alpha_readout: TermWeight = 0.0
+    w_cot: TermWeight = 0.0
     kv_distance: Distance = "smooth_l1"
     kv_std: StrictBool = True
     kv_parts: KVParts = "both"
+    kv_schedule: Literal["constant", "linear"] = "constant"
     fake_quantise: StrictBool = False
     codi_distance: Distance = "smooth_l1"
     codi_std: StrictBool = True
     shard_window: Positive = 16
+    balance_every: Positive = 100
+
+    def taught(self, weight: str) -> bool:
+        """Whether the term of that weight (`alpha_kv`, …) is part of the loss."""
+        return getattr(self, weight) != 0
 
     @model_validator(mode="after")
     def _means_something(self) -> Student:
@@ -107,15 +135,15 @@ class Student(Section):
                 LATENT,
             ),
             (self.reasoning == "jacobi", "`reasoning: sequential` has none", JACOBI),
-            (self.alpha_kv > 0, "it belongs to the KV term, and alpha_kv is 0", KV),
-            (self.alpha_codi > 0, "it belongs to CODI's term, and alpha_codi is 0", CODI),
+            (self.taught("alpha_kv"), "it belongs to the KV term, and alpha_kv is 0", KV),
+            (self.taught("alpha_codi"), "it belongs to CODI's term, and alpha_codi is 0", CODI),
             (
-                self.alpha_kv > 0 or self.alpha_codi > 0,
+                self.taught("alpha_kv") or self.taught("alpha_codi"),
                 "it says what is compared, and alpha_kv and alpha_codi are 0",
                 ("layer_map",),
             ),
             (
-                self.alpha_kv > 0 or self.alpha_codi > 0 or self.alpha_readout > 0,
+                any(map(self.taught, ("alpha_kv", "alpha_codi", "alpha_readout"))),
                 "no term reads targets",
                 ("targets",),
             ),
@@ -125,9 +153,23 @@ class Student(Section):
                 ("alpha_readout",),
             ),
             (self.model is not None, "it belongs to a `model` on the Hub", ("revision",)),
+            (bool(self._shares()), "no weight is a share", ("balance_every",)),
         ):
             if not there and (wrong := self.changed(*names)):
                 raise ValueError(f"{', '.join(wrong)}: means nothing here: {why}. Leave it out")
+        return self
+
+    def _shares(self) -> list[float]:
+        weights = [getattr(self, name) for name in WEIGHTS]
+        return [weight.share for weight in weights if isinstance(weight, Share)]
+
+    @model_validator(mode="after")
+    def _leaves_a_share_to_the_answer(self) -> Student:
+        if (total := sum(self._shares())) >= 1:
+            raise ValueError(
+                f"the shares of the gradient add up to {total:g}, and something must be left to "
+                "the other terms. Lower them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from kava_core.distill.adapters import add_lora
+from kava_core.distill.balance import Balance
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.match import Match
@@ -173,6 +174,7 @@ class Toy:
     chains: bool = False
     loader_workers: int = 0
     held_out: int = 0
+    balance: Balance | None = None
     signal_at: int | None = None
     signal: int = signal.SIGKILL
 
@@ -210,6 +212,7 @@ class Toy:
             title="toy",
             loader_workers=self.loader_workers,
             held_out=held_out,
+            balance=self.balance,
         )
         return {name: x.detach().clone() for name, x in model.state_dict().items()}
 

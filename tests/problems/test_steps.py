@@ -18,6 +18,7 @@ STEPS: dict[TraceForm, tuple[str, ...]] = {
     "equations": ("<<12+3=15>>", "<<15*2=30>>", "<<30-7=23>>"),
     "sentences": ("Ann has 12 + 3 = 15.", "Twice that is 30.", "So 23 stay"),
     "results": ("15", "30", "23"),
+    "checked": ("15: 12+3 = 15", "30: 15*2 = 30", "23: 30-7 = 23"),
 }
 TOKENIZER = train_tokenizer(
     [text for steps in STEPS.values() for text in (*steps, "".join(steps))] * 3, 340
@@ -41,7 +42,8 @@ def test_steps_end_where_their_text_does(traces: TraceForm) -> None:
 
 
 @pytest.mark.parametrize(
-    ("traces", "stated"), [("equations", "153023"), ("results", "153023"), ("sentences", "")]
+    ("traces", "stated"),
+    [("equations", "153023"), ("results", "153023"), ("checked", "153023"), ("sentences", "")],
 )
 def test_results_are_marked_token_by_token(traces: TraceForm, stated: str) -> None:
     record = encode(traces)
@@ -58,6 +60,24 @@ def test_results_come_from_equations() -> None:
     row = Row({"question": "q", "answer": "a <<1+2=3>>3\nb <<3*4=12>>12\n#### 12"}, "r:1", 0)
     (problem,), left_out = Reading("results").problems(GSM8K(), [row], "train", taught=True)
     assert problem.steps == ("3", "12") and not left_out
+
+
+def test_checked_results_come_from_equations() -> None:
+    row = Row({"question": "q", "answer": "a <<1+2=3>>3\nb <<3*4=12>>12\n#### 12"}, "r:1", 0)
+    (problem,), left_out = Reading("checked").problems(GSM8K(), [row], "train", taught=True)
+    assert problem.steps == ("3: 1+2 = 3", "12: 3*4 = 12") and not left_out
+
+
+def test_a_checked_step_begins_and_ends_in_the_same_tokens() -> None:
+    """What the last token of a step foretells is the token that the next step ends in."""
+    record = encode("checked")
+    stated = [
+        [i for i in record.results if first <= i < last]
+        for first, last in zip([0, *record.step_ends], record.step_ends, strict=False)
+    ]
+    for first, places in zip([0, *record.step_ends], stated, strict=False):
+        claim = record.cot_ids[first : first + len(places)]
+        assert claim == [record.cot_ids[i] for i in places]
 
 
 def test_a_source_of_sentences_has_no_results() -> None:

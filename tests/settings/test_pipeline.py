@@ -62,6 +62,26 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("fidelity.policies", [{"name": "rkv", "first": 1}], "fidelity.policies.0.first: no such"),
         ("students.kava.training.stesp", 4, "students.kava.training.stesp: no such setting"),
         ("distil", {}, "distil: no such setting"),
+        (
+            "students.kava.alpha_kv",
+            {"part": 0.3},
+            "students.kava.alpha_kv: should be a number from",
+        ),
+        (
+            "students.kava.alpha_kv",
+            {"share": 1.0},
+            "students.kava.alpha_kv: should be a number fro",
+        ),
+        (
+            "students.kava.alpha_kv",
+            True,
+            "students.kava.alpha_kv: should be a number from 0, or {s",
+        ),
+        (
+            "students.kava.balance_every",
+            5,
+            "students.kava: balance_every: means nothing here",
+        ),
         # wrong types
         ("evict.budget", "eight", "evict.budget: Input should be a valid integer, found 'eight'"),
         ("evict.budget", "8", "evict.budget: Input should be a valid integer"),
@@ -123,7 +143,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
             "learning_rate: Input should be a f",
         ),
         ("students.kava.training.learning_rate", float("nan"), "learning_rate: Input should be"),
-        ("students.kava.alpha_kv", -1, "students.kava.alpha_kv: Input should be greater than or"),
+        ("students.kava.alpha_kv", -1, "students.kava.alpha_kv: should be a number from 0, or "),
         ("students.kava.reasoning", "magic", "students.kava.reasoning: Input should be 'jacobi'"),
         ("students.a.b", {"training": TRAINING}, "students.a"),
         ("students", {}, "students: Dictionary should have at least 1 item"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +40,7 @@ class Draft:
 class Source(ABC):
     """One format. `name` is what settings call it, `forms` the kinds of traces that it has.
 
-    A source of equations has their results too.
+    A source of equations has what is made `FROM_EQUATIONS` too.
     """
 
     name: ClassVar[str]
@@ -47,7 +48,7 @@ class Source(ABC):
 
     def gives(self, traces: TraceForm) -> bool:
         """Whether its steps can be had in this form."""
-        return traces in self.forms or (traces == "results" and "equations" in self.forms)
+        return traces in self.forms or (traces in FROM_EQUATIONS and "equations" in self.forms)
 
 
 class RowSource(Source):
@@ -92,6 +93,24 @@ def result(equation: str) -> str:
     if "=" not in equation or not stated:
         raise UnusableRow("a step without a result")
     return stated
+
+
+def checked(equation: str) -> str:
+    """`7: 3+4 = 7` of `<<3+4=7>>`: the result, then the working that ends in it; UnusableRow if the
+    equation has none."""
+    stated = result(equation)
+    working = equation.removeprefix("<<").rpartition("=")[0].strip()
+    return f"{stated}: {working} = {stated}"
+
+
+# The forms of traces that any source of equations gives, made of an equation.
+FROM_EQUATIONS: dict[TraceForm, Callable[[str], str]] = {"results": result, "checked": checked}
+
+
+def equations_as(equations: Sequence[str], traces: TraceForm) -> list[str]:
+    """Equations in the form `traces`, `equations` or one that is made of them."""
+    written = FROM_EQUATIONS.get(traces)
+    return [written(equation) for equation in equations] if written else list(equations)
 
 
 def lines(text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, TraceForm
-from kava_core.problems.sources.base import GeneratedSource
+from kava_core.problems.sources.base import GeneratedSource, equations_as
 from kava_core.problems.splits import ProblemSplits
 
 _ATTEMPTS = 1000
@@ -23,7 +23,7 @@ _WORDS = {"+": "plus", "*": "times"}
 
 @dataclass(frozen=True)
 class LastDigit(GeneratedSource):
-    """`counter at 3 . plus 4 . times 7 . shows ?`: <<3+4=7>><<7*7=9>>, 9.
+    """`counter at 3 plus 4 times 7 shows ?`: <<3+4=7>><<7*7=9>>, 9.
 
     steps: fewest and most operations; half of them add 1 to 9, half multiply by 3, 7 or 9.
     """
@@ -73,20 +73,18 @@ class LastDigit(GeneratedSource):
 
     def _tell(self, rng: random.Random, length: int, name: str, traces: TraceForm) -> Problem:
         value = rng.randrange(10)
-        told, steps = [f"counter at {value}"], []
+        told, equations = [f"counter at {value}"], []
         for _ in range(length):
             sign = rng.choice("+*")
             operand = rng.randint(1, 9) if sign == "+" else rng.choice(_MULTIPLIERS)
             result = (value + operand if sign == "+" else value * operand) % 10
             told.append(f"{_WORDS[sign]} {operand}")
-            steps.append(
-                str(result) if traces == "results" else f"<<{value}{sign}{operand}={result}>>"
-            )
+            equations.append(f"<<{value}{sign}{operand}={result}>>")
             value = result
         return Problem(
             id=name,
-            question=" . ".join([*told, "shows ?"]),
-            steps=tuple(steps),
+            question=" ".join([*told, "shows ?"]),
+            steps=tuple(equations_as(equations, traces)),
             answer=str(value),
             source=self.name,
             topic="counter",

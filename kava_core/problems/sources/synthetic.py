@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem, TraceForm, normalise_question
-from kava_core.problems.sources.base import GeneratedSource
+from kava_core.problems.sources.base import GeneratedSource, equations_as
 from kava_core.problems.sources.scenarios import SCENARIOS, STYLES, Scenario, Style, Wording
 from kava_core.problems.splits import ProblemSplits
 
@@ -206,12 +206,10 @@ class Synthetic(GeneratedSource):
             aside = teller.aside(rng.randint(2, self.max_value))
             sentences.insert(rng.randint(1, len(sentences)), aside)
         sentences.append(teller.closing())
-        written: dict[TraceForm, Callable[[Step], str]] = {
-            "equations": lambda step: step.equation,
-            "sentences": lambda step: teller.result(step.expression, step.result),
-            "results": lambda step: str(step.result),
-        }
-        steps = map(written[traces], chain)
+        if traces == "sentences":
+            steps = [teller.result(step.expression, step.result) for step in chain]
+        else:
+            steps = equations_as([step.equation for step in chain], traces)
         return Problem(
             id=name,
             question=" ".join(sentences),

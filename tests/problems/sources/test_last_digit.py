@@ -38,11 +38,21 @@ def test_results_are_the_states_alone() -> None:
         assert problem.steps == tuple(map(str, replay(problem.question)))
 
 
+def test_checked_results_begin_and_end_a_step() -> None:
+    checked = LastDigit().splits(2000, 50, 400, seed=3, traces="checked")
+    for problem, whole in zip(checked.train, SPLITS.train, strict=True):
+        assert problem.question == whole.question
+        for step, state in zip(problem.steps, replay(problem.question), strict=True):
+            assert re.fullmatch(rf"{state}: \d[+*]\d = {state}", step)
+
+
 def test_no_operation_tells_the_answer() -> None:
     """Given any one operation, or the start, every answer stays about as likely as another."""
     given: dict[str, Counter[str]] = {}
     for problem in SPLITS.train:
-        for part in problem.question.split(" . ")[:-1]:
+        parts = re.findall(r"\w+ (?:at )?\d", problem.question)
+        assert len(parts) == 5
+        for part in parts:
             given.setdefault(part, Counter())[problem.answer] += 1
     for part, answers in given.items():
         total = sum(answers.values())

@@ -273,19 +273,32 @@ def check_content(file: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def unless_made_anew(path: Path, manifest: Manifest) -> Iterator[None]:
-    """What is found wrong inside is no damage if the store in `path` is another one by now."""
+    """What is found wrong inside is no damage if another store has taken its place by now."""
+    before = _folder_identity(path)
     try:
         yield
-    except KavaError as error:
-        try:
-            now = read_manifest(path).digest
-        except KavaError:
-            raise error from None
-        if now == manifest.digest:
+    except KavaError:
+        if _folder_identity(path) == before and _is_of(path, manifest):
             raise
         raise KavaError(
             f"{path} was made anew while it was read. Run this again: it reads the new one."
         ) from None
+
+
+def _folder_identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _is_of(path: Path, manifest: Manifest) -> bool:
+    """Whether the manifest in `path` still is this one, or cannot be read: then it is damaged."""
+    try:
+        return read_manifest(path).digest == manifest.digest
+    except KavaError:
+        return True
 
 
 def check_inside(path: Path, name: str) -> None:

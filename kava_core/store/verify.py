@@ -43,9 +43,11 @@ def verify_files(path: Path, *, full: bool = False) -> Iterator[tuple[str, str |
     yield from _extra_files(path, manifest)
     damage = _problem(store.index.check)
     yield INDEX_FILE, damage
-    if manifest.codec.calibrated:
-        yield CALIBRATION_FILE, _problem(store.check_calibration)
     whole, sums = damage is None, []
+    if manifest.codec.calibrated:
+        found = _problem(store.check_calibration)
+        yield CALIBRATION_FILE, found
+        whole &= found is None
     for shard, name in enumerate(manifest.shard_files()):
         if damage is None:
             found = _problem(partial(store.check_shard, shard))

@@ -34,7 +34,7 @@ test: environment  ## what must pass before anything lands
 test-slow: environment  ## the tests that take minutes
 	pytest -m slow
 
-faults: environment  ## every fault, many times, about an hour; writes docs/reliability.md's table
+faults: environment  ## every fault many times (long); writes the table of docs/reliability.md
 	mkdir -p data && rm -f data/.faults.jsonl
 	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" --faults-results data/.faults.jsonl
 	python docs/reliability.py data/.faults.jsonl

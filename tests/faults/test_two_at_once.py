@@ -97,6 +97,8 @@ def test_a_reader_sees_one_store_whole(tmp_path: Path, tell: Tell) -> None:
 
     thread = threading.Thread(target=renew)
     thread.start()
+    while not output.exists():  # before the first there is nothing to read
+        time.sleep(0.001)
     seen = refused = 0
     try:
         deadline = time.monotonic() + 60

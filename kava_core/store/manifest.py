@@ -189,13 +189,21 @@ def load_manifest(path: Path, kind: str | None = None) -> Manifest:
     inside the folder and as long as it says. KavaError names the file and what to do.
     """
     manifest = read_manifest(path, kind)
-    with os.scandir(path) as entries:  # one call per file: there may be thousands
-        lengths = {e.name: e.stat().st_size for e in entries if e.is_file(follow_symlinks=False)}
     with unless_made_anew(path, manifest):
+        lengths = _lengths(path)
         for name, info in manifest.files.items():
             if lengths.get(name) != info.bytes:
                 check_file(path, name, info.bytes)
     return manifest
+
+
+def _lengths(path: Path) -> dict[str, int]:
+    """Of the regular files in a folder: one call for each, there may be thousands."""
+    try:
+        with os.scandir(path) as entries:
+            return {e.name: e.stat().st_size for e in entries if e.is_file(follow_symlinks=False)}
+    except OSError as error:
+        raise KavaError(f"{path} cannot be read ({error.strerror}). {REMAKE}") from None
 
 
 def read_manifest(path: Path, kind: str | None = None) -> Manifest:
@@ -204,9 +212,7 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     if not path.is_dir():
         raise KavaError(f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}.")
     check_inside(path, MANIFEST_FILE)
-    with os.scandir(path) as entries:
-        largest = LARGEST + LARGEST_PER_FILE * sum(1 for _ in entries)
-    plain = read_json(file, largest)
+    plain = read_json(file, LARGEST + LARGEST_PER_FILE * len(_lengths(path)))
     try:
         digest = manifest_digest(plain) if isinstance(plain, dict) else None
     except (ValueError, RecursionError) as error:  # half a character

@@ -474,8 +474,11 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _identity(file: Path) -> tuple[int, ...]:
-    """Another one if another file stands under the name, or it was written to."""
-    status = file.stat()
+    """Another one if another file stands under the name, none does, or it was written to."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -65,6 +65,7 @@ def build() -> tuple[PreTrainedModel, LatentReasoner]:
         eos_token_id=-1,
         seed=0,
     )
+    student.config.eos_token_id = None  # nor here
     return model, student.eval()
 
 
@@ -90,7 +91,7 @@ def systems(batch: int, calls: list[None]) -> dict[str, Callable[[], Tensor]]:
 
     def latent() -> Tensor:
         with torch.inference_mode():
-            return student.generate(ids, mask, max_new_tokens=ANSWER).tokens
+            return student.generate(ids, mask, max_new_tokens=ANSWER)[:, QUESTION:]
 
     for decoder in (model, student.decoder):
         decoder.base_model.register_forward_hook(lambda *_: calls.append(None))

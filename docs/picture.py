@@ -21,7 +21,8 @@ LINE = 17  # least distance of two labels
 
 @dataclass(frozen=True)
 class System:
-    """A row of the table: exact match in per cent with its interval, forward passes."""
+    """A row of the table: exact match in per cent, the mean over seeds, with the lowest and highest
+    of them; forward passes."""
 
     name: str
     accuracy: float
@@ -38,8 +39,11 @@ class System:
 
 
 def read_systems(page: str) -> list[System]:
-    """The rows of the first table of docs/results.md: name, all (low–high), …, forward passes."""
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \(([\d.]+)–([\d.]+)\) .*\| ([\d.]+) \|$", page, re.M)
+    """The rows of the first table of docs/results.md: name, mean (low–high), …, forward passes."""
+    first = page.partition("\n|")[2].partition("\n\n")[0]
+    rows = re.findall(
+        r"^\|? ?(.+?) \| ([\d.]+) \(([\d.]+)–([\d.]+)\) .*\| ([\d.]+) \|$", first, re.M
+    )
     return [System(name, *(float(number) for number in numbers)) for name, *numbers in rows]
 
 
@@ -68,17 +72,17 @@ def draw(systems: list[System], theme: int) -> str:
         + _text(0, 0, "exact match, %", colours["muted"], "middle")
         + "</g>",
     ]
-    last = float("-inf")
-    for system in sorted(systems, key=lambda system: -system.accuracy):
+    last = {False: float("inf"), True: float("inf")}  # the highest label so far, on either side
+    for system in sorted(systems, key=lambda system: system.accuracy):
         x, y, colour = _x(system.passes), _y(system.accuracy), colours[system.colour]
-        last = label = max(y, last + LINE)
         left = x > WIDTH / 2  # where there is room for words
+        last[left] = label = min(y, last[left] - LINE)
         to = -1 if left else 1
         parts += [
             f'<path d="M{x:.1f} {_y(system.high):.1f}V{_y(system.low):.1f}" stroke="{colour}"/>',
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>',
         ]
-        if label - y > 2:
+        if y - label > 2:
             line = f"M{x + 7 * to:.1f} {y:.1f}L{x + 15 * to:.1f} {label:.1f}"
             parts.append(f'<path d="{line}" stroke="{colour}"/>')
         words = f"{system.name}: {system.accuracy:.1f}"

@@ -17,15 +17,15 @@ from kava_core import LatentReasoner
 
 def main(pipeline: Path, name: str, problems: int) -> None:
     folder = pipeline / "students" / name
-    student = LatentReasoner.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    student = LatentReasoner.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     asked = pq.read_table(pipeline / "test_sets" / "test.parquet").slice(0, problems).to_pylist()
     # A question ends in a line end; what the student writes behind its latents is the answer.
     questions = tokenizer(
         [problem["question"] + "\n" for problem in asked], padding=True, return_tensors="pt"
     )
-    written = student.generate(**questions)
+    written = student.generate(**questions, return_dict_in_generate=True)
     answers = tokenizer.batch_decode(written.tokens, skip_special_tokens=True)
 
     right = 0

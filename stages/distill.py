@@ -17,9 +17,9 @@ def distill(run: Run, student: str) -> None:
 
     Reads kv_targets/ and the teacher's weights and tokenizer, nothing else (a student without
     latents reads problems/ instead; one with a `model` starts from its weights). Writes
-    students/STUDENT/: a model for `LatentReasoner.from_pretrained`, its tokenizer and student.json,
-    and its loss curves in curves/students/STUDENT/. Killed and run again, it goes on from its last
-    checkpoint and ends with the same weights.
+    students/STUDENT/: a model that transformers loads and `LatentReasoner.from_pretrained` thinks
+    with, its tokenizer and student.json, and its loss curves in curves/students/STUDENT/. Killed
+    and run again, it goes on from its last checkpoint and ends with the same weights.
     """
     from kava_core.distill.inputs import StudentInputs
     from kava_core.distill.student_job import train_student

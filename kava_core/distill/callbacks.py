@@ -34,8 +34,7 @@ class Epochs(TrainerCallback):
 
     def __init__(self, sampler: ShardShuffleSampler, training: Training) -> None:
         self.sampler = sampler
-        batches = len(sampler) // training.batch_size
-        self.steps = -(-batches // training.accumulation)  # in an epoch
+        self.steps = training.steps_per_epoch(len(sampler))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

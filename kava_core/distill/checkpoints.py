@@ -19,7 +19,7 @@ from kava_core.artefacts import clear, read_json
 from kava_core.console import say
 from kava_core.errors import KavaError
 
-STATE, WEIGHTS = "trainer_state.json", "model.safetensors"
+STATE, WEIGHTS = "trainer_state.json", "*.safetensors"
 ARCHIVES = ("optimizer.pt", "scheduler.pt")  # whose directory stands at their end
 CHECKPOINT = re.compile(r"checkpoint-\d{1,18}")
 
@@ -44,12 +44,15 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         plain = read_json(checkpoint / STATE)
         state = TrainerState(**plain)
-        with safe_open(checkpoint / WEIGHTS, framework="pt"):  # its header tells its length
-            pass
+        weights = list(checkpoint.glob(WEIGHTS))
+        for file in weights:
+            with safe_open(file, framework="pt"):  # its header tells its length
+                pass
     except (KavaError, TypeError, ValueError, AttributeError, SafetensorError, OSError):
         return False
     return (
-        state.global_step == step_of(checkpoint)
+        bool(weights)
+        and state.global_step == step_of(checkpoint)
         and isinstance(state.log_history, list)
         and isinstance(plain.get("stateful_callbacks"), dict)
         and all(zipfile.is_zipfile(checkpoint / name) for name in ARCHIVES)

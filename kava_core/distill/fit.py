@@ -12,6 +12,7 @@ part of every batch, and what is logged, saved and decided is that of all of the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
 from kava_core.distill.terms import Batch, Terms
 from kava_core.distill.trainer import TermsTrainer
 from kava_core.errors import KavaError
+from kava_core.models.recompute import recomputed
 from kava_core.parallel import group
 from kava_core.settings import Cadence, Training
 from kava_core.store import ShardShuffleSampler
@@ -77,15 +79,16 @@ def fit(
     # The Trainer moves the model; initial states must not depend on what ran before.
     set_seed(training.seed)
     evaluate_every = training.held_out.every if training.held_out else None
+    steps = training.total_steps(len(sampler))
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=training.steps,
+        max_steps=steps,
         per_device_train_batch_size=training.batch_size // group.size(),
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         adam_beta2=training.adam_beta2,
-        warmup_steps=round(training.warmup * training.steps),
+        warmup_steps=round(training.warmup * steps),
         lr_scheduler_type="cosine",
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bfloat16",
@@ -111,7 +114,7 @@ def fit(
         say(f"{title}: continuing from {checkpoint.name}")
     window = Window()
     with progress() as display, Termination() as termination:
-        task = display.add_task(title, total=training.steps, note="")
+        task = display.add_task(title, total=steps, note="")
         stop = Stop(termination, folder / STOP_FILE)
         callbacks: list[TrainerCallback] = [Epochs(sampler, training), window, stop]
         if group.rank() == 0:
@@ -133,15 +136,16 @@ def fit(
         trainer.pop_callback(PrinterCallback)  # prints every log to stdout when there is no tqdm
         if group.size() > 1:
             set_seed(training.seed + group.rank())  # no two processes drop out the same units
-        if checkpoint and step_of(checkpoint) >= training.steps:
+        if checkpoint and step_of(checkpoint) >= steps:
             trainer.take_over(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with recomputed(model) if training.gradient_checkpointing else nullcontext():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # Mixed precision wrapped the model's forward; the caller gets its own model back.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if stop.stopped and trainer.state.global_step < training.steps:
+    if stop.stopped and trainer.state.global_step < steps:
         raise Stopped(
-            f"{title}: stopped at step {trainer.state.global_step} of {training.steps} and saved. "
+            f"{title}: stopped at step {trainer.state.global_step} of {steps} and saved. "
             "Run the same command again to go on."
         )
 

@@ -75,6 +75,7 @@ def start_student(
         reasoning=settings.reasoning,
         projection=settings.projection,
         per_position=settings.per_position,
+        stride=settings.stride,
         answer_prompt_ids=[] if store and writes_rest(store) else encoder.answer_prompt_ids,
         eos_token_id=encoder.eos,
         seed=settings.training.seed,
@@ -84,7 +85,8 @@ def start_student(
 def check_records(student: LatentReasoner, dataset: AnswerDataset | TargetsDataset) -> None:
     """KavaError naming the longest record if the student's context cannot hold it."""
     lengths = dataset.lengths()
-    latents = student.config.latents + 2 if student.config.latents else 0  # and <bot>, <eot>
+    config = student.config
+    latents = config.latents * config.stride + 2 if config.latents else 0  # and <bot>, <eot>
     between = np.maximum(lengths.chain, latents) if dataset.chains else latents
     needed = lengths.question + between + lengths.answer
     longest = int(needed.argmax())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.artefacts import fresh_folder, work_folder, write_json
-from kava_core.distill.adapters import add_lora, merge_lora
+from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
+from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
 from kava_core.distill.callbacks import STOP_FILE, following
@@ -20,8 +20,9 @@ from kava_core.distill.objective import objective_of
 from kava_core.distill.projectors import add_projectors, drop_projectors
 from kava_core.distill.start import check_records, start_student
 from kava_core.distill.terms import Terms, student_terms
+from kava_core.models.adapted import Base
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, load_tokenizer, save_model
+from kava_core.models.loading import load_model, load_tokenizer
 from kava_core.parallel import group
 from kava_core.parallel.processes import run_processes
 from kava_core.parallel.threads import torch_threads
@@ -71,17 +72,19 @@ class StudentJob:
             terms = self._terms(match, material.store)
             adapters = None
             if training.lora is not None:
-                adapters = add_lora(student, training.lora, seed=training.seed)
+                path = f"students.{self.name}.training"
+                adapters = add_lora(student.decoder, training.lora, seed=training.seed, path=path)
             projected = (
                 match is not None and settings.model is not None and settings.taught("alpha_kv")
             )
             if match is not None and projected:
                 add_projectors(student, match)
+            sampler = ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window)
             fit(
                 student,
                 terms,
                 material.dataset,
-                ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window),
+                sampler,
                 training,
                 self.cadence,
                 folder=self.checkpoints,
@@ -93,11 +96,12 @@ class StudentJob:
             )
             if group.rank() > 0:
                 return
+            fresh_folder(self.folder)
             if projected:
                 drop_projectors(student)
-            if adapters is not None:
-                merge_lora(student, adapters)
-            self._save(student, tokenizer, material.traces)
+            if adapters is not None and training.lora is not None:
+                student.decoder = end_lora(adapters, training.lora, self.folder, self._base())
+            self._save(student, tokenizer, material.traces, training.total_steps(len(sampler)))
 
     def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:
         online = rounding = None
@@ -107,11 +111,23 @@ class StudentJob:
             rounding = fake_quantisation(store)
         return student_terms(objective_of(self.settings, store, match), match, online, rounding)
 
+    def _base(self) -> Base:
+        """What adapters of this student belong on; a folder of this project by its path in it."""
+        model, project = self.inputs.model, self.work.parents[2]
+        if Path(model).is_dir() and Path(model).is_relative_to(project):
+            model = Path(model).relative_to(project).as_posix()
+        fingerprints = self.inputs.fingerprints
+        found = fingerprints.get("model", fingerprints["teacher"])
+        return Base(model=model, commit=self.inputs.commit, fingerprint=found)
+
     def _save(
-        self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str
+        self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str, steps: int
     ) -> None:
-        fresh_folder(self.folder)
-        save_model(self.folder, student, tokenizer)
+        ensure_folder(self.folder)
+        # Questions of a batch end where their latents begin.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        student.save_pretrained(self.folder, whole=self.settings.training.keeps_weights)
+        tokenizer.save_pretrained(self.folder)
         write_json(
             self.folder / "student.json",
             {
@@ -120,6 +136,7 @@ class StudentJob:
                 "fingerprints": self.inputs.fingerprints,
                 "commit": self.inputs.commit,
                 "traces": traces,
+                "steps": steps,
             },
         )
 
@@ -165,7 +182,7 @@ def train_student(
     if settings.processes == 1:
         job()
         return job
-    with following(job.curves, name, settings.training.steps):
+    with following(job.curves, name, _steps(settings, inputs.source)):
         run_processes(
             job,
             settings.processes,
@@ -176,6 +193,16 @@ def train_student(
             gpus=resources.gpus_per_worker,
         )
     return job
+
+
+def _steps(settings: Student, source: Path) -> int:
+    """Steps that the training takes."""
+    if settings.reads == "kv_targets":
+        records = len(TargetsStore.open(source, checksums=False))
+    else:
+        records = len(open_problems(source).load("train"))
+    held_out = settings.training.held_out
+    return settings.training.total_steps(records - (held_out.records if held_out else 0))
 
 
 def _match(student: LatentReasoner, settings: Student, store: TargetsStore | None) -> Match | None:

@@ -9,11 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
+from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.start import start_teacher
 from kava_core.distill.terms import chain_terms
+from kava_core.models.adapted import Base
+from kava_core.models.head import check_head
 from kava_core.models.loading import commit_of, model_fingerprint, save_model, to_device
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.problems.folder import ProblemFolder
@@ -26,22 +29,27 @@ from kava_core.store import ShardShuffleSampler
 class TrainedTeacher:
     """A teacher that has learnt, on its device, and where it is built.
 
-    encoder: with its tokenizer. about: what it was made from. curves: the folder of its loss
-    curves, empty for a model that is taken as it is.
+    encoder: with its tokenizer. settings, about: what it was made from. steps: how many it was
+    trained for. folder: holds the adapters already, if they are kept. curves: the folder of its
+    loss curves, empty for a model that is taken as it is.
     """
 
     model: PreTrainedModel
     encoder: TraceEncoder
+    settings: Teacher
     about: dict[str, Any]
+    steps: int
     folder: Path
     curves: Path
 
     def save(self, metrics: dict[str, float]) -> None:
         """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
-        fresh_folder(self.folder)
-        save_model(self.folder, self.model, self.encoder.tokenizer)
+        ensure_folder(self.folder)
+        training = self.settings.training
+        whole = training is None or training.keeps_weights
+        save_model(self.folder, self.model, self.encoder.tokenizer, weights=whole)
         write_json(self.folder / "metrics.json", metrics)
-        write_json(self.folder / "teacher.json", self.about)
+        write_json(self.folder / "teacher.json", {**self.about, "steps": self.steps})
 
 
 def train_teacher(
@@ -58,19 +66,25 @@ def train_teacher(
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
-    curves = ensure_folder(work / "curves")
-    training = settings.training
+    folder, curves = fresh_folder(work / "teacher"), ensure_folder(work / "curves")
+    training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
     encoder = TraceEncoder(tokenizer, problems.traces)
     if training is not None:
+        check_head(model)
+        adapters = None
+        if training.lora is not None:
+            adapters = add_lora(model, training.lora, seed=training.seed, path="teacher.training")
         traces = encoder.encode_all(problems.load("train"))
         check_lengths(traces, model.config.get_text_config())
         taught, held_out = hold_out([len(traces)], training, "teacher.training")
+        sampler = ShardShuffleSampler(taught, seed=training.seed)
+        steps = training.total_steps(len(sampler))
         fit(
             model,
             chain_terms,
             ChainDataset(traces),
-            ShardShuffleSampler(taught, seed=training.seed),
+            sampler,
             training,
             cadence,
             folder=work / "checkpoints",
@@ -79,7 +93,11 @@ def train_teacher(
             loader_workers=resources.loader_workers,
             held_out=held_out,
         )
-    return TrainedTeacher(to_device(model), encoder, about, work / "teacher", curves)
+        if adapters is not None and training.lora is not None:
+            made_from = about["fingerprints"]["model"]
+            base = Base(model=settings.model, commit=about["commit"], fingerprint=made_from)
+            model = end_lora(adapters, training.lora, folder, base)
+    return TrainedTeacher(to_device(model), encoder, settings, about, steps, folder, curves)
 
 
 def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:

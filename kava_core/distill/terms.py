@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from kava_core.distill.losses import chain_loss
 from kava_core.distill.match import Match
-from kava_core.distill.objective import Objective, cross_entropy
+from kava_core.distill.objective import Objective
 from kava_core.distill.projectors import ProjectedReasoning
 from kava_core.models.latent import LatentReasoner
 from kava_core.targets.online import OnlineTargets
@@ -21,12 +22,7 @@ Terms = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 def chain_terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The teacher's: CE(C, A-prompt, A | Q) of a `ChainDataset` batch, the mean over records."""
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["mask"], use_cache=False
-    ).logits
-    return {
-        "chain": cross_entropy(logits[:, :-1], batch["input_ids"][:, 1:], batch["taught"][:, 1:])
-    }
+    return {"chain": chain_loss(model, batch["input_ids"], batch["mask"], batch["taught"])}
 
 
 def student_terms(

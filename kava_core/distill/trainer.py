@@ -99,6 +99,13 @@ class TermsTrainer(Trainer):
             "saved. Lower the learning rate, or look at these records."
         )
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """A checkpoint holds all that is trained, a student's folder only what answers need."""
+        assert self.model is not None
+        super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The first process writes the Trainer's state next, which makes the checkpoint a whole one.

@@ -11,6 +11,7 @@ from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, model_fingerprint
 from kava_core.models.students import open_student
+from kava_core.models.thinking import SETTINGS_FILE
 from kava_core.problems.traces import TraceEncoder
 from kava_core.store import TargetsStore
 
@@ -43,7 +44,7 @@ class Systems:
                     f"student {name} was made from the teacher {made_from[:12]}…, and the one in "
                     f"{teacher} is {fingerprint[:12]}…. Run `kava distill {name}` again."
                 )
-            latents = read_json(folder / "config.json").get("latents", 0)
+            latents = read_json(folder / SETTINGS_FILE)["latents"]
             if not latents:
                 continue
             slots = TargetsStore.open(targets).geometry.slots

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.findings.latents import (
@@ -30,6 +29,7 @@ from kava_core.findings.latents import (
 from kava_core.latents.interventions import interventions
 from kava_core.latents.student import PARTS, QUESTION_PARTS, Observation, observe
 from kava_core.latents.teacher import TOP, TeacherBatch, TeacherView, likeliest
+from kava_core.models.head import read_head
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.slot_cache import ABSENT
 from kava_core.problems.records import Problem
@@ -81,17 +81,10 @@ def interpret(
 # --- what latents decode to ---------------------------------------------------------------------
 
 
-def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of normed hidden states [..., E]; softcapped where the model does so."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 def _check_head(student: LatentReasoner, seen: Observation) -> None:
-    """The logits that the model gives itself are those of `head`."""
+    """The logits that the model gives itself are those of `read_head`."""
     own = seen.reasoning.logits[:, 0].double()
-    ours = head(student.decoder, seen.reasoning.endpoint[:, -1]).double()
+    ours = read_head(student.decoder, seen.reasoning.endpoint[:, -1]).double()
     tolerance = max(1e-3, 16 * torch.finfo(student.dtype).eps) * float(own.abs().max())
     if not torch.allclose(own, ours, rtol=0, atol=tolerance):
         raise KavaError(
@@ -119,7 +112,7 @@ def _decoded(
         theirs = [[] if place is None else tokens[place] for place, _ in kept]
         iterations = []
         for hidden in seen[b].hidden[:, row]:  # [M, E]
-            ours = likeliest(head(student.decoder, hidden), tokenizer, TOP)
+            ours = likeliest(read_head(student.decoder, hidden), tokenizer, TOP)
             slots = [
                 DecodedSlot(
                     student=ours[slot],

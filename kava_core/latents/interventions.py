@@ -205,7 +205,10 @@ class _Exam:
             who = torch.tensor(chosen, device=device)
             with latents_fed(self.student, ids.shape[1], partial(change, who)):
                 result = self.student.generate(
-                    ids.to(device), mask.to(device), max_new_tokens=self.max_new_tokens
+                    ids.to(device),
+                    mask.to(device),
+                    max_new_tokens=self.max_new_tokens,
+                    return_dict_in_generate=True,
                 )
             for i, row in zip(chosen, result.tokens.tolist(), strict=True):
                 written[i] = self._ended(row)

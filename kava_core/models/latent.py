@@ -1,72 +1,89 @@
 """The student: any causal LM that reasons in M continuous tokens before it answers.
 
 METHOD section 3. `LatentReasoner` drives an unmodified decoder through input embeddings and a
-cache. Its own parameters are `<bot>`, `<eot>`, the initial latents and the projection; the
-vocabulary is not resized. Masks and positions are always explicit, so that a padded batch gives
-every problem what it gets alone.
+cache (`kava_core.models.thinking`). Its own parameters are `<bot>`, `<eot>`, the initial latents
+and the projection; the vocabulary is not resized.
 
 The last latent pass and the answer go through the decoder together: the latents' keys and values
 of that pass are the ones the answer reads, and causality keeps the answer out of them. Jacobi
 iterations therefore cost T + 1 decoder calls in training, the question's included.
+
+On disk a student is its decoder, as transformers saves it, and beside it what `thinking` needs.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any, cast
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, overload
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    DynamicCache,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
+from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
-from kava_core.models.context import check_context
-from kava_core.models.loading import attention_implementation
+from kava_core.models import thinking
+from kava_core.models.head import read_head
+from kava_core.models.loading import load_config, load_model, save_model
 from kava_core.models.phase import rotary_of
+from kava_core.models.recompute import switch_recomputing
+from kava_core.models.thinking import (
+    FORMAT_VERSION,
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    LatentOutput,
+    LatentSettings,
+    Projection,
+    Refused,
+    State,
+    Thought,
+    add_latents,
+    answer,
+    left_padded,
+    load_latents,
+    passes_to_think,
+    think,
+)
 from kava_core.rotary import Rotary, unrotate
+
+GENERATE_FILE = "custom_generate/generate.py"
+LONGEST = 64  # tokens of an answer, where nothing else is asked for
 
 
 class LatentReasonerConfig(PreTrainedConfig):
-    """What a saved student needs besides its weights.
+    """What a student is besides its decoder and its weights.
 
-    decoder_config: the decoder's own configuration as a dict (transformers takes an attribute named
-    `decoder` for a configuration object); latents: M; iterations: T;
-    reasoning: "jacobi" or "sequential"; projection: whether hidden states pass a small MLP before
-    they become latents; per_position: one learned initial latent per position, or one for all;
-    answer_prompt_ids, eos_token_id: what `generate` writes before the answer and stops at.
+    The fields of `thinking.LatentSettings`; eos_token_id: what ends an answer, one id or several.
     """
 
     model_type = "latent_reasoner"
 
     def __init__(
         self,
-        decoder_config: dict[str, Any] | None = None,
         latents: int = 0,
         iterations: int = 0,
         reasoning: str = "jacobi",
         projection: bool = True,
         per_position: bool = True,
+        stride: int = 1,
         answer_prompt_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.decoder_config = decoder_config or {}
         self.latents = latents
         self.iterations = iterations
         self.reasoning = reasoning
         self.projection = projection
         self.per_position = per_position
+        self.stride = stride
         self.answer_prompt_ids = answer_prompt_ids or []
 
 
@@ -94,94 +111,6 @@ class Reasoning:
     readout: Tensor | None = None
 
 
-@dataclass
-class Generation:
-    """Answers.
-
-    tokens: [B, N] generated ids, filled up with the end of sequence
-    passes: [B] decoder calls until that row was finished, the question's included
-    """
-
-    tokens: Tensor
-    passes: Tensor
-
-
-@dataclass
-class _State:
-    """A decoder in the middle of a sequence: its cache and the mask of all that it was fed."""
-
-    cache: DynamicCache
-    mask: Tensor  # [B, fed so far]
-
-    def advance(self, mask: Tensor) -> dict[str, Any]:
-        """Arguments of the call that feeds columns with this mask [B, N]; counts them as fed.
-
-        Positions count the real tokens of a row, so padding anywhere shifts nothing; the mask
-        covers the past as well, or the padding of the question would be attended to.
-        """
-        positions = self.mask.sum(1, keepdim=True) + mask.cumsum(1) - 1
-        self.mask = torch.cat((self.mask, mask), 1)
-        return {
-            "attention_mask": self.mask,
-            "position_ids": positions.clamp(min=0),
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-
-    def first(self, columns: int) -> _State:
-        """The state after the first columns only; shares tensors (and gradients) with this one."""
-        state = self.fork()
-        state.mask = self.mask[:, :columns]
-        for layer in state.layers:
-            layer.keys = layer.keys[:, :, :columns]
-            layer.values = layer.values[:, :, :columns]
-        return state
-
-    def fork(self) -> _State:
-        """A state that can be advanced without this one noticing; its tensors are shared."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.layers]
-        return _State(cache, self.mask)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but those marked in rows [B]."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-
-    @property
-    def layers(self) -> list[Any]:
-        """The cache's layers, each with keys and values [B, H, S, D]."""
-        return self.cache.layers
-
-
-class Projection(nn.Module):
-    """Hidden state → latent: LayerNorm(h + Linear(GELU(Linear(h)))), [..., E] → [..., E].
-
-    The paper's Linear–GELU–Linear–LayerNorm with a skip around the two linear maps (ours). Fresh,
-    the second map is close to zero and the norm's gain is the spread of the embeddings, so that a
-    latent is the hidden state at the scale of an embedding. At the hidden state's own scale, twenty
-    times larger in a small model, a latent drowns whatever the layers add to it.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(size, size)
-        self.down = nn.Linear(size, size)
-        self.norm = nn.LayerNorm(size)
-
-    def reset(self, scale: float, generator: torch.Generator) -> None:
-        """Fresh parameters; scale: the standard deviation of the decoder's input embeddings."""
-        for linear, gain in ((self.up, 1.0), (self.down, 0.01)):
-            noise = torch.randn(linear.weight.shape, generator=generator)
-            linear.weight.copy_(gain * noise * linear.in_features**-0.5)
-            linear.bias.zero_()
-        self.norm.weight.fill_(scale)
-        self.norm.bias.zero_()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(hidden + self.down(nn.functional.gelu(self.up(hidden))))
-
-
 class LatentReasoner(PreTrainedModel):
     """A causal LM that thinks in latents. Build it with `from_teacher` or `from_pretrained`."""
 
@@ -191,30 +120,18 @@ class LatentReasoner(PreTrainedModel):
     supports_gradient_checkpointing = False
     _supports_sdpa = True
 
-    def __init__(
-        self, config: LatentReasonerConfig, decoder: PreTrainedModel | None = None
-    ) -> None:
+    def __init__(self, config: LatentReasonerConfig, decoder: PreTrainedModel) -> None:
         super().__init__(config)
         if config.reasoning not in ("jacobi", "sequential"):
             raise KavaError(f"reasoning must be jacobi or sequential, not {config.reasoning!r}.")
-        decoder_config = AutoConfig.for_model(**config.decoder_config)
-        if decoder is None:
-            decoder = AutoModelForCausalLM.from_config(
-                decoder_config,
-                attn_implementation=attention_implementation(decoder_config),
-                dtype=torch.get_default_dtype(),  # that of the rest, whatever the teacher's was
-            )
         self.decoder: PreTrainedModel = decoder
         self._rotary: Rotary | None = None
-        size = decoder_config.hidden_size
+        self.bot: nn.Parameter
+        self.eot: nn.Parameter
+        self.initial_latents: nn.Parameter
+        self.projection: nn.Module
         if config.latents:
-            rows = config.latents if config.per_position else 1
-            self.bot = nn.Parameter(torch.zeros(size))
-            self.eot = nn.Parameter(torch.zeros(size))
-            self.initial_latents = nn.Parameter(torch.zeros(rows, size))
-            self.projection: nn.Module = nn.Identity()
-            if config.projection:
-                self.projection = Projection(size)
+            add_latents(self, decoder.config.get_text_config().hidden_size, config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,19 +150,19 @@ class LatentReasoner(PreTrainedModel):
         answer_prompt_ids: list[int],
         eos_token_id: int,
         seed: int,
+        stride: int = 1,
     ) -> LatentReasoner:
         """A student with the teacher's weights and fresh latents of the embeddings' own scale."""
-        decoder_config = teacher.config.get_text_config()
         config = LatentReasonerConfig(
-            decoder_config=_plain(decoder_config),
             latents=latents,
             iterations=iterations,
             reasoning=reasoning,
             projection=projection,
             per_position=per_position,
+            stride=stride,
             answer_prompt_ids=answer_prompt_ids,
             eos_token_id=eos_token_id,
-            tie_word_embeddings=decoder_config.tie_word_embeddings,
+            tie_word_embeddings=teacher.config.get_text_config().tie_word_embeddings,
         )
         student = cls(config, copy.deepcopy(teacher)).requires_grad_(True)  # a frozen one's too
         like = next(teacher.parameters())
@@ -262,7 +179,7 @@ class LatentReasoner(PreTrainedModel):
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(embeddings.mean(0) + noise * embeddings.std())
                 if isinstance(student.projection, Projection):
-                    student.projection.reset(float(embeddings.std()), generator)
+                    _reset(student.projection, float(embeddings.std()), generator)
         return student
 
     @classmethod
@@ -274,11 +191,97 @@ class LatentReasoner(PreTrainedModel):
         With an answer prompt it answers at once; with none it writes its chain of thought first.
         """
         config = LatentReasonerConfig(
-            decoder_config=_plain(model.config.get_text_config()),
             answer_prompt_ids=answer_prompt_ids,
             eos_token_id=eos_token_id,
+            tie_word_embeddings=model.config.get_text_config().tie_word_embeddings,
         )
         return cls(config, model).eval()
+
+    # --- files ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        base: str | os.PathLike[str] | None = None,
+    ) -> LatentReasoner:
+        """The student in a folder or a repository of the Hub, in evaluation mode, on the CPU.
+
+        dtype: the one it was saved in, unless told; attn_implementation: that of `load_model`,
+        unless told; revision: of a repository. base: of a student that is kept as adapters, the
+        model they belong on, if it is not where they say. No code from there is run. KavaError if
+        there is no student, or its parts do not belong together.
+        """
+        place, on = os.fspath(path), None if base is None else os.fspath(base)
+        try:
+            settings = LatentSettings.read(_file(place, SETTINGS_FILE, revision))
+            if dtype is None:
+                stored = load_config(place, revision).dtype
+                dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+            decoder = load_model(place, dtype, revision, on)
+            if attn_implementation is not None:
+                decoder.set_attn_implementation(attn_implementation)
+            student = cls(
+                LatentReasonerConfig(
+                    **asdict(settings),
+                    eos_token_id=decoder.generation_config.eos_token_id,
+                    tie_word_embeddings=decoder.config.get_text_config().tie_word_embeddings,
+                ),
+                decoder,
+            )
+            if settings.latents:
+                like = next(decoder.parameters())
+                load_latents(student, _file(place, WEIGHTS_FILE, revision), like)
+        except (KavaError, SafetensorError, ValueError) as error:
+            raise KavaError(f"no student could be loaded from {place}: {error}") from None
+        return student.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        whole: bool = True,
+    ) -> None:
+        """A folder that transformers loads as the decoder, and `from_pretrained` as the student.
+
+        Weights larger than `max_shard_size` are cut into several files, all of which are as
+        readable as the configuration beside them. The Trainer, which gives the state_dict itself,
+        gets a checkpoint of it instead: what is trained may hold more than a student does. whole:
+        False for a student whose decoder is kept as adapters, which lie in the folder already.
+        """
+        if state_dict is not None:
+            super().save_pretrained(
+                save_directory, state_dict=state_dict, is_main_process=is_main_process
+            )
+            return
+        folder = Path(save_directory)
+        with self._writing_its_own_way():
+            if whole:
+                self.decoder.save_pretrained(folder, max_shard_size=max_shard_size)
+            else:
+                save_model(folder, self.decoder, None, weights=False)
+        names = LatentSettings.__dataclass_fields__
+        settings = {name: getattr(self.config, name) for name in names}
+        write_json(folder / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
+        weights = folder / WEIGHTS_FILE
+        weights.unlink(missing_ok=True)
+        if own:
+            save_file({k: v.contiguous() for k, v in own.items()}, weights, {"format": "pt"})
+        if whole:  # else there is no model beside it for transformers to load
+            code = folder / GENERATE_FILE
+            code.parent.mkdir(exist_ok=True)
+            code.write_text(Path(thinking.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        mode = (folder / "config.json").stat().st_mode
+        for file in folder.glob("*.safetensors"):
+            file.chmod(mode)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -287,10 +290,16 @@ class LatentReasoner(PreTrainedModel):
         return self.decoder.get_output_embeddings()
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        raise KavaError(
-            "gradient checkpointing detaches the cache: the KV loss would descend and supervise "
-            "nothing. Turn it off; use a smaller batch with gradient accumulation instead."
-        )
+        if self.config.latents:
+            raise KavaError(
+                "gradient checkpointing detaches the cache: the KV loss would descend and "
+                "supervise nothing. Turn it off; use a smaller batch with gradient accumulation "
+                "instead."
+            )
+        switch_recomputing(self.decoder, True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        switch_recomputing(self.decoder, False)
 
     # --- training -------------------------------------------------------------------------------
 
@@ -314,14 +323,17 @@ class LatentReasoner(PreTrainedModel):
         answer prompt, for a student that writes the prompt itself; the endpoint is there. readout:
         whether to give `Reasoning.readout`.
         """
-        question_ids, question_mask = _left_padded(question_ids, question_mask)
-        state, pending, pending_mask, thoughts = self._reason(question_ids, question_mask)
+        question_ids, question_mask = left_padded(question_ids, question_mask.long())
+        thought = self._reason(question_ids, question_mask)
+        state, pending = thought.state, thought.embeds
         tail_ids = torch.cat((self._prompt(len(answer_ids)), answer_ids), 1)
         tail_mask = torch.cat((torch.ones_like(tail_ids[:, : self._prompt_length]), answer_mask), 1)
+        rest = self._eot_length + tail_ids.shape[1]
         output = self._feed(
             state,
             torch.cat((pending, self._eot(len(tail_ids)), self._embed(tail_ids)), 1),
-            torch.cat((pending_mask, self._ones(len(tail_ids), self._eot_length), tail_mask), 1),
+            torch.cat((thought.mask, self._ones(len(tail_ids), self._eot_length), tail_mask), 1),
+            torch.cat((thought.steps, thought.steps.new_ones(rest))),
             logits=answer_ids.shape[1] + 1,
             hidden_states=True,
         )
@@ -338,14 +350,12 @@ class LatentReasoner(PreTrainedModel):
             latent_positions=positions,
             endpoint=torch.stack([h[rows, ends] for h in output.hidden_states], dim=1),
             cot_logits=self._chain(question_ids, question_mask, chain_ids, chain_mask),
-            readout=self._read(thoughts) if readout and thoughts is not None else None,
+            readout=self.read(thought.hidden) if readout and thought.hidden is not None else None,
         )
 
-    def _read(self, hidden: Tensor) -> Tensor:
+    def read(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] of the last level → logits [..., V], as the decoder makes them."""
-        logits: Tensor = self.decoder.get_output_embeddings()(hidden)
-        cap = getattr(self.decoder.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return read_head(self.decoder, hidden)
 
     def rotary(self) -> Rotary:
         """How the decoder rotates its keys (see `kava_core.models.phase`)."""
@@ -365,150 +375,98 @@ class LatentReasoner(PreTrainedModel):
 
     # --- inference ------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @overload
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-    ) -> Generation:
+        *,
+        return_dict_in_generate: Literal[True],
+        **options: Any,
+    ) -> LatentOutput: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        return_dict_in_generate: Literal[False] = False,
+        **options: Any,
+    ) -> Tensor: ...
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        return_dict_in_generate: bool = False,
+        **options: Any,
+    ) -> Tensor | LatentOutput:
         """Think, then write the answer.
 
-        input_ids, attention_mask [B, Q], questions padded on either side. Greedy unless
-        `do_sample`: then every row draws one random number per token, whatever the other rows do.
-        A row ends at the end of sequence or after `max_new_tokens`. Rows that have ended leave the
-        batch once they are half of it. KavaError for a temperature or top_p that means nothing.
+        input_ids, attention_mask [B, Q], questions padded on either side. options: those of
+        transformers' `generate`; without any, at most 64 tokens, greedy. Returns [B, Q + N], the
+        questions (padded on the left) and what was written behind them, filled up with the end of
+        sequence; with `return_dict_in_generate` a `LatentOutput`, which has passes and latents too.
+        A row ends at the end of sequence. KavaError for what cannot be had with latents: a cache
+        of fixed size, an assistant model, guidance.
         """
-        if do_sample and not (temperature > 0 and 0 < top_p <= 1):
-            raise KavaError(
-                "expected a temperature above 0 and a top_p above 0, at most 1, found "
-                f"{temperature} and {top_p}. For the likeliest tokens turn do_sample off."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        self._check_length(attention_mask)
-        input_ids, attention_mask = _left_padded(input_ids, attention_mask)
-        warpers = LogitsProcessorList()
-        if do_sample:
-            warpers.append(TemperatureLogitsWarper(temperature))
-            if top_p < 1:
-                warpers.append(TopPLogitsWarper(top_p))
-        rows, eos = len(input_ids), self.config.eos_token_id
-        state, embeds, mask, _ = self._reason(input_ids, attention_mask)
-        prompt = self._prompt(rows)
-        embeds = torch.cat((embeds, self._eot(rows), self._embed(prompt)), 1)
-        mask = torch.cat((mask, self._ones(rows, self._eot_length + prompt.shape[1])), 1)
-        tokens = input_ids.new_full((rows, max_new_tokens), eos)
-        passes = torch.full((rows,), self.latent_passes, device=input_ids.device)
-        fed = torch.arange(rows, device=input_ids.device)  # which rows the batch holds
-        running = torch.ones_like(fed, dtype=torch.bool)
-        for step in range(max_new_tokens):
-            scores = self._feed(state, embeds, mask, logits=1).logits[:, -1].float()
-            if do_sample:
-                at = torch.rand(rows, device=scores.device)[fed]
-                scores = warpers(
-                    cast(torch.LongTensor, tokens[fed, :step]), cast(torch.FloatTensor, scores)
+        with self._writing_its_own_way():
+            try:
+                return answer(
+                    self.decoder,
+                    self,
+                    self.config,
+                    input_ids,
+                    attention_mask,
+                    return_dict_in_generate=return_dict_in_generate,
+                    **options,
                 )
-                chosen = _drawn(scores.softmax(-1), at)
-            else:
-                chosen = scores.argmax(-1)
-            chosen = chosen.masked_fill(~running, eos)
-            passes[fed] += running if step else 0
-            tokens[fed, step] = chosen
-            running &= chosen != eos
-            left = int(running.sum())
-            if not left:
-                return Generation(tokens[:, : step + 1], passes)
-            if 2 * left <= len(fed):
-                state.keep(running)
-                fed, chosen, running = fed[running], chosen[running], running[running]
-            embeds, mask = self._embed(chosen[:, None]), self._ones(len(fed), 1)
-        return Generation(tokens, passes)
+            except Refused as error:
+                raise KavaError(str(error)) from None
 
-    def _check_length(self, question_mask: Tensor) -> None:
-        """KavaError if a question leaves no place for an answer in the decoder's context."""
-        longest = int(question_mask.sum(1).max())
-        thought = self.config.latents + 2 * self._eot_length + self._prompt_length
-        check_context(
-            self.decoder.config,
-            longest + thought,
-            what=f"a question of {longest} tokens",
-            including="latents and answer prompt",
-            remedy="Ask a shorter one.",
+    @contextmanager
+    def _writing_its_own_way(self) -> Iterator[None]:
+        """Inside this context the decoder's generation configuration is the student's.
+
+        A teacher's, which may sample or punish repetition, is none of an examined system's.
+        """
+        eos = self.config.eos_token_id
+        taken, self.decoder.generation_config = (
+            self.decoder.generation_config,
+            GenerationConfig(
+                do_sample=False,
+                max_new_tokens=LONGEST,
+                eos_token_id=eos,
+                pad_token_id=eos[0] if isinstance(eos, list) else eos,
+            ),
         )
+        try:
+            yield
+        finally:
+            self.decoder.generation_config = taken
 
     @property
     def latent_passes(self) -> int:
         """Decoder calls from the question to the first answer token."""
-        if not self.config.latents:
-            return 1
-        return 1 + (
-            self.config.iterations if self.config.reasoning == "jacobi" else self.config.latents
-        )
+        return passes_to_think(self.config)
 
     # --- the latent loop ------------------------------------------------------------------------
 
-    def _reason(
-        self, question_ids: Tensor, question_mask: Tensor
-    ) -> tuple[_State, Tensor, Tensor, Tensor | None]:
-        """Everything before the last latent pass.
-
-        Returns the decoder's state and what is still to be fed, embeddings and mask: the last
-        latents, preceded by the question where nothing has been fed yet; and the hidden states
-        [B, M, E] that became these latents, None where they are the initial ones.
-        """
-        if self.training and self.is_gradient_checkpointing:
+    def _reason(self, question_ids: Tensor, question_mask: Tensor) -> Thought:
+        if self.training and self.config.latents and self.is_gradient_checkpointing:
             self.gradient_checkpointing_enable()  # was switched on elsewhere; says why not
-        rows, width = question_ids.shape
-        state = _State(DynamicCache(), question_mask[:, :0])
-        question = self._embed(question_ids)
-        if not self.config.latents:
-            return state, question, question_mask, None
-        m = self.config.latents
-        prefix = torch.cat((question, self.bot.expand(rows, 1, -1)), 1)  # [B, Q+1, E]
-        prefix_mask = torch.cat((question_mask, self._ones(rows, 1)), 1)
-        if self.config.reasoning == "sequential":
-            thoughts = [self._hidden(state, prefix, prefix_mask)[:, -1:]]
-            for _ in range(m - 1):
-                latent = self.projection(thoughts[-1])
-                thoughts.append(self._hidden(state, latent, self._ones(rows, 1)))
-            last = self.projection(thoughts[-1])
-            return state, last, self._ones(rows, 1), torch.cat(thoughts, 1)
-        latents = self.initial_latents.expand(rows, m, -1)
-        if not self.config.iterations:
-            return (
-                state,
-                torch.cat((prefix, latents), 1),
-                torch.cat((prefix_mask, self._ones(rows, m)), 1),
-                None,
-            )
-        hidden = self._hidden(
-            state,
-            torch.cat((prefix, latents), 1),
-            torch.cat((prefix_mask, self._ones(rows, m)), 1),
-        )
-        # Nothing before the latents changes any more: their cache is shared by all iterations.
-        state = state.first(width + 1)
-        bot = hidden[:, width : width + 1]
-        thought = hidden[:, width : width + m]
-        for _ in range(self.config.iterations - 1):
-            hidden = self._hidden(state.fork(), self.projection(thought), self._ones(rows, m))
-            thought = torch.cat((bot, hidden[:, : m - 1]), 1)
-        return state, self.projection(thought), self._ones(rows, m), thought
+        return think(self.decoder, self, self.config, question_ids, question_mask)
 
     def _latent_slots(
-        self, state: _State, question_mask: Tensor
+        self, state: State, question_mask: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        m, first = self.config.latents, question_mask.shape[1] + 1
-        positions = (
-            question_mask.sum(1, keepdim=True) + 1 + torch.arange(m, device=question_mask.device)
-        )
-        if not m:
-            return [], [], positions
-        slots = slice(first, first + m)
+        first = question_mask.shape[1] + 1
+        slots = slice(first, first + self.config.latents)
+        positions = state.positions[:, slots]
+        if not self.config.latents:
+            return [], [], positions[:, :0]
         return (
             [layer.keys[:, :, slots] for layer in state.layers],
             [layer.values[:, :, slots] for layer in state.layers],
@@ -527,9 +485,10 @@ class LatentReasoner(PreTrainedModel):
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
         output = self._feed(
-            _State(DynamicCache(), question_mask[:, :0]),
+            State.before(question_mask),
             self._embed(torch.cat((question_ids, chain_ids), 1)),
             torch.cat((question_mask, chain_mask), 1),
+            None,
             logits=chain_ids.shape[1] + 1,
         )
         return output.logits[:, :-1]
@@ -538,25 +497,21 @@ class LatentReasoner(PreTrainedModel):
 
     def _feed(
         self,
-        state: _State,
+        state: State,
         embeds: Tensor,
         mask: Tensor,
+        steps: Tensor | None,
         logits: int,
         hidden_states: bool = False,
     ) -> Any:
-        """Advance the decoder by embeds [B, N, E] under mask [B, N]; logits of the last columns."""
+        """Advance the decoder by embeds [B, N, E] under mask [B, N], `steps` apart; logits of the
+        last columns."""
         return self.decoder(
             inputs_embeds=embeds,
             logits_to_keep=logits,
             output_hidden_states=hidden_states,
-            **state.advance(mask),
+            **state.advance(mask, steps),
         )
-
-    def _hidden(self, state: _State, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Advance the decoder; its last hidden states [B, N, E], no logits."""
-        return self.decoder.base_model(
-            inputs_embeds=embeds, **state.advance(mask)
-        ).last_hidden_state
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.get_input_embeddings()(ids)
@@ -582,25 +537,27 @@ class LatentReasoner(PreTrainedModel):
         return self.eot.expand(rows, 1, -1)
 
 
-def _left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with all padding on their left.
+def _reset(projection: Projection, scale: float, generator: torch.Generator) -> None:
+    """Fresh parameters; scale: the standard deviation of the decoder's input embeddings.
 
-    Padding between a question and its latents would count as distance in a sliding window.
+    The paper's Linear–GELU–Linear–LayerNorm with a skip around the two linear maps (ours). Fresh,
+    the second map is close to zero and the norm's gain is the spread of the embeddings, so that a
+    latent is the hidden state at the scale of an embedding. At the hidden state's own scale, twenty
+    times larger in a small model, a latent drowns whatever the layers add to it.
     """
-    order = mask.long().argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
+    for linear, gain in ((projection.up, 1.0), (projection.down, 0.01)):
+        noise = torch.randn(linear.weight.shape, generator=generator)
+        linear.weight.copy_(gain * noise * linear.in_features**-0.5)
+        linear.bias.zero_()
+    projection.norm.weight.fill_(scale)
+    projection.norm.bias.zero_()
 
 
-def _drawn(probabilities: Tensor, at: Tensor) -> Tensor:
-    """Ids [B] drawn from probabilities [B, V] by the numbers `at` [B] in [0, 1)."""
-    below = probabilities.double().cumsum(-1)
-    return torch.searchsorted(below, at.double()[:, None] * below[:, -1:], right=True)[:, 0]
-
-
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """A configuration as a dict, without the place it was loaded from: that is no part of it."""
-    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-
-
-AutoConfig.register("latent_reasoner", LatentReasonerConfig)
-AutoModel.register(LatentReasonerConfig, LatentReasoner)
+def _file(place: str, name: str, revision: str | None) -> Path:
+    try:
+        return Path(str(cached_file(place, name, revision=revision)))
+    except OSError:
+        raise Refused(
+            f"it has no {name}. Name a folder or repository that holds a student: what `kava "
+            "distill` made, or `save_pretrained`."
+        ) from None

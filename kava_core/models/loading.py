@@ -27,6 +27,7 @@ from transformers import (
 
 from kava_core.artefacts import file_digest, fingerprint
 from kava_core.errors import KavaError
+from kava_core.models.adapted import Base, adapters_fingerprint, adapters_in, put_on
 
 Model = TypeVar("Model", bound=nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,12 +64,22 @@ def cache_shape(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def load_model(
-    path: str, dtype: torch.dtype = torch.float32, revision: str | None = None
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    base: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM from a folder or a Hub id, in evaluation mode, on the CPU.
 
     Remote code is never run: a model that needs it is refused by transformers and reported here.
+    base: of a folder that holds adapters only, the model they belong on; None: where they say it
+    is. KavaError if it is another one.
     """
+    adapter = adapters_in(path)
+    if adapter is not None:
+        return _load_adapted(path, adapter, dtype, base)
+    if base is not None:
+        raise KavaError(f"{path} holds whole weights, not adapters on {base}. Leave the base out.")
     config = load_config(path, revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -80,6 +91,23 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_found("causal language model", path, revision, error) from None
     return model.eval()
+
+
+def _load_adapted(
+    path: str, adapter: Path, dtype: torch.dtype, place: str | None
+) -> PreTrainedModel:
+    base = Base.read(adapter)
+    place = place or base.place(Path(path))
+    commit = None if Path(place).is_dir() else base.commit
+    if commit is None and not Path(place).is_dir():
+        raise KavaError(
+            f"the adapters in {adapter} belong on the model {base.fingerprint}, expected in the "
+            f"folder {place}, here or above them, and there is none. Put it there, or give it as "
+            "their base."
+        )
+    base.check(adapter, place, model_fingerprint(place, commit))
+    # As they were trained: adapters are added to float32 weights, then all is rounded.
+    return put_on(load_model(place, revision=commit), adapter, dtype)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -129,10 +157,21 @@ def build_llama(
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    weights: bool = True,
 ) -> None:
-    """Weights (safetensors), configuration and tokenizer, as Hugging Face users expect them."""
-    model.save_pretrained(folder, safe_serialization=True)
+    """Weights (safetensors), configuration and tokenizer, as Hugging Face users expect them.
+
+    weights: False for a model that is kept as adapters, which lie in the folder already.
+    """
+    if weights:
+        model.save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -144,16 +183,19 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
     wherever they came from.
     """
     folder = _local_folder(path, revision)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    adapter = adapters_in(str(folder))
+    held: dict[str, Any]
+    if adapter is not None:
+        held = adapters_fingerprint(adapter)
+    elif files := sorted(folder.glob("*.safetensors")):
+        held = {file.name: file_digest(file) for file in files}
+    else:
         raise KavaError(f"{folder} holds no .safetensors weights. Save the model as safetensors.")
     config: dict[str, Any] = load_config(path, revision).to_dict()
     # Where a model was loaded from and by which version says nothing about what it computes.
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
         config.pop(name, None)
-    return fingerprint(
-        {"weights": {w.name: file_digest(w) for w in weights}, "config": fingerprint(config)}
-    )
+    return fingerprint({"weights": held, "config": fingerprint(config)})
 
 
 def commit_of(path: str, revision: str | None = None) -> str | None:

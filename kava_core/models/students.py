@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
+from kava_core.models.thinking import SETTINGS_FILE
 
 
-def open_student(folder: Path) -> LatentReasoner:
+def open_student(folder: Path, base: Path | None = None) -> LatentReasoner:
     """The student that `kava distill` wrote to `folder`, in evaluation mode.
 
+    base: of one that is kept as adapters, the model they belong on, if it is not where they say.
     KavaError if the folder is not there, holds another kind of model, or damaged weights.
     """
     if not folder.is_dir():
         raise KavaError(
             f"{folder} is no folder. Expected that of a student, such as data/NAME/students/kava."
         )
-    config = folder / "config.json"
-    kind = read_json(config).get("model_type") if config.is_file() else None
-    if kind != "latent_reasoner":
-        found = f"a model of type {kind}" if kind else "no model"
+    if not (folder / SETTINGS_FILE).is_file():
+        config = folder / "config.json"
+        kind = read_json(config).get("model_type") if config.is_file() else None
+        found = f"a model of type {kind} without it" if kind else "no model"
         raise KavaError(
-            f"{folder} is no student: expected a config.json of a latent_reasoner, found {found}. "
-            "Name a folder that `kava distill` made."
+            f"{folder} is no student: expected a {SETTINGS_FILE} beside its weights, found "
+            f"{found}. Name a folder that `kava distill` made, or run it again."
         )
-    try:
-        return LatentReasoner.from_pretrained(folder).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise KavaError(
-            f"no student could be loaded from {folder}: {error}. Run `kava distill` again."
-        ) from None
+    return LatentReasoner.from_pretrained(folder, base=base)

@@ -88,9 +88,10 @@ class TeacherSettings(Finding):
 
 
 class TeacherFile(Finding):
-    """teacher.json."""
+    """teacher.json; steps: how many it was trained for."""
 
-    settings: TeacherSettings
+    settings: dict[str, Any]
+    steps: int
 
 
 class StudentSettings(Finding):
@@ -106,10 +107,11 @@ class StudentSettings(Finding):
 
 
 class StudentFile(Finding):
-    """student.json."""
+    """student.json; steps: how many it was trained for."""
 
     settings: dict[str, Any]
     fingerprints: dict[str, str]
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,7 @@ def read_findings(folder: Path, students: Sequence[str]) -> PipelineFindings:
         similarity=similarity,
         students=found,
         teacher_metrics=read_finding(TeacherMetrics, folder / "teacher/metrics.json", "teacher"),
-        teacher_training=read_finding(
-            TeacherFile, folder / "teacher/teacher.json", "teacher"
-        ).settings.training,
+        teacher_training=_read_teacher(folder).training,
         teacher_curves=_read_curves(folder / "curves/teacher"),
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
@@ -263,13 +263,27 @@ def read_scores(results: Path) -> Scores:
     return scores
 
 
+def _read_teacher(folder: Path) -> TeacherSettings:
+    path = folder / "teacher/teacher.json"
+    about = read_finding(TeacherFile, path, "teacher")
+    return check_finding(TeacherSettings, _with_steps(about), path, "teacher")
+
+
 def _read_student(folder: Path, name: str) -> TrainedStudent:
     path = folder / "students" / name / "student.json"
     stage = f"distill {name}"
     about = read_finding(StudentFile, path, stage)
-    settings = check_finding(StudentSettings, about.settings, path, stage)
+    settings = check_finding(StudentSettings, _with_steps(about), path, stage)
     curves = _read_curves(folder / "curves/students" / name)
     return TrainedStudent(name, settings, about.settings, about.fingerprints, curves)
+
+
+def _with_steps(about: TeacherFile | StudentFile) -> dict[str, Any]:
+    """The settings with the steps that were taken, which `epochs` leave open."""
+    training = about.settings.get("training")
+    if not isinstance(training, dict):
+        return about.settings
+    return {**about.settings, "training": {**training, "steps": about.steps}}
 
 
 def _check_targets(students: Mapping[str, TrainedStudent], manifest: Manifest) -> None:

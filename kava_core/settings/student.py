@@ -67,6 +67,7 @@ LATENT = (
         "alpha_readout",
         "reasoning",
         "projection",
+        "stride",
         "targets",
         "layer_map",
         "shard_window",
@@ -88,13 +89,15 @@ class Student(Section):
     model: the Hugging Face folder or id (with its `revision`) it starts from; null: the teacher
     itself. Another model learns K/V projectors into the teacher's basis beside it. layer_map: which
     layer of the teacher teaches each of the student's. reasoning: `jacobi` with `iterations` T, or
-    `sequential`. alpha_kv, alpha_codi, alpha_readout, w_cot: weights of the terms beside the
-    answer's, each a number or `{share: 0.3}`, measured anew every `balance_every` steps; the
-    readout, cross-entropy of the hidden state that becomes a latent on the token of its slot, needs
-    targets with one token per slot (`evict.select: record`). kv_parts: what the KV term compares.
-    kv_schedule: `linear` lets its weight fall to 0 over the run. fake_quantise: keys and values
-    pass through the store's codes before they are compared. docs/methods.md has a snippet for each
-    method.
+    `sequential`. stride: how many positions lie from one latent to the next: 1 as published; where
+    it is as many as the kept tokens stood apart, about N_C / M (ours), latents find the question,
+    and the answer finds the latents, as far away as the teacher did. alpha_kv, alpha_codi,
+    alpha_readout, w_cot: weights of the terms beside the answer's, each a number or `{share: 0.3}`,
+    measured anew every `balance_every` steps; the readout, cross-entropy of the hidden state that
+    becomes a latent on the token of its slot, needs targets with one token per slot (`evict.select:
+    record`). kv_parts: what the KV term compares. kv_schedule: `linear` lets its weight fall to 0
+    over the run. fake_quantise: keys and values pass through the store's codes before they are
+    compared. docs/methods.md has a snippet for each method.
     """
 
     reads: Literal["kv_targets", "problems"]
@@ -108,6 +111,7 @@ class Student(Section):
     iterations: NotNegative = 3
     projection: StrictBool = True
     per_position: StrictBool = True
+    stride: Positive = 1
     alpha_kv: TermWeight = 0.0
     alpha_codi: TermWeight = 0.0
     alpha_readout: TermWeight = 0.0
@@ -169,6 +173,16 @@ class Student(Section):
             raise ValueError(
                 f"the shares of the gradient add up to {total:g}, and something must be left to "
                 "the other terms. Lower them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpointed(self) -> Student:
+        if self.training.gradient_checkpointing and self.reads == "kv_targets":
+            raise ValueError(
+                "training.gradient_checkpointing: should be false for a student with latents: they "
+                "are read from a cache, which it would detach from the gradient. Use a smaller "
+                "batch_size with accumulation instead"
             )
         return self
 

@@ -57,6 +57,10 @@ class Teacher(Section):
             raise ValueError(
                 "scratch describes a model that is built, and `model` names one: leave it out"
             )
-        if self.training is not None and self.training.lora is not None:
-            raise ValueError("training.lora: adapters are for students; the teacher trains whole")
+        lora = self.training.lora if self.training else None
+        if lora is not None and self.model == "scratch":
+            raise ValueError(
+                "training.lora: adapters change a model that has learnt something, and a model "
+                "from scratch is random: leave it out, or name a `model`"
+            )
         return self

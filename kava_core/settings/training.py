@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import StrictInt
+from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from kava_core.settings.base import Decay, Fraction, Positive, PositiveReal, Section, Weight
 
 
 class LoRA(Section):
-    """Low-rank adapters on the named projections; merged into the weights when training ends."""
+    """Low-rank adapters on the named modules, the only weights of the decoder that are trained.
+
+    targets: the last part of modules' names. save: what is kept when training ends: `merged`, the
+    weights with the adapters folded in; `adapter`, the adapters alone, in PEFT's format in the
+    folder `adapter/`; or `both`.
+    """
 
     rank: Positive = 128
     alpha: Positive = 32
     dropout: Fraction = 0.1
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    save: Literal["merged", "adapter", "both"] = "merged"
 
 
 class HeldOut(Section):
@@ -29,11 +40,17 @@ class HeldOut(Section):
 class Training(Section):
     """How weights are fitted; AdamW with a cosine schedule.
 
-    adam_beta2: decay of AdamW's second moment; short runs, whose gradients change in size within
-    hundreds of steps, learn faster with 0.99. held_out: evaluation during training; null: none.
+    steps or epochs: how long, in optimiser steps or in passes over the training records; an epoch
+    drops the records that fill no batch. precision: that of the arithmetic; weights and optimiser
+    stay float32. adam_beta2: decay of AdamW's second moment; short runs, whose gradients change in
+    size within hundreds of steps, learn faster with 0.99. gradient_checkpointing: compute
+    activations again in the backward pass instead of keeping them, the same numbers in less memory
+    and more time; not for students with latents, whose cache it would detach. held_out: evaluation
+    during training; null: none.
     """
 
-    steps: Positive
+    steps: Positive | None = None
+    epochs: Positive | None = None
     batch_size: Positive = 64
     accumulation: Positive = 1
     learning_rate: PositiveReal = 1e-3
@@ -42,7 +59,31 @@ class Training(Section):
     warmup: Fraction = 0.05
     max_grad_norm: PositiveReal = 2.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: StrictBool = False
     lora: LoRA | None = None
     held_out: HeldOut | None = None
     seed: StrictInt = 0
     threads: Positive = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise ValueError(f"should have exactly one of `steps` and `epochs`, found {found}")
+        return self
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether whole weights are what is kept, or a part of it; else adapters alone."""
+        return self.lora is None or self.lora.save != "adapter"
+
+    def steps_per_epoch(self, records: int) -> int:
+        """Optimiser steps of a pass over `records` training records, held-out ones not counted."""
+        return -(-(records // self.batch_size) // self.accumulation)
+
+    def total_steps(self, records: int) -> int:
+        """Optimiser steps of the whole training on `records` records."""
+        if self.epochs is not None:
+            return self.epochs * self.steps_per_epoch(records)
+        assert self.steps is not None
+        return self.steps

@@ -71,7 +71,7 @@ def toy_student(dropout: float = 0.0, adapted: bool = False, **settings: Any) ->
         },
     )
     if adapted:
-        add_lora(student, lora(4, 8, 0.2, "q_proj", "v_proj"), seed=0)
+        add_lora(student.decoder, lora(4, 8, 0.2, "q_proj", "v_proj"), seed=0, path="toy")
     return student
 
 

@@ -20,7 +20,7 @@ from kava_core.eviction import POLICIES, group_layers
 from kava_core.fidelity.examiner import Layers
 from kava_core.findings.base import read_finding, write_finding
 from kava_core.findings.latents import Insight, Insights
-from kava_core.latents.interpret import BINS, head, interpret
+from kava_core.latents.interpret import BINS, interpret
 from kava_core.latents.student import ANSWER, LATENTS, PARTS, PROMPT
 from kava_core.latents.teacher import TeacherView, Truncation, read_teacher, readable
 from kava_core.models.latent import LatentReasoner
@@ -261,14 +261,6 @@ def test_the_teachers_answer_looks_where_eager_attention_does(
 
 
 # --- tokens -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_head_is_the_models_own(name: str) -> None:
-    model = tiny_model(name)
-    output = model(torch.tensor([[11, 12, 13]]), output_hidden_states=True)
-    assert_near(head(model, output.hidden_states[-1]), output.logits)
 
 
 def test_latents_and_kept_tokens_decode_side_by_side(

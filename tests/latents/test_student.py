@@ -147,7 +147,7 @@ def test_every_pass_is_seen_as_it_is(name: str, setting: dict) -> None:
 def test_a_changed_latent_is_the_one_that_the_answer_reads(name: str, setting: dict) -> None:
     student = tiny_student(name, eos_token_id=-1, **setting)
     ids, mask = pad([t.question_ids for t in TRACES], "left")
-    before = student.generate(ids, mask, max_new_tokens=5).tokens.tolist()
+    before = student.generate(ids, mask, max_new_tokens=5)[:, ids.shape[1] :].tolist()
 
     def change(slot: int, z: Tensor) -> Tensor:
         return 3 * z.flip(-1) if slot == 2 else z
@@ -159,11 +159,11 @@ def test_a_changed_latent_is_the_one_that_the_answer_reads(name: str, setting: d
         return torch.stack([change(first + i, x) for i, x in enumerate(z.unbind(1))], 1)
 
     with latents_fed(student, ids.shape[1], batched):
-        after = student.generate(ids, mask, max_new_tokens=5).tokens.tolist()
+        after = student.generate(ids, mask, max_new_tokens=5)[:, ids.shape[1] :].tolist()
     assert told == [0, 1, 2, 3]
     assert after == [naive_answer(student, t.question_ids, 5, change) for t in TRACES]
     assert after != before == [naive_answer(student, t.question_ids, 5, same) for t in TRACES]
-    assert student.generate(ids, mask, max_new_tokens=5).tokens.tolist() == before
+    assert student.generate(ids, mask, max_new_tokens=5)[:, ids.shape[1] :].tolist() == before
 
 
 def test_question_tokens_are_sorted_by_what_they_show() -> None:

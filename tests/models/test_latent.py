@@ -31,6 +31,9 @@ SETTINGS = [
     {"latents": 1, "reasoning": "sequential"},
     {"latents": 4, "reasoning": "sequential"},
     {"projection": False, "per_position": False},
+    {"latents": 4, "iterations": 3, "stride": 5},
+    {"latents": 3, "iterations": 0, "stride": 2},
+    {"latents": 3, "reasoning": "sequential", "stride": 4},
 ]
 
 
@@ -49,17 +52,35 @@ class Naive:
     endpoint: Tensor  # [L+1, E]
 
 
-def run(student: LatentReasoner, embeds: Tensor) -> tuple[Tensor, list[Tensor], DynamicCache]:
-    """The decoder over a whole sequence [1, N, E]: no mask, no positions, a cache only to read."""
+def places(student: LatentReasoner, read: int, columns: int) -> Tensor:
+    """Positions [1, columns] of a sequence whose question has `read` tokens, counted one by one."""
+    first = read + 1  # behind <bot>
+    at, found = -1, []
+    for column in range(columns):
+        latent = first <= column < first + student.config.latents
+        at += student.config.stride if latent else 1
+        found.append(at)
+    return torch.tensor([found])
+
+
+def run(
+    student: LatentReasoner, embeds: Tensor, read: int
+) -> tuple[Tensor, list[Tensor], DynamicCache]:
+    """The decoder over a whole sequence [1, N, E] that begins with a question of `read` tokens: no
+    mask, a cache only to read."""
     cache = DynamicCache()
     output = student.decoder(
-        inputs_embeds=embeds, output_hidden_states=True, past_key_values=cache, use_cache=True
+        inputs_embeds=embeds,
+        position_ids=places(student, read, embeds.shape[1]),
+        output_hidden_states=True,
+        past_key_values=cache,
+        use_cache=True,
     )
     return output.logits[0], [h[0] for h in output.hidden_states], cache
 
 
-def last_hidden(student: LatentReasoner, embeds: Tensor) -> Tensor:
-    return run(student, embeds)[1][-1]  # [N, E]
+def last_hidden(student: LatentReasoner, embeds: Tensor, read: int) -> Tensor:
+    return run(student, embeds, read)[1][-1]  # [N, E]
 
 
 def naive_sequence(student: LatentReasoner, question: list[int]) -> Tensor:
@@ -73,13 +94,14 @@ def naive_sequence(student: LatentReasoner, question: list[int]) -> Tensor:
     if config.reasoning == "sequential":
         sequence = start
         for _ in range(config.latents):
-            latent = student.projection(last_hidden(student, sequence)[-1])
+            latent = student.projection(last_hidden(student, sequence, len(question))[-1])
             sequence = torch.cat((sequence, latent[None, None]), 1)
         return torch.cat((sequence, student.eot[None, None]), 1)
     rows = student.initial_latents
     latents = [rows[i if config.per_position else 0] for i in range(config.latents)]
     for _ in range(config.iterations):
-        hidden = last_hidden(student, torch.cat((start, torch.stack(latents)[None]), 1))
+        whole = torch.cat((start, torch.stack(latents)[None]), 1)
+        hidden = last_hidden(student, whole, len(question))
         latents = [student.projection(hidden[bot + i]) for i in range(config.latents)]
     return torch.cat((start, torch.stack(latents)[None], student.eot[None, None]), 1)
 
@@ -88,7 +110,7 @@ def naive(student: LatentReasoner, question: list[int], answer: list[int]) -> Na
     sequence = naive_sequence(student, question)
     prompt = torch.tensor([student.config.answer_prompt_ids + answer])
     whole = torch.cat((sequence, student.get_input_embeddings()(prompt)), 1)
-    logits, hidden, cache = run(student, whole)
+    logits, hidden, cache = run(student, whole, len(question))
     endpoint = sequence.shape[1] + len(student.config.answer_prompt_ids) - 1
     slots = slice(len(question) + 1, len(question) + 1 + student.config.latents)
     return Naive(
@@ -125,9 +147,9 @@ def test_a_padded_batch_equals_each_problem_recomputed_alone(name: str, setting:
         for row, (one, question) in enumerate(zip(expected, QUESTIONS, strict=True)):
             assert_near(got.logits[row, : len(ANSWERS[row]) + 1], one.logits)
             assert_near(got.endpoint[row], one.endpoint)
-            first = len(question) + 1
             assert got.latent_positions[row].tolist() == [
-                first + i for i in range(student.config.latents)
+                len(question) + student.config.stride * (i + 1)
+                for i in range(student.config.latents)
             ]
             if student.config.latents:
                 assert_near(torch.stack(got.keys, 1)[row], one.keys)
@@ -172,8 +194,10 @@ def test_boolean_masks_are_masks() -> None:
     other = student(question, mask.bool(), answer, answer_mask.bool(), answer, answer_mask.bool())
     assert torch.equal(one.logits, other.logits)
     assert torch.equal(one.cot_logits, other.cot_logits)
-    tokens = student.generate(question, mask).tokens
-    assert torch.equal(student.generate(question, mask.bool()).tokens, tokens)
+    tokens = student.generate(question, mask, return_dict_in_generate=True).tokens
+    assert torch.equal(
+        student.generate(question, mask.bool(), return_dict_in_generate=True).tokens, tokens
+    )
 
 
 @torch.no_grad()
@@ -235,14 +259,18 @@ def test_generate_equals_greedy_recomputation(name: str, setting: dict) -> None:
     student.decoder.base_model.register_forward_hook(lambda *_: calls.append(None))
     for side in ("left", "right"):
         calls.clear()
-        got = student.generate(*pad(QUESTIONS, side), max_new_tokens=5)
+        got = student.generate(
+            *pad(QUESTIONS, side), max_new_tokens=5, return_dict_in_generate=True
+        )
         assert len(calls) == int(got.passes.max())
         for row, answer in enumerate(expected):
             filled = answer + [eos] * (got.tokens.shape[1] - len(answer))
             assert got.tokens[row].tolist() == filled
             assert got.passes[row] == student.latent_passes + len(answer) - 1
     calls.clear()
-    alone = student.generate(torch.tensor(QUESTIONS[:1]), max_new_tokens=5)
+    alone = student.generate(
+        torch.tensor(QUESTIONS[:1]), max_new_tokens=5, return_dict_in_generate=True
+    )
     assert alone.tokens[0].tolist() == expected[0]
     assert alone.passes.tolist() == [len(calls)]
 
@@ -268,7 +296,7 @@ def test_generation_has_the_logits_of_the_training_forward(name: str, setting: d
     question = pad(QUESTIONS, "left")
     seen: list[Tensor] = []
     hook = student.decoder.register_forward_hook(lambda *call: seen.append(call[2].logits[:, -1]))
-    tokens = student.generate(*question, max_new_tokens=6).tokens
+    tokens = student.generate(*question, max_new_tokens=6, return_dict_in_generate=True).tokens
     hook.remove()
     forward = student(*question, tokens, torch.ones_like(tokens))
     assert_near(torch.stack(seen, 1), forward.logits[:, :-1], 1e-5)
@@ -301,7 +329,12 @@ def test_rows_that_ended_leave_the_batch_and_change_no_other(name: str, sampled:
         sizes.clear()
         torch.manual_seed(0)
         found = student.generate(
-            *pad(MANY, "left"), max_new_tokens=40, do_sample=sampled, temperature=1.5, top_p=0.95
+            *pad(MANY, "left"),
+            max_new_tokens=40,
+            do_sample=sampled,
+            temperature=1.5,
+            top_p=0.95,
+            return_dict_in_generate=True,
         )
         return found.tokens.tolist(), found.passes.tolist()
 
@@ -329,7 +362,9 @@ def test_sampling_follows_the_training_forwards_distribution() -> None:
     ids = torch.tensor(QUESTIONS[:1]).expand(rows, -1)
     logits = reason(student, "left", QUESTIONS[:1]).logits[0, 0]
     torch.manual_seed(0)
-    tokens = student.generate(ids, max_new_tokens=1, do_sample=True, temperature=2.0).tokens[:, 0]
+    tokens = student.generate(ids, max_new_tokens=1, do_sample=True, temperature=2.0, top_k=0)[
+        :, -1
+    ]
     share = torch.bincount(tokens, minlength=VOCABULARY) / rows
     expected = (logits / 2).softmax(-1)
     assert float((share - expected).abs().max()) < 5 * (0.25 / rows) ** 0.5
@@ -343,10 +378,12 @@ def test_sampling_is_seeded_and_narrows_to_greedy() -> None:
     def sample(seed: int, **options: float) -> list[list[int]]:
         torch.manual_seed(seed)
         return student.generate(
-            *question, max_new_tokens=6, do_sample=True, **options
+            *question, max_new_tokens=6, do_sample=True, return_dict_in_generate=True, **options
         ).tokens.tolist()
 
-    greedy = student.generate(*question, max_new_tokens=6).tokens.tolist()
+    greedy = student.generate(
+        *question, max_new_tokens=6, return_dict_in_generate=True
+    ).tokens.tolist()
     assert sample(1, temperature=3.0) == sample(1, temperature=3.0) != sample(2, temperature=3.0)
     assert sample(1, temperature=1e-4) == greedy
     assert sample(1, top_p=1e-6) == greedy
@@ -360,7 +397,7 @@ def test_a_plain_model_without_prompt_writes_what_it_would_write(name: str) -> N
     plain = LatentReasoner.plain(model, answer_prompt_ids=[], eos_token_id=2)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for side in ("left", "right"):
-        got = plain.generate(*pad(QUESTIONS, side), max_new_tokens=5)
+        got = plain.generate(*pad(QUESTIONS, side), max_new_tokens=5, return_dict_in_generate=True)
         for row, question in enumerate(QUESTIONS):
             text = list(question)
             for _ in range(5):

@@ -78,7 +78,10 @@ def make_pipeline(
     _fidelity(made.folder)
     for student in STUDENTS:
         _student(made.folder, student, digest)
-    _write(made.folder / "teacher/teacher.json", {"settings": {"training": TRAINING}})
+    _write(
+        made.folder / "teacher/teacher.json",
+        {"settings": {"training": TRAINING}, "steps": 1000},
+    )
     _curves(made.folder / "curves/teacher", {"loss": (5.0, 0.02), "loss_chain": (5.0, 0.02)})
     _write(
         made.folder / "teacher/metrics.json",
@@ -373,7 +376,7 @@ def _student(folder: Path, name: str, digest: str) -> None:
         {
             "name": name,
             "settings": {
-                "training": {**TRAINING, "steps": 2300 if longer else 1000},
+                "training": {**TRAINING, "steps": None, "epochs": 23 if longer else 10},
                 "reads": "kv_targets" if name in WEIGHTS else "problems",
                 "reasoning": "jacobi",
                 "iterations": 3,
@@ -384,6 +387,7 @@ def _student(folder: Path, name: str, digest: str) -> None:
             "fingerprints": {"teacher": "t" * 64}
             | ({"kv_targets": digest} if name in WEIGHTS else {"problems": "p" * 64}),
             "traces": "equations",
+            "steps": 2300 if longer else 1000,
         },
     )
     terms = {"answer": (2.5, 0.3), "kv": (1.0, 0.35), "codi": (0.8, 0.2)}

@@ -418,12 +418,17 @@ def test_a_missing_file_is_named_with_its_stage(own: Pipeline, file: str, stage:
             {"kava": {"records": 1, "layers": [0, 1], "keys": [[0.5]], "values": [[0.5]]}},
             "kava: expected one row of slots",
         ),
-        ("students/kava/student.json", {"settings": {}, "fingerprints": {}}, "training"),
+        (
+            "students/kava/student.json",
+            {"settings": {}, "fingerprints": {}, "steps": 1},
+            "training",
+        ),
         (
             "students/kava/student.json",
             {
                 "settings": {"training": TRAINING, "reads": "kv_targets"},
                 "fingerprints": {"kv_targets": "f" * 64},
+                "steps": 1000,
             },
             "student kava was made from the targets ffffffffffff…",
         ),

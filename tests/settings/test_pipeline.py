@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,34 @@ def test_a_wrong_setting_is_named_by_its_path(
     assert str(tmp_path / "pipelines.yaml") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({}, "training: should have exactly one of `steps` and `epochs`, found neither"),
+        ({"steps": 3, "epochs": 3}, "training: should have exactly .* found both"),
+        ({"epochs": 0}, "training.epochs: Input should be greater than 0, found 0"),
+        ({"epochs": 1.5}, "training.epochs: Input should be a valid integer"),
+        ({"steps": 3, "lora": {"targets": []}}, "training.lora.targets: Tuple should have at le"),
+        ({"steps": 3, "lora": {"save": "all"}}, "training.lora.save: .*'merged', 'adapter' or"),
+        ({"steps": 3, "gradient_checkpointing": 1}, "training.gradient_checkpointing: Input"),
+    ],
+)
+def test_a_training_that_cannot_be_is_named(
+    tmp_path: Path, training: dict[str, Any], message: str
+) -> None:
+    for section in ("teacher", "students.no-cot"):
+        with pytest.raises(KavaError, match=rf"pipelines\.small\.{section}\.{message}"):
+            load(tmp_path, changed(f"{section}.training", training))
+
+
+def test_adapters_and_checkpointing_are_for_models_that_can_have_them(tmp_path: Path) -> None:
+    training = {**TRAINING, "gradient_checkpointing": True, "lora": {"save": "adapter"}}
+    teacher = {"model": "somewhere", "training": training}
+    read = load(tmp_path, {**changed("students.no-cot.training", training), "teacher": teacher})
+    assert read.teacher.training == read.students["no-cot"].training
+    assert read.students["no-cot"].training.gradient_checkpointing
+
+
 @pytest.mark.parametrize("section", [name for name in SMALL if name != "generate"])
 def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
     settings = {name: value for name, value in SMALL.items() if name != section}
@@ -216,7 +245,12 @@ NO_COT = {"reads": "problems", "training": TRAINING}
         ("students.kava", {**KAVA, "revision": "main"}, "revision"),
         # the teacher's
         ("teacher", {"training": TRAINING, "revision": "main"}, "revision"),
-        ("teacher", {"training": {**TRAINING, "lora": {}}}, r"training\.lora"),
+        ("teacher", {"training": {**TRAINING, "lora": {}}}, r"training\.lora: .* name a `model`"),
+        (
+            "students.kava",
+            {**KAVA, "training": {**TRAINING, "gradient_checkpointing": True}},
+            r"training\.gradient_checkpointing: .* latents",
+        ),
         (
             "teacher",
             {"training": TRAINING, "model": "somewhere", "scratch": {"layers": 3}},
@@ -373,17 +407,21 @@ numbers = st.integers(1, 10**6)
 shares = st.floats(0, 1, allow_nan=False)
 weights = st.floats(0, 1e9, allow_nan=False)
 rates = st.floats(1e-12, 10, allow_nan=False)
-trainings = st.fixed_dictionaries(
-    {"steps": numbers, "learning_rate": rates},
-    optional={
-        "batch_size": numbers,
-        "weight_decay": weights,
-        "warmup": shares,
-        "precision": st.sampled_from(["float32", "bfloat16"]),
-        "seed": st.integers(-(2**31), 2**31),
-        "lora": st.none()
-        | st.fixed_dictionaries({}, optional={"rank": numbers, "dropout": shares}),
-    },
+trainings = st.builds(
+    lambda length, rest: {length: 7, **rest},
+    st.sampled_from(["steps", "epochs"]),
+    st.fixed_dictionaries(
+        {"learning_rate": rates},
+        optional={
+            "batch_size": numbers,
+            "weight_decay": weights,
+            "warmup": shares,
+            "precision": st.sampled_from(["float32", "bfloat16"]),
+            "seed": st.integers(-(2**31), 2**31),
+            "lora": st.none()
+            | st.fixed_dictionaries({}, optional={"rank": numbers, "dropout": shares}),
+        },
+    ),
 )
 layers = st.one_of(
     st.just("all"),
@@ -458,6 +496,14 @@ def own() -> dict[str, Any]:
 def test_the_repositorys_pipelines_are_valid(name: str) -> None:
     found, settings = load_pipeline(PIPELINES, name)
     assert found == name and settings.students
+
+
+def test_the_settings_on_the_page_about_training_are_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    shown = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    assert len(shown) == 2
+    for section in shown:
+        load(tmp_path, {**SMALL, **section})
 
 
 def test_the_active_pipeline_is_one_of_them() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,19 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from transformers import dynamic_module_utils, pipeline
 
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
+from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import load_model, load_tokenizer
+from kava_core.models.students import open_student
 from kava_core.problems.folder import open_test_sets
 from kava_core.problems.parquet import save_problems
+from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import load_pipeline
 from stages.ask import ask
 from stages.distill import distill
@@ -257,10 +265,133 @@ def test_a_student_is_asked_from_the_command_line(
     # `evaluate` stops at 8 tokens here
     assert found["text"].startswith(row["text"].rstrip("\ufffd"))
 
+    assert found["seconds"] > 0 and not found["written_steps"]
+    # what the head reads in the hidden states that became the latents
+    model, tokenizer = open_student(folder), load_tokenizer(str(folder))
+    ids = torch.tensor(TraceEncoder(tokenizer).encode_questions([row["question"]]))
+    reasoning = model(
+        ids, torch.ones_like(ids), ids[:, :1], torch.ones_like(ids[:, :1]), readout=True
+    )
+    expected = [] if reasoning.readout is None else reasoning.readout[0].argmax(-1).tolist()
+    assert found["thoughts"] == [tokenizer.decode([i]) for i in expected]
+    assert len(expected) == latents
+
     plain = CliRunner().invoke(ask, [str(folder), row["question"]], catch_exceptions=False)
-    answer, passes = plain.stdout.splitlines()
+    answer, passes, *decoded = plain.stdout.splitlines()
     assert answer == (found["answer"] or f"(no answer in {found['text']!r})")
     assert passes.startswith(f"{thinking} passes to read")
+    assert passes.endswith(" s")
+    assert [line.split(":")[0] for line in decoded] == ["latents decode to"] * bool(latents)
+
+
+def test_a_file_of_questions_is_answered_as_each_is_alone(made: Path, tmp_path: Path) -> None:
+    folder = made / "data/tiny/students/kava"
+    texts = ["mo has 3 cups . how many ?", "how many ?", "liz has 40 cars . sells 2 . how many ?"]
+    rows = [{"question": text, "answer": str(i), "id": f"q{i}"} for i, text in enumerate(texts)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    short = ["--max-new-tokens", "6", "--compare"]
+    encoder = TraceEncoder(load_tokenizer(str(folder)))
+    teacher = LatentReasoner.plain(
+        load_model(str(made / "data/tiny/teacher")), answer_prompt_ids=[], eos_token_id=encoder.eos
+    )
+    alone = [json.loads(invoke(folder, text, "--json", *short).stdout) for text in texts]
+    out = tmp_path / "out/answers.jsonl"
+    invoke(folder, "--file", tmp_path / "in.jsonl", "--out", out, "--batch-size", "2", *short)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    printed = invoke(folder, "--file", tmp_path / "in.txt", *short).stdout.splitlines()
+    for row, one, other, given in zip(found, alone, map(json.loads, printed), rows, strict=True):
+        assert row.pop("given") == {"answer": given["answer"], "id": given["id"]}
+        for told in (row, one, other):
+            assert told.pop("seconds") > 0 and told["teacher"].pop("seconds") > 0
+        assert row == one == other
+        ids = torch.tensor(encoder.encode_questions([row["question"]]))
+        written = teacher.generate(ids, max_new_tokens=6)[0, ids.shape[1] :]
+        assert row["teacher"]["text"] == encoder.tokenizer.decode(written, skip_special_tokens=True)
+        assert row["teacher"]["passes"] <= 6
+
+
+def test_questions_are_typed_one_after_the_other(made: Path) -> None:
+    folder = made / "data/tiny/students/no-cot"
+    texts = ["mo has 3 cups . how many ?", "how many ?"]
+    for end in ("", "\n\nnot asked"):
+        told = CliRunner().invoke(
+            ask, [str(folder), "--interactive", "--json"], input="\n".join(texts) + end
+        )
+        assert told.exit_code == 0
+        lines = [json.loads(line) for line in told.stdout.splitlines() if line.strip()]
+        assert [line["question"] for line in lines] == texts
+
+
+def test_a_student_that_keeps_its_chain_writes_its_steps(home: Path) -> None:
+    folder, question = home / "data/tiny/students/kava", "mo has 3 cups . how many ?"
+    with pytest.raises(KavaError, match="was trained with w_cot 0: it never learnt to write"):
+        invoke(folder, question, "--write-steps")
+    about = read_json(folder / "student.json")
+    about["settings"]["w_cot"] = 1.0
+    write_json(folder / "student.json", about)
+    found = json.loads(invoke(folder, question, "--write-steps", "--json").stdout)
+    encoder = TraceEncoder(load_tokenizer(str(folder)))
+    ids = torch.tensor(encoder.encode_questions([question]))
+    bare = load_model(str(folder))
+    for _ in range(found["passes"]):
+        ids = torch.cat((ids, bare(ids).logits[:, -1:].argmax(-1)), 1)
+    written = ids[0, -found["passes"] :]
+    assert found["text"] == encoder.tokenizer.decode(written, skip_special_tokens=True)
+    assert found["written_steps"] and found["thoughts"] == []
+    lines = invoke(folder, question, "--write-steps").stdout.splitlines()
+    assert "passes to write its steps" in lines[1] and lines[2].startswith("steps: ")
+
+
+def test_options_that_mean_nothing_and_wrong_files_are_refused(home: Path) -> None:
+    folder, file = home / "data/tiny/students/kava", home / "questions.jsonl"
+    question = "how many ?"
+    file.write_text('{"question": "how many ?"}\n{"problem": "x"}\n')
+    (home / "empty.txt").write_text("\n")
+    other = home / "data/tiny/other"
+    shutil.copytree(home / "data/tiny/students/no-cot", other)
+    for arguments, said in (
+        ([], "expected one of QUESTION, --interactive and --file, found none"),
+        ([question, "--interactive"], "found several"),
+        ([question, "--out", "x.jsonl"], "--out is for the questions of --file"),
+        ([question, "--batch-size", "3"], "--batch-size is for the questions of --file"),
+        (["--file", file, "--json"], "--json says nothing with --file"),
+        (["--file", file], r"questions\.jsonl, line 2: expected an object with a text `question`"),
+        (["--file", home / "empty.txt"], "holds no question"),
+        (["--file", home / "none.txt"], "is missing"),
+        ([question, "--compare", other], "was made from the teacher"),
+    ):
+        with pytest.raises(KavaError, match=said):
+            invoke(folder, *arguments)
+
+
+def invoke(folder: Path, *arguments: Any) -> Any:
+    return CliRunner().invoke(ask, [str(folder), *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_page_and_the_example_are_true(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    page = (ROOT / "docs/students.md").read_text(encoding="utf-8")
+    shown = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    folder = made / "data/tiny/students/kava"
+    names: dict[str, Any] = {}
+    exec(shown.replace("data/smoke/students/kava", str(folder)), names)
+    assert names["tokenizer"].padding_side == "left"
+    pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
+    question = "How many are 3 cups and 4 cups?\n"
+    (told,) = pipe(question, return_full_text=False)
+    assert told["generated_text"].strip() == names["answers"][0].split("<|", 1)[0].strip()
+
+    example = runpy.run_path(str(ROOT / "examples/use_a_student.py"))
+    capsys.readouterr()
+    example["main"](made / "data/tiny", "kava", 3)
+    lines = capsys.readouterr().out.splitlines()
+    asked = pq.read_table(made / "data/tiny/evaluation/predictions.parquet").to_pylist()
+    texts = {r["question"]: r["text"] for r in asked if r["system"] == "kava"}
+    for question, answer in zip(lines[:-1:2], lines[1:-1:2], strict=True):
+        assert answer.strip().startswith(texts[question].strip().rstrip("\ufffd"))
 
 
 def test_what_is_no_student_or_no_question_is_refused(home: Path) -> None:

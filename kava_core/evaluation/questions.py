@@ -1,0 +1,158 @@
+"""Questions without gold answers: read from a file, put to a student and to its teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kava_core.artefacts import read_json, read_text
+from kava_core.errors import KavaError
+from kava_core.evaluation.asking import Written, write
+from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
+from kava_core.models.students import open_student
+from kava_core.problems.traces import TraceEncoder
+
+
+@dataclass(frozen=True)
+class Question:
+    """given: what else its row of a file holds."""
+
+    text: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file, in its order: one a line, or in .jsonl an object's `question`.
+
+    Empty lines are none. KavaError names the line that holds no question.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            found.append(Question(line.strip()))
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise KavaError(f"{path}, line {number} is not JSON ({error}). Correct it.") from None
+        text = row.get("question") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise KavaError(
+                f"{path}, line {number}: expected an object with a text `question`, found "
+                f"{line.strip()[:60]!r}. Correct it, or name a file with one question a line."
+            )
+        found.append(Question(text, {k: v for k, v in row.items() if k != "question"}))
+    if not found:
+        raise KavaError(f"{path} holds no question. Write one a line, or one JSON object a line.")
+    return found
+
+
+@dataclass(frozen=True)
+class Respondents:
+    """Who is asked: a student, or the writer of steps in its weights; and its teacher, or none."""
+
+    system: LatentReasoner
+    writes_steps: bool
+    teacher: LatentReasoner | None
+    encoder: TraceEncoder
+
+    @classmethod
+    def of(cls, folder: Path, *, steps: bool, teacher: Path | None) -> Respondents:
+        """Open them, on the fastest device there is.
+
+        steps: the student writes its chain instead of thinking in latents. KavaError where it never
+        learnt to (w_cot is 0), and where `teacher` is not the one that the student was made from.
+        """
+        system = open_student(folder)
+        encoder = TraceEncoder(load_tokenizer(str(folder)))
+        if steps:
+            if not read_json(folder / "student.json")["settings"]["w_cot"]:
+                raise KavaError(
+                    f"{folder} was trained with w_cot 0: it never learnt to write its steps. Leave "
+                    "--write-steps out, or train a student with w_cot above 0."
+                )
+            system = _writer(system.decoder, encoder)
+        if teacher is None:
+            return cls(to_device(system), steps, None, encoder)
+        expected = read_json(folder / "student.json")["fingerprints"]["teacher"]
+        found = model_fingerprint(str(teacher))
+        if found != expected:
+            raise KavaError(
+                f"{folder} was made from the teacher {expected[:12]}…, and the one in {teacher} is "
+                f"{found[:12]}…. Name its folder behind --compare."
+            )
+        writer = _writer(load_model(str(teacher)), encoder)
+        return cls(to_device(system), steps, to_device(writer), encoder)
+
+    def __iter__(self) -> Iterator[LatentReasoner]:
+        yield self.system
+        if self.teacher is not None:
+            yield self.teacher
+
+    def warm_up(self, question: str) -> None:
+        """A model's first call is slow; after this one the seconds are those of any other."""
+        for system in self:
+            write(system, self.encoder, [question], batch_size=1, max_new_tokens=2)
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> list[dict[str, Any]]:
+        """One object of JSON per question, in their order; `advance` as in `write`, per system."""
+        texts = [question.text for question in questions]
+        own, *other = [
+            write(
+                system,
+                self.encoder,
+                texts,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                thoughts=system is self.system,
+                advance=advance,
+            )
+            for system in self
+        ]
+        found = [
+            {
+                "question": question.text,
+                **_told(written),
+                "latents": self.system.config.latents,
+                "thoughts": list(written.thoughts),
+                "reasoning_passes": self.system.latent_passes,
+                "written_steps": self.writes_steps,
+            }
+            for question, written in zip(questions, own, strict=True)
+        ]
+        for written_by_teacher in other:
+            for row, written in zip(found, written_by_teacher, strict=True):
+                row["teacher"] = _told(written)
+        for row, question in zip(found, questions, strict=True):
+            if question.given:
+                row["given"] = dict(question.given)
+        return found
+
+
+def _writer(model: PreTrainedModel, encoder: TraceEncoder) -> LatentReasoner:
+    """The model as it writes its chain of thought, and its answer behind that."""
+    return LatentReasoner.plain(model, answer_prompt_ids=[], eos_token_id=encoder.eos)
+
+
+def _told(written: Written) -> dict[str, Any]:
+    return {
+        "answer": written.answer,
+        "text": written.text,
+        "passes": written.passes,
+        "seconds": round(written.seconds, 4),
+    }

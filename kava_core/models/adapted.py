@@ -1,0 +1,121 @@
+"""A model that is kept as adapters on another one, in PEFT's own format.
+
+Its folder has a configuration and a tokenizer but no weights; `adapter/` holds what PEFT reads, and
+`base.json` with the fingerprint of the model that the adapters belong on: on another one they would
+compute nonsense without a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedModel
+
+from kava_core.artefacts import file_digest, read_json, write_json
+from kava_core.errors import KavaError
+from kava_core.findings.base import Finding
+
+ADAPTER = "adapter"
+WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+
+
+class Base(Finding):
+    """base.json: the model that adapters belong on.
+
+    model: a folder, as seen from the project it lies in, or a Hub id with its commit. fingerprint:
+    `kava_core.models.loading.model_fingerprint`.
+    """
+
+    model: str
+    commit: str | None
+    fingerprint: str
+
+    def write(self, adapter: Path) -> None:
+        write_json(adapter / BASE, self.model_dump())
+
+    @classmethod
+    def read(cls, adapter: Path) -> Base:
+        """KavaError if the file is missing or holds anything else."""
+        path = adapter / BASE
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise KavaError(
+                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Make the adapters "
+                "again."
+            ) from None
+
+    def place(self, folder: Path) -> str:
+        """Where the model of `folder` finds its base: the folder of that name, as seen from one
+        above `folder` or from here; else it is a Hub id."""
+        above = (parent / self.model for parent in folder.absolute().parents)
+        found = (str(path) for path in (*above, Path(self.model)) if path.is_dir())
+        return next(found, self.model)
+
+    def check(self, folder: Path, place: str, found: str) -> None:
+        """KavaError if the model at `place`, whose fingerprint is `found`, is another one."""
+        if found != self.fingerprint:
+            raise KavaError(
+                f"the adapters in {folder} belong on the model {self.fingerprint}, and {place} is "
+                f"{found}. Put the model they were trained on there, or give it as their base."
+            )
+
+
+def adapters_in(path: str) -> Path | None:
+    """`adapter/` of a model that is kept as adapters; None for one with weights of its own."""
+    folder = Path(path)
+    if not (folder / ADAPTER / CONFIG).is_file() or any(folder.glob("model*.safetensors")):
+        return None
+    return folder / ADAPTER
+
+
+def adapters_fingerprint(adapter: Path) -> dict[str, Any]:
+    """What determines the weights: those of the adapters, how they are added, and to what."""
+    settings = read_json(adapter / CONFIG)
+    settings.pop("peft_version", None)
+    for name in ("base_model_name_or_path", "revision"):  # where it lay, not what it is
+        settings.pop(name, None)
+    base = Base.read(adapter).fingerprint
+    return {"adapters": file_digest(adapter / WEIGHTS), "settings": settings, "base": base}
+
+
+def put_on(model: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """`model`, which is theirs, with the adapters folded into its weights, which become `dtype`.
+
+    KavaError if they do not fit it whole.
+    """
+    try:
+        from peft import PeftModel
+        from peft.utils import get_peft_model_state_dict
+    except ImportError:
+        raise KavaError(
+            f"{adapter} holds adapters, which PEFT loads, and it is not installed. Run "
+            "`pip install peft`."
+        ) from None
+    try:
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:
+            names = set(file.keys())
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise KavaError(
+            f"no adapters could be loaded from {adapter}: {why}. Make them again."
+        ) from None
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if names != wanted:
+        raise KavaError(
+            f"{adapter / WEIGHTS} should have {len(wanted)} tensors for this model, and has "
+            f"{len(names)}; of one only: {', '.join(sorted(wanted ^ names)[:3])}. Make it again."
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    for parameter in merged.parameters():  # not `to(dtype)`, which rounds rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    merged.config.dtype = dtype
+    if (adapter.parent / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(adapter.parent)
+    return merged.eval()

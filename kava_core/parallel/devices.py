@@ -26,7 +26,7 @@ def gpu_share(device: Device, asked: float | None, visible: float) -> float:
         return 1 if visible else 0
     if not asked and visible:
         raise KavaError(
-            f"resources.gpus_per_worker is 0, and {visible:g} GPUs are visible: all workers would "
+            f"resources.gpus_per_worker is 0 beside visible GPUs ({visible:g}): all workers would "
             "take the same one. Leave it out, for a GPU each, or set resources.device to cpu."
         )
     return asked

@@ -65,7 +65,7 @@ def test_a_share_is_a_whole_gpu_where_there_are_any(
 
 
 def test_no_share_beside_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = r"gpus_per_worker is 0, and 8 GPUs are visible.*resources\.device to cpu"
+    said = r"gpus_per_worker is 0 beside visible GPUs \(8\).*resources\.device to cpu"
     with pytest.raises(KavaError, match=said):
         gpu_share("auto", 0, 8)
     see(monkeypatch, 8)
@@ -114,7 +114,7 @@ class TestOfEight:
         assert list(run_shards(Sees(tmp_path, 1), [0], workers=1, device="cpu")) == [(0, "")]
 
     def test_no_share_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(KavaError, match="gpus_per_worker is 0, and 8 GPUs are visible"):
+        with pytest.raises(KavaError, match=r"gpus_per_worker is 0 beside visible GPUs \(8\)"):
             list(run_shards(Sees(tmp_path, 1), [0], workers=1, gpus_per_worker=0))
 
     @pytest.mark.parametrize(("device", "asked"), [("auto", 0.5), ("cpu", None)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kava_core.artefacts import work_folder, write_json
+from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
@@ -77,7 +77,6 @@ class TeacherJob:
                 model = self._trained(model, training, encoder, problems)
         if group.rank() > 0:
             return
-        self.folder.mkdir(exist_ok=True)
         whole = training is None or training.keeps_weights
         save_model(self.folder, model, tokenizer, weights=whole)
 
@@ -154,7 +153,8 @@ def train_teacher(
     job = TeacherJob(
         settings, problems.path.absolute(), work, about, cadence, resources.loader_workers
     )
-    job.curves.mkdir(exist_ok=True)
+    fresh_folder(job.folder)
+    ensure_folder(job.curves)
     training, steps = settings.training, 0
     if training is None:
         job()

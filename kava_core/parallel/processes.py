@@ -38,14 +38,15 @@ def count_processes(
     in `gpu_share`, whose KavaErrors are those of this process where it trains. threads: those of a
     process, for a Ray that is started.
     """
-    found = asked
-    if found == "auto":
+    if asked == "auto":
         there = _gpus(device, threads)
         found = max((n for n in range(1, there + 1) if batch_size % n == 0), default=1)
         if found < there:
             say(f"{found} of {there} GPUs train: batch_size {batch_size} is shared evenly")
         if there and not torch.cuda.device_count():
             return found
+    else:
+        found = asked
     if found > 1:
         return found
     check_own_gpu(device, gpus)
@@ -106,7 +107,7 @@ def run_processes(
                 resources_per_worker={"CPU": cpus, **({"GPU": each} if each else {})},
             ),
             # A process may not come back alone: its group is gone with it.
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # known at run time, of Train V2
                 name="train",
                 storage_path=str(folder),
                 failure_config=FailureConfig(max_failures=0),

@@ -29,6 +29,7 @@ def evaluate(run: Run) -> None:
     from kava_core.hardware import hardware
     from kava_core.latents.teacher import Truncation, read_teacher, readable
     from kava_core.models.loading import load_model, load_tokenizer, to_device
+    from kava_core.parallel.devices import check_own_gpu
     from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import open_test_sets
     from kava_core.problems.traces import TraceEncoder
@@ -37,6 +38,7 @@ def evaluate(run: Run) -> None:
     from kava_core.targets.specs import latent_fraction
 
     settings, students = run.settings.evaluate, run.settings.students
+    check_own_gpu(run.settings.resources.device, run.settings.resources.gpus_per_worker)
     _name_strays(run)
     teacher, targets = str(run.path("teacher")), run.path("kv_targets")
     systems = Systems.of(

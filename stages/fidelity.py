@@ -36,6 +36,7 @@ def fidelity(run: Run) -> None:
         tokenizer_fingerprint,
     )
     from kava_core.models.teacher_pass import check_lengths
+    from kava_core.parallel.devices import check_own_gpu
     from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
     from kava_core.problems.traces import TraceEncoder
@@ -43,6 +44,7 @@ def fidelity(run: Run) -> None:
     settings = run.settings.fidelity
     if settings is None:
         raise KavaError(f"pipeline {run.name} has no section `fidelity`. Add one, or leave it out.")
+    check_own_gpu(run.settings.resources.device, run.settings.resources.gpus_per_worker)
     plain = settings.model_dump(mode="json", by_alias=True)
     teacher = str(run.path("teacher"))
     source: ProblemFolder | AskedFolder

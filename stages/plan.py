@@ -74,7 +74,7 @@ def show(found: Forecast) -> None:
     """Print a forecast for a person."""
     from rich.console import Console
 
-    from kava_core.store.summary import readable
+    from kava_core.console import readable_size
 
     console = Console(highlight=False)
     tokens = found.tokens
@@ -89,7 +89,7 @@ def show(found: Forecast) -> None:
     )
     console.print(_disk(found))
     fits = "enough" if found.fits else "NOT ENOUGH"
-    console.print(f"free: {readable(found.free)}, {fits}")
+    console.print(f"free: {readable_size(found.free)}, {fits}")
     console.print(_stages(found))
     if found.cheaper:
         console.print(_cheaper(found))
@@ -98,7 +98,7 @@ def show(found: Forecast) -> None:
 def _disk(found: Forecast) -> Table:
     from rich.table import Table
 
-    from kava_core.store.summary import readable
+    from kava_core.console import readable_size
 
     table = Table("artefact", "bytes", "what", title="On the disk", title_justify="left")
     stores = {"teacher_kv": found.teacher_kv, "kv_targets": found.kv_targets}
@@ -110,22 +110,22 @@ def _disk(found: Forecast) -> Table:
             what = f"{store.bits} bits{slots}, {store.shards:,} shards, {store.files:,} files"
         elif name == "checkpoints":
             what = "of the largest run, gone when it is done"
-        table.add_row(name, readable(size), what)
-    table.add_row("together", readable(found.bytes), "", style="bold")
+        table.add_row(name, readable_size(size), what)
+    table.add_row("together", readable_size(found.bytes), "", style="bold")
     return table
 
 
 def _stages(found: Forecast) -> Table:
     from rich.table import Table
 
-    from kava_core.store.summary import readable
+    from kava_core.console import readable_size
 
     table = Table(
         "stage", "decoder calls", "operations", "peak memory", "time",
         title="Stages", title_justify="left",
     )  # fmt: skip
     for stage in found.stages:
-        memory = "–" if stage.memory is None else readable(stage.memory)
+        memory = "–" if stage.memory is None else readable_size(stage.memory)
         time = "–" if stage.seconds is None else duration(stage.seconds)
         table.add_row(stage.stage, f"{stage.calls:,}", f"{stage.flops:.2g}", memory, time)
     if found.seconds is not None:
@@ -136,7 +136,7 @@ def _stages(found: Forecast) -> Table:
 def _cheaper(found: Forecast) -> Table:
     from rich.table import Table
 
-    from kava_core.store.summary import readable
+    from kava_core.console import readable_size
 
     table = Table(
         "setting", "saves", "then", "costs", title="What would make it cheaper",
@@ -144,7 +144,9 @@ def _cheaper(found: Forecast) -> Table:
     )  # fmt: skip
     for saving in found.cheaper:
         settings = ", ".join(f"{key}: {_yaml(value)}" for key, value in saving.settings.items())
-        table.add_row(settings, readable(saving.saves), readable(saving.bytes), saving.costs)
+        table.add_row(
+            settings, readable_size(saving.saves), readable_size(saving.bytes), saving.costs
+        )
     return table
 
 

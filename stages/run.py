@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +83,8 @@ def tool(function: Callable[..., None]) -> click.Command:
     @functools.wraps(function)
     def command(pipeline: str | None, pipelines: Path, data: Path, **options: Any) -> None:
         name, settings = load_pipeline(pipelines, pipeline)
+        if settings.resources.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU
         function(Run(name, settings, pipelines.parent, data), **options)
 
     return click.command(function.__name__)(command)

@@ -46,6 +46,18 @@ class Stopped(KavaError):
     """SIGTERM arrived; the state is saved and the run can be repeated."""
 
 
+class OneDevice(TrainingArguments):
+    """Those of a process that computes on one device, however many GPUs it sees.
+
+    On several the Trainer would take all by `nn.DataParallel`, which multiplies the batch, repeats
+    the order of the epochs and cannot gather what our models return.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
 def fit(
     model: PreTrainedModel,
     terms: Terms,
@@ -80,7 +92,7 @@ def fit(
     set_seed(training.seed)
     evaluate_every = training.held_out.every if training.held_out else None
     steps = training.total_steps(len(sampler))
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=training.batch_size // group.size(),

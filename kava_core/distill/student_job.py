@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,10 +12,10 @@ from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
-from kava_core.distill.callbacks import STOP_FILE, following
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.inputs import StudentInputs
+from kava_core.distill.job import run_training
 from kava_core.distill.match import Match
 from kava_core.distill.objective import objective_of
 from kava_core.distill.projectors import add_projectors, drop_projectors
@@ -24,7 +25,6 @@ from kava_core.models.adapted import Base
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer
 from kava_core.parallel import group
-from kava_core.parallel.processes import run_processes
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import open_problems
 from kava_core.problems.traces import TraceEncoder
@@ -179,19 +179,14 @@ def train_student(
     key = {"settings": plain, "inputs": inputs.fingerprints}
     work = work_folder(output, "distill", key)
     job = StudentJob(name, settings, inputs, work, cadence, resources.loader_workers)
-    if settings.processes == 1:
-        job()
-        return job
-    with following(job.curves, name, _steps(settings, inputs.source)):
-        run_processes(
-            job,
-            settings.processes,
-            folder=work / "ray",
-            stop_file=job.checkpoints / STOP_FILE,
-            threads=settings.training.threads,
-            cpus=resources.cpus_per_worker,
-            gpus=resources.gpus_per_worker,
-        )
+    run_training(
+        job,
+        name,
+        settings.training,
+        settings.processes,
+        resources,
+        steps=partial(_steps, settings, inputs.source),
+    )
     return job
 
 

@@ -13,47 +13,124 @@ from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
+from kava_core.distill.job import run_training
 from kava_core.distill.start import check_teacher, start_teacher
 from kava_core.distill.terms import chain_terms
 from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
 from kava_core.models.loading import (
     commit_of,
+    load_model,
+    load_tokenizer,
     model_fingerprint,
     save_model,
     to_device,
     tokenizer_fingerprint,
 )
 from kava_core.models.teacher_pass import check_lengths
-from kava_core.problems.folder import ProblemFolder
+from kava_core.parallel import group
+from kava_core.parallel.threads import torch_threads
+from kava_core.problems.folder import ProblemFolder, open_problems
 from kava_core.problems.traces import TraceEncoder
-from kava_core.settings import Cadence, Resources, Teacher
+from kava_core.settings import Cadence, Resources, Teacher, Training
 from kava_core.store import ShardShuffleSampler
 
 
 @dataclass(frozen=True)
-class TrainedTeacher:
-    """A teacher that has learnt, on its device, and where it is built.
+class TeacherJob:
+    """The training of a teacher in `work`, and what each of its processes runs.
 
-    encoder: with its tokenizer. settings, about: what it was made from. steps: how many it was
-    trained for. folder: holds the adapters already, if they are kept. curves: the folder of its
-    loss curves, empty for a model that is taken as it is.
+    problems: their folder, absolute since processes may start in another one. about: what the
+    teacher is made from.
+    """
+
+    settings: Teacher
+    problems: Path
+    work: Path
+    about: dict[str, Any]
+    cadence: Cadence
+    loader_workers: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the teacher is built."""
+        return self.work / "teacher"
+
+    @property
+    def curves(self) -> Path:
+        """Where its loss curves are."""
+        return self.work / "curves"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    def __call__(self) -> None:
+        settings, training = self.settings, self.settings.training
+        problems = open_problems(self.problems)
+        model, tokenizer = start_teacher(settings, problems)
+        problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
+        encoder = TraceEncoder(tokenizer, problems.traces)
+        check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
+        if training is not None:
+            with torch_threads(training.threads):
+                model = self._trained(model, training, encoder, problems)
+        if group.rank() > 0:
+            return
+        whole = training is None or training.keeps_weights
+        save_model(self.folder, model, tokenizer, weights=whole)
+
+    def _trained(
+        self,
+        model: PreTrainedModel,
+        training: Training,
+        encoder: TraceEncoder,
+        problems: ProblemFolder,
+    ) -> PreTrainedModel:
+        check_head(model)
+        adapters = None
+        if training.lora is not None:
+            adapters = add_lora(model, training.lora, seed=training.seed, path="teacher.training")
+        traces = encoder.encode_all(problems.load("train"))
+        check_lengths(traces, model.config.get_text_config())
+        taught, held_out = hold_out([len(traces)], training, "teacher.training")
+        fit(
+            model,
+            chain_terms,
+            ChainDataset(traces),
+            ShardShuffleSampler(taught, seed=training.seed),
+            training,
+            self.cadence,
+            folder=self.checkpoints,
+            curves=self.curves,
+            title="teacher",
+            loader_workers=self.loader_workers,
+            held_out=held_out,
+        )
+        if adapters is None or training.lora is None or group.rank() > 0:
+            return model
+        made_from = self.about["fingerprints"]["model"]
+        base = Base(model=self.settings.model, commit=self.about["commit"], fingerprint=made_from)
+        return end_lora(adapters, training.lora, self.folder, base)
+
+
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """A teacher that has learnt, read from the folder where it is built, on its device.
+
+    encoder: with its tokenizer. about: what it was made from. steps: how many it was trained for.
+    curves: the folder of its loss curves, empty for a model that is taken as it is.
     """
 
     model: PreTrainedModel
     encoder: TraceEncoder
-    settings: Teacher
     about: dict[str, Any]
     steps: int
     folder: Path
     curves: Path
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
-        ensure_folder(self.folder)
-        training = self.settings.training
-        whole = training is None or training.keeps_weights
-        save_model(self.folder, self.model, self.encoder.tokenizer, weights=whole)
+        """Complete the folder, which holds weights and tokenizer: metrics.json, teacher.json."""
         write_json(self.folder / "metrics.json", metrics)
         write_json(self.folder / "teacher.json", {**self.about, "steps": self.steps})
 
@@ -67,45 +144,28 @@ def train_teacher(
 ) -> TrainedTeacher:
     """Train the teacher of `settings` on chains of thought, in the work of `output`.
 
-    Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit`, and
-    name, before anything is trained, what the model cannot do and a problem that it cannot hold.
+    Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of
+    `run_training`, and name, before anything is trained, what the model cannot do and a problem
+    that it cannot hold.
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
-    folder, curves = fresh_folder(work / "teacher"), ensure_folder(work / "curves")
+    job = TeacherJob(
+        settings, problems.path.absolute(), work, about, cadence, resources.loader_workers
+    )
+    fresh_folder(job.folder)
+    ensure_folder(job.curves)
     training, steps = settings.training, 0
-    model, tokenizer = start_teacher(settings, problems)
-    problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
-    encoder = TraceEncoder(tokenizer, problems.traces)
-    check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
-    if training is not None:
-        check_head(model)
-        adapters = None
-        if training.lora is not None:
-            adapters = add_lora(model, training.lora, seed=training.seed, path="teacher.training")
-        traces = encoder.encode_all(problems.load("train"))
-        check_lengths(traces, model.config.get_text_config())
-        taught, held_out = hold_out([len(traces)], training, "teacher.training")
-        sampler = ShardShuffleSampler(taught, seed=training.seed)
-        steps = training.total_steps(len(sampler))
-        fit(
-            model,
-            chain_terms,
-            ChainDataset(traces),
-            sampler,
-            training,
-            cadence,
-            folder=work / "checkpoints",
-            curves=curves,
-            title="teacher",
-            loader_workers=resources.loader_workers,
-            held_out=held_out,
-        )
-        if adapters is not None and training.lora is not None:
-            made_from = about["fingerprints"]["model"]
-            base = Base(model=settings.model, commit=about["commit"], fingerprint=made_from)
-            model = end_lora(adapters, training.lora, folder, base)
-    return TrainedTeacher(to_device(model), encoder, settings, about, steps, folder, curves)
+    if training is None:
+        job()
+    else:
+        records = len(problems.load("train"))
+        held_out = training.held_out.records if training.held_out else 0
+        steps = training.total_steps(records - held_out)
+        run_training(job, "teacher", training, settings.processes, resources, steps=lambda: steps)
+    encoder = TraceEncoder(load_tokenizer(str(job.folder)), problems.traces)
+    model = to_device(load_model(str(job.folder)))
+    return TrainedTeacher(model, encoder, about, steps, job.folder, job.curves)
 
 
 def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:

@@ -16,17 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import psutil
 import torch
 
 from kava_core.errors import KavaError
 from kava_core.lock import is_alive
+from kava_core.parallel.devices import NO_GPU, check_own_gpu, gpu_share
+from kava_core.settings.base import Device
 
 RAY_FOLDER = "kava-ray-"
 # Ray's sockets lie in it, and a socket's path may have 107 bytes.
 LONGEST_ROOT = 30
 ENDING_SECONDS = 5
+ANSWER_SECONDS = 10.0  # that a cluster has to answer a first call
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -52,21 +56,24 @@ def run_shards(
     *,
     workers: int | None,
     cpus_per_worker: float = 1,
-    gpus_per_worker: float = 0,
+    gpus_per_worker: float | None = None,
+    device: Device = "auto",
 ) -> Iterator[tuple[int, Result]]:
     """Run `job` on every shard and yield (shard, result) as they finish, in any order.
 
     workers: None shares the cores (and GPUs) there are, as many as fit; 0 works in process.
     There are never more workers than fit: one that waits for room would keep its shard waiting.
-    Each worker may die and be restarted by Ray three times; a shard is a retry's unit. KavaErrors
-    of a worker arrive as they are.
+    gpus_per_worker, device: see `gpu_share`; a worker sees the GPU that it has a share of and no
+    other, at `device: cpu` none. Each worker may die and be restarted by Ray three times; a shard
+    is a retry's unit. KavaErrors of a worker arrive as they are.
     """
     if not shards:
         return
     if workers == 0:
+        check_own_gpu(device, gpus_per_worker)
         yield from _in_process(job, shards)
     else:
-        yield from _on_ray(job, shards, workers, cpus_per_worker, gpus_per_worker)
+        yield from _on_ray(job, shards, workers, cpus_per_worker, gpus_per_worker, device)
 
 
 def _in_process(job: Job[Result], shards: Sequence[int]) -> Iterator[tuple[int, Result]]:
@@ -97,16 +104,26 @@ class _Worker(Generic[Result]):
 
 
 def _on_ray(
-    job: Job[Result], shards: Sequence[int], workers: int | None, cpus: float, gpus: float
+    job: Job[Result],
+    shards: Sequence[int],
+    workers: int | None,
+    cpus: float,
+    asked: float | None,
+    device: Device,
 ) -> Iterator[tuple[int, Result]]:
     import ray
     from ray.exceptions import RayError
     from ray.util import ActorPool
 
     with ray_running(job.threads, "set resources.workers to 0"):
+        gpus = gpu_share(device, asked, visible_gpus())
         places = room(cpus, gpus)
         actor = ray.remote(_Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=3, max_task_retries=3
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=3,
+            max_task_retries=3,
+            runtime_env={} if gpus else {"env_vars": NO_GPU},
         )
         count = min(workers or places, places, len(shards))
         pool = ActorPool([actor.remote(job) for _ in range(count)])
@@ -129,7 +146,8 @@ def ray_running(threads: int, otherwise: str) -> Iterator[None]:
     """Ray, for as long as it is needed; one that runs already stays as it is.
 
     RAY_ADDRESS, if set, names a cluster; otherwise Ray starts here and ends with us. otherwise:
-    what a person can do who has no Ray. KavaError if it cannot be started.
+    what a person can do who has no Ray. KavaError if it cannot be started, or if no cluster answers
+    within `ANSWER_SECONDS`.
     """
     import ray
 
@@ -141,6 +159,12 @@ def ray_running(threads: int, otherwise: str) -> Iterator[None]:
     with _own_folder() if address == "local" else nullcontext() as folder:
         try:
             try:
+                if not _answers(address):
+                    raise KavaError(
+                        f"expected a Ray cluster at RAY_ADDRESS {address}, and none answered "
+                        f"within {ANSWER_SECONDS:g} s. Correct it or start the cluster (`ray start "
+                        f"--head`), unset it to compute here, or {otherwise}."
+                    )
                 with _keeping_sigterm():
                     ray.init(
                         address=address,
@@ -204,6 +228,29 @@ def _keeping_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _answers(address: str) -> bool:
+    """Whether a gRPC server, as every head of a cluster is, answers at an address host:port. Ray
+    itself would ask for minutes. Of an address of another form, or under TLS, Ray knows more."""
+    import grpc
+
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.port is None or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return True
+    with grpc.insecure_channel(parts.netloc, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def visible_gpus() -> float:
+    """How many GPUs Ray knows of."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def room(cpus: float, gpus: float) -> int:

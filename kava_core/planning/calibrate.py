@@ -35,7 +35,7 @@ from kava_core.models.phase import rotary_of
 from kava_core.models.teacher_pass import TeacherCache, TeacherPass, over
 from kava_core.parallel.threads import torch_threads
 from kava_core.planning.architecture import Architecture
-from kava_core.planning.costs import Call, flops
+from kava_core.planning.costs import Call, flops, parts
 from kava_core.planning.lengths import Lengths, longest
 from kava_core.record import Record
 from kava_core.settings import Evict, Generate, Student, Training
@@ -160,7 +160,7 @@ class Calibration:
             reasoner.train()
             return _step(reasoner, training, self._student_terms(small, reasoner, student, rows))
 
-        rows = training.batch_size // student.processes
+        rows = training.batch_size // parts(student.processes)
         return self._scaled(
             ("student", a.source, student, slots),
             a,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kava_core.planning.architecture import Architecture
 from kava_core.planning.lengths import Lengths, longest
 from kava_core.settings import Student, Training
+from kava_core.settings.base import Processes
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def _forward(a: Architecture, call: Call) -> float:
     attention = 4.0 * a.layers * a.heads * a.head_dim * tokens * (call.past + call.columns)
     head = 2.0 * a.vocabulary * a.hidden_size * call.rows * call.logits
     return 2.0 * a.body * tokens + attention + head
+
+
+def parts(processes: Processes) -> int:
+    """How many processes share a batch; `auto`, which the host decides, counts as one."""
+    return 1 if processes == "auto" else processes
 
 
 def teacher_step(training: Training, lengths: Lengths) -> list[Call]:

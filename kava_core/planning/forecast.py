@@ -22,6 +22,7 @@ from kava_core.planning.costs import (
     answering_calls,
     batches,
     flops,
+    parts,
     read_batch,
     student_step,
     teacher_step,
@@ -253,7 +254,9 @@ class _Stages:
 
     def _teacher(self, training: Training) -> StageCost:
         settings, a = self.settings, self.shapes.teacher
-        learn = teacher_step(training, self.lengths)
+        processes = parts(settings.teacher.processes)
+        share = training.model_copy(update={"batch_size": training.batch_size // processes})
+        learn = teacher_step(share, self.lengths)
         taken = training.total_steps(self.lengths.problems) * training.accumulation
         asked = batches(
             min(settings.teacher.validate_on, settings.prepare.validation),
@@ -265,17 +268,17 @@ class _Stages:
         threads = training.threads
         seconds = None
         if self.clock is not None:
-            seconds = taken * self.clock.teacher_step(a, training, self.lengths, learn)
+            seconds = taken * self.clock.teacher_step(a, share, self.lengths, learn)
             seconds += self._saving(a, training, "teacher.training")
             seconds += asked * sum(
                 self.clock.answer(a, calls, settings.teacher.batch_size, threads)
                 for calls in answers
             )
-            seconds += self.clock.start(workers=False)
-        work = taken * flops(a, learn, training)
+            seconds += self.clock.start(processes > 1)
+        work = processes * taken * flops(a, learn, training)
         work += asked * sum(flops(a, calls, None) for calls in answers)
         calls = taken * len(learn) + asked * sum(map(len, answers))
-        memory = trainer_bytes(a, training, learn, "teacher.training", pieced=True)
+        memory = trainer_bytes(a, share, learn, "teacher.training", pieced=True)
         return StageCost("teacher", calls, work, memory, seconds)
 
     def _generate(self) -> StageCost:
@@ -329,9 +332,10 @@ class _Stages:
 
     def _distill(self, name: str, student: Student) -> StageCost:
         a, training = self.shapes.students[name], student.training
-        rows = training.batch_size / student.processes
+        processes = parts(student.processes)
+        rows = training.batch_size / processes
         learn = student_step(student, self.targets.slots, _PROMPT, self.lengths, rows)
-        calls, work, seconds = len(learn), student.processes * flops(a, learn, training), None
+        calls, work, seconds = len(learn), processes * flops(a, learn, training), None
         online = student.targets == "online" and student.reads == "kv_targets"
         read = read_batch(self.lengths, max(1, int(rows)))
         if online:
@@ -346,7 +350,7 @@ class _Stages:
                 size = self.targets.per_record * training.batch_size
                 seconds += taken * self.clock.written(size)
             seconds += self._saving(a, training, f"students.{name}.training")
-            seconds += self.clock.start(student.processes > 1)
+            seconds += self.clock.start(processes > 1)
         where = f"students.{name}.training"
         memory = trainer_bytes(a, training, learn, where, pieced=False)
         if online:

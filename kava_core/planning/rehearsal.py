@@ -47,7 +47,7 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
     }
     teacher = plain["teacher"]
     _fewer_steps(teacher["training"])
-    teacher |= {"validate_on": 2, "batch_size": _BATCH, "max_new_tokens": 4}
+    teacher |= {"processes": 1, "validate_on": 2, "batch_size": _BATCH, "max_new_tokens": 4}
     _narrow(teacher, shapes.teacher, folder / "teacher", layers)
     plain["generate"] |= {"shard_size": 8, "batch_size": _BATCH}
     plain["evict"]["budget"] = min(_BUDGET, plain["evict"]["budget"])
@@ -71,7 +71,7 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
     }
     if plain["evaluate"]["interpret_records"]:
         plain["evaluate"] |= {"interpret_records": 2, "intervention_problems": 2}
-    plain["resources"] = {"workers": 0}
+    plain["resources"] = {"workers": 0, "device": plain["resources"]["device"]}
     plain["cadence"] = {"log_every": 1, "save_every": STEPS, "gradient_share_every": 1}
     return plain
 

@@ -46,6 +46,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Half = Literal["bfloat16", "float16"]
 
 
+Device = Literal["auto", "cpu"]
+
+
+Processes = Positive | Literal["auto"]
+
+
 Bits = Literal[32, 16, 8, 4]
 
 

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from kava_core.errors import KavaError
-from kava_core.settings.base import NAME, Name, NotNegative, Positive, PositiveReal, Section, Weight
+from kava_core.settings.base import (
+    NAME,
+    Device,
+    Name,
+    NotNegative,
+    Positive,
+    PositiveReal,
+    Real,
+    Section,
+)
 from kava_core.settings.choice import CHOICE
 from kava_core.settings.document import read_yaml, shorten, shown
 from kava_core.settings.evaluate import Evaluate, Report
@@ -28,15 +37,30 @@ class Resources(Section):
     """What is used to compute, never what is computed: not tracked by DVC.
 
     workers: Ray workers of generate and evict; 0 runs in process; null shares the cores there are.
+    device: `auto` computes on GPUs where there are any; `cpu` shows a command and its workers none.
+    gpus_per_worker: the share of a GPU that each worker of generate gets; null: a whole one, where
+    there are GPUs. Without a share workers get none, and beside a visible GPU 0 is an error.
+    A process of a training always has a whole one.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
     and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
     """
 
     workers: NotNegative | None = None
     cpus_per_worker: PositiveReal = 1
-    gpus_per_worker: Weight = 0
+    device: Device = "auto"
+    gpus_per_worker: Annotated[Real, Field(ge=0, le=1)] | None = None
     loader_workers: NotNegative = 0
     push_caches: StrictBool = True
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        for nothing, where in (
+            (self.device == "cpu", "device: cpu"),
+            (self.workers == 0, "workers: 0"),
+        ):
+            if nothing and self.gpus_per_worker:
+                raise ValueError(f"gpus_per_worker: means nothing at `{where}`. Leave it out")
+        return self
 
 
 class Cadence(Section):

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from kava_core.settings.base import NotNegative, Positive, Real, Section, Weight
+from kava_core.settings.base import NotNegative, Positive, Processes, Real, Section, Weight
 from kava_core.settings.training import Training
 
 Distance = Literal["l1", "smooth_l1", "mse"]
@@ -83,8 +83,9 @@ class Student(Section):
     what DVC runs it after. targets: `store` reads them from kv_targets, the teacher is not even
     loaded but for its weights; `online` makes them anew in every step with the frozen teacher, by
     the store's settings, and takes token ids and statistics from the store only. processes: how
-    many share each batch, on this machine or the Ray cluster that RAY_ADDRESS names; it changes
-    results by rounding.
+    many share each batch, on this machine or the Ray cluster that RAY_ADDRESS names, each with a
+    GPU where there are any; `auto`: as many as there are GPUs, without any one. It changes results
+    by rounding.
 
     model: the Hugging Face folder or id (with its `revision`) it starts from; null: the teacher
     itself. Another model learns K/V projectors into the teacher's basis beside it. layer_map: which
@@ -106,7 +107,7 @@ class Student(Section):
     revision: str | None = None
     layer_map: LayerMap = "uniform"
     targets: Literal["store", "online"] = "store"
-    processes: Positive = 1
+    processes: Processes = 1
     reasoning: Literal["jacobi", "sequential"] = "jacobi"
     iterations: NotNegative = 3
     projection: StrictBool = True
@@ -188,9 +189,5 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> Student:
-        if self.training.batch_size % self.processes:
-            raise ValueError(
-                f"training.batch_size {self.training.batch_size} must be a multiple of processes "
-                f"{self.processes}, which share every batch"
-            )
+        self.training.check_shared(self.processes)
         return self

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StrictInt, model_validator
 
-from kava_core.settings.base import Positive, PositiveReal, Section
+from kava_core.settings.base import Positive, PositiveReal, Processes, Section
 from kava_core.settings.training import Training
 
 
@@ -36,13 +36,15 @@ class Teacher(Section):
     """`model: scratch` builds one; anything else is a Hugging Face folder or id to start from.
 
     revision: of a model on the Hub; null: its newest. `training: null` takes the model as it is (it
-    can already write the chain of thought).
+    can already write the chain of thought). processes: how many share each batch of the training,
+    as a student's (`settings.student`).
     """
 
     model: str = "scratch"
     revision: str | None = None
     scratch: Scratch = Scratch()
     training: Training | None
+    processes: Processes = 1
     validate_on: Positive = 200
     batch_size: Positive = 128
     max_new_tokens: Positive = 256
@@ -57,6 +59,10 @@ class Teacher(Section):
             raise ValueError(
                 "scratch describes a model that is built, and `model` names one: leave it out"
             )
+        if self.training is not None:
+            self.training.check_shared(self.processes)
+        elif self.changed("processes"):
+            raise ValueError("processes: means nothing at `training: null`. Leave it out")
         lora = self.training.lora if self.training else None
         if lora is not None and self.model == "scratch":
             raise ValueError(

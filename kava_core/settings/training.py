@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
-from kava_core.settings.base import Decay, Fraction, Positive, PositiveReal, Section, Weight
+from kava_core.settings.base import (
+    Decay,
+    Fraction,
+    Positive,
+    PositiveReal,
+    Processes,
+    Section,
+    Weight,
+)
 
 
 class LoRA(Section):
@@ -71,6 +79,14 @@ class Training(Section):
             found = "neither" if self.steps is None else "both"
             raise ValueError(f"should have exactly one of `steps` and `epochs`, found {found}")
         return self
+
+    def check_shared(self, processes: Processes) -> None:
+        """ValueError if the processes cannot share every batch evenly."""
+        if processes != "auto" and self.batch_size % processes:
+            raise ValueError(
+                f"training.batch_size {self.batch_size} must be a multiple of processes "
+                f"{processes}, which share every batch"
+            )
 
     @property
     def keeps_weights(self) -> bool:

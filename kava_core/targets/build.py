@@ -79,6 +79,7 @@ def build_store(
             workers=resources.workers,
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
+            device=resources.device,
         ):
             examples, tokens = examples + counts.examples, tokens + counts.tokens
             rate = _rate(examples, tokens, time.perf_counter() - began)

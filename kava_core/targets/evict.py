@@ -89,7 +89,8 @@ def build_kv_targets(
             settings={**store.manifest.settings, "evict": plain},
             fingerprints=fingerprints,
         ),
-        resources=resources.model_copy(update={"gpus_per_worker": 0}),  # it works on the CPU
+        # It works on the CPU.
+        resources=resources.model_copy(update={"device": "cpu", "gpus_per_worker": None}),
     )
 
 

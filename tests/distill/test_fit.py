@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, TrainingArguments
 
 from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
 from kava_core.distill.fit import Stopped, fit
@@ -125,6 +126,28 @@ def test_loader_processes_change_nothing(
 ) -> None:
     run = Toy(store, tmp_path, loader_workers=1)
     assert same(run.run(), whole[0])
+    assert files(tmp_path / "curves") == whole[1]
+
+
+def test_a_process_that_sees_many_gpus_computes_on_one(
+    store: Path,
+    tmp_path: Path,
+    whole: tuple[dict[str, Tensor], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Left to itself the Trainer would wrap the model in `nn.DataParallel` and take eight batches
+    for one."""
+    plain = TrainingArguments._setup_devices.func
+
+    def eight(arguments: TrainingArguments) -> torch.device:
+        device = plain(arguments)
+        arguments._n_gpu = 8
+        return device
+
+    faked = cached_property(eight)
+    faked.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", faked)
+    assert same(Toy(store, tmp_path).run(), whole[0])
     assert files(tmp_path / "curves") == whole[1]
 
 

@@ -119,7 +119,8 @@ def in_two(training: Training) -> None:
         stop_file=training.folder / "checkpoints" / STOP_FILE,
         threads=1,
         cpus=1,
-        gpus=0,
+        device="auto",
+        gpus=None,
     )
 
 
@@ -204,5 +205,6 @@ class TestTwo:
                 stop_file=tmp_path / "stop",
                 threads=1,
                 cpus=1,
-                gpus=0,
+                device="auto",
+                gpus=None,
             )

@@ -22,7 +22,7 @@ from kava_core.memory import peak_tensor_bytes
 from kava_core.models.loading import save_model
 from kava_core.planning.calibrate import Calibration, Rates
 from kava_core.planning.costs import flops, teacher_step
-from kava_core.planning.forecast import Forecast, forecast
+from kava_core.planning.forecast import Forecast, StageCost, forecast
 from kava_core.planning.lengths import Lengths, lengths_of
 from kava_core.planning.memory import generate_bytes, trainer_bytes
 from kava_core.problems.folder import open_problems, write_problems
@@ -118,6 +118,20 @@ def test_without_caches_there_is_no_store_of_them(tmp_path: Path) -> None:
     assert alone.kv_targets == both.kv_targets
     assert alone.bytes == both.bytes - both.teacher_kv.bytes
     assert "evict" not in {stage.stage for stage in alone.stages}
+
+
+def test_processes_share_a_batch_and_its_memory(tmp_path: Path) -> None:
+    def stages(processes: int | str) -> dict[str, StageCost]:
+        student = {**SMALL["students"]["kava"], "processes": processes}
+        settings = settings_with(teacher={"processes": processes}, students={"kava": student})
+        return {cost.stage: cost for cost in forecast("small", settings, tmp_path).stages}
+
+    one, two = stages(1), stages(2)
+    for name in ("teacher", "distill kava"):
+        whole, half = one[name].memory, two[name].memory
+        assert whole is not None and half is not None and half < whole
+        assert two[name].flops == pytest.approx(one[name].flops, rel=0.1)
+    assert stages("auto") == one
 
 
 def test_students_are_as_large_as_what_is_kept_of_them(tmp_path: Path) -> None:

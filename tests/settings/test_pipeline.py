@@ -156,6 +156,26 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("teacher.scratch.kv_heads", 3, "teacher.scratch: hidden_size 128 must be an even multip"),
         ("prepare.source", "gsm8k", "prepare: source gsm8k needs a `path`"),
         ("prepare.train", None, "prepare: source synthetic needs the numbers `train` and `test`"),
+        ("resources", {"gpus_per_worker": 2}, "resources.gpus_per_worker: Input should be less t"),
+        (
+            "resources",
+            {"device": "cpu", "gpus_per_worker": 1},
+            "resources: gpus_per_worker: means nothing at `device: cpu`",
+        ),
+        (
+            "resources",
+            {"workers": 0, "gpus_per_worker": 0.5},
+            "resources: gpus_per_worker: means nothing at `workers: 0`",
+        ),
+        ("resources", {"device": "cuda"}, "resources.device: Input should be 'auto' or 'cpu'"),
+        ("teacher.processes", 0, "teacher.processes"),
+        ("teacher.processes", 5, "teacher: training.batch_size 64 must be a multiple of processes"),
+        (
+            "teacher",
+            {"model": "here", "training": None, "processes": 2},
+            "teacher: processes: means nothing at `training: null`",
+        ),
+        ("students.kava.processes", "all", "students.kava.processes"),
         ("resources", {"workers": -1}, "resources.workers: Input should be greater than or equal"),
     ],
 )

@@ -25,6 +25,7 @@ from kava_core.targets.evict import (
 )
 from kava_core.targets.plan import Plan
 from tests.distill.toy import toy_traces
+from tests.stages.project import digest
 from tests.targets.caches import FINGERPRINTS, with_steps, write_caches
 
 EXACT = {"keys_bits": 32, "values_bits": 32, "endpoint_bits": 32}
@@ -42,11 +43,11 @@ def batches(caches: TeacherStore) -> Iterator[CacheBatch]:
     return (cache_batch(caches, number) for number in range(caches.shards))
 
 
-def evicted(caches: TeacherStore, settings: Evict, folder: Path) -> Build:
+def evicted(
+    caches: TeacherStore, settings: Evict, folder: Path, resources: Resources | None = None
+) -> Build:
     output = folder / "data/one/kv_targets"
-    # More GPUs than there are anywhere: eviction asks for none.
-    resources = Resources(workers=0, gpus_per_worker=8)
-    return build_kv_targets(caches.path, settings, output, resources)
+    return build_kv_targets(caches.path, settings, output, resources or Resources(workers=0))
 
 
 @pytest.mark.parametrize("share", ["none", "selection", "merged"])
@@ -210,3 +211,11 @@ def test_a_killed_stage_goes_on_where_it_was(caches: TeacherStore, tmp_path: Pat
     assert rest.folder == folder
     assert rest.examples == 14 - len(caches.shard(1))
     assert rest.manifest == whole.manifest
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_workers_need_no_gpu(caches: TeacherStore, tmp_path: Path) -> None:
+    """Nor do they wait for the share of one that is meant for those of `generate`."""
+    one = evicted(caches, Evict(budget=4), tmp_path / "one")
+    many = evicted(caches, Evict(budget=4), tmp_path / "many", Resources(gpus_per_worker=1))
+    assert digest(one.folder) == digest(many.folder)

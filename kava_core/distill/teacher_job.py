@@ -77,7 +77,7 @@ def train_teacher(
     training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
     problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
-    encoder = TraceEncoder(tokenizer, problems.traces)
+    encoder = TraceEncoder(tokenizer, problems.traces, prompt=problems.prompt)
     check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
     if training is not None:
         check_head(model)
@@ -120,4 +120,5 @@ def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "fingerprints": fingerprints,
         "commit": commit,
+        **problems.prompt.kept(),
     }

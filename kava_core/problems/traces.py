@@ -15,7 +15,6 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from datetime import date
 from typing import NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -28,8 +27,10 @@ from kava_core.record import Record
 
 _NAMED = 20  # problems in a message
 _PROBE = "How many?"
-# What a chat template that writes today's date writes: the day that Llama-3.2's own falls back on.
-_TODAY = date(2024, 7, 26)
+# Before a chat template that writes today's date, so that it writes the same one every day: that
+# which Llama-3.2's falls back on.
+_CLOCK = "strftime_now"
+_STOPPED = f"{{% macro {_CLOCK}(format) %}}26 Jul 2024{{% endmacro +%}}"
 # Where a step states its result: behind the last "=", or it is nothing else.
 _STATED: dict[TraceForm, re.Pattern[str]] = {
     "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
@@ -90,7 +91,11 @@ class TraceEncoder:
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("1")["input_ids"][:1] == [bos]
         self.first: list[int] = [bos] if adds_bos and not prompt.chat else []
-        self._special = frozenset(tokenizer.all_special_ids)
+        # Not all that a chat template writes has a name among the tokenizer's special tokens.
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(tokenizer.all_special_ids) | {
+            token for token, about in added.items() if about.special
+        }
         self.answer_prompt_ids: list[int] = self._ids([prompt.answer])[0]
         if not self.answer_prompt_ids or self._ending.intersection(self.answer_prompt_ids):
             raise KavaError(
@@ -252,11 +257,12 @@ class TraceEncoder:
             )
         ]
         try:
+            template = self.tokenizer.get_chat_template()
             texts: list[str] = self.tokenizer.apply_chat_template(
                 [[*before, {"role": "user", "content": text}] for text in asked],
+                chat_template=_STOPPED + template if _CLOCK in template else template,
                 tokenize=False,
                 add_generation_prompt=True,
-                strftime_now=_TODAY.strftime,
             )
         except Exception as error:  # a template is a program of its own
             raise KavaError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
@@ -183,3 +184,12 @@ def test_a_chat_goes_by_its_template() -> None:
     assert one != chat_fingerprint(chat, chat_tokenizer("x" + CHATML))
     assert list(one) == ["chat_template"]
     assert chat_fingerprint(PLAIN, chat_tokenizer()) == {}
+
+
+def test_the_prompts_of_the_documentation_are_prompts() -> None:
+    page = (Path(__file__).parents[2] / "docs/prompts.md").read_text(encoding="utf-8")
+    shown = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    prompts = [prompt(**each.get("prepare", each)["prompt"]) for each in shown]
+    assert [each.chat for each in prompts] == [True, False, False, True]
+    assert [len(each.examples) for each in prompts] == [0, 0, 2, 1]
+    assert prompts[2].asked("How ?") == "Q: How ?\nA:\n"

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: smoke quickstart repro test test-slow test-browser lint format environment clean
+.PHONY: smoke quickstart repro test test-slow test-browser faults lint format environment clean
 
 smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
 	dvc repro pipelines/smoke/dvc.yaml
@@ -33,6 +33,11 @@ test: environment  ## what must pass before anything lands
 
 test-slow: environment  ## the tests that take minutes
 	pytest -m slow
+
+faults: environment  ## every fault many times (long); writes the table of docs/reliability.md
+	mkdir -p data && rm -f data/.faults.jsonl
+	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" --faults-results data/.faults.jsonl
+	python docs/reliability.py data/.faults.jsonl
 
 test-browser: environment  ## the report in headless Chromium (apt-get install chromium)
 	pytest tests/browser/page.py --basetemp=data/.browser

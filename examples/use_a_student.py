@@ -1,6 +1,6 @@
 """Put the first test problems of a pipeline to one of its students, in one batch.
 
-python examples/use_a_student.py                        # endpoint of data/quickstart
+python examples/use_a_student.py                        # kava of data/quickstart
 python examples/use_a_student.py data/smoke --student kava --problems 4
 """
 
@@ -39,7 +39,7 @@ def main(pipeline: Path, name: str, problems: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", nargs="?", type=Path, default=Path("data/quickstart"))
-    parser.add_argument("--student", default="endpoint")
+    parser.add_argument("--student", default="kava")
     parser.add_argument("--problems", type=int, default=8)
     arguments = parser.parse_args()
     main(arguments.pipeline, arguments.student, arguments.problems)

@@ -8,10 +8,12 @@ there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,9 @@ from kava_core.errors import KavaError
 from kava_core.versions import VERSIONS
 
 WORK = ".work"
+# In a folder of unfinished work: the stage and the output it is for.
+PURPOSE = "purpose.json"
+LARGEST_TEXT = 1 << 28  # bytes; none of ours comes near it
 
 
 def canonical_json(value: Any) -> str:
@@ -44,24 +49,56 @@ def folder_fingerprint(folder: Path, names: list[str]) -> str:
     return fingerprint({name: file_digest(folder / name) for name in sorted(names)})
 
 
-def read_text(path: Path) -> str:
-    """The text in `path`; KavaError if the file is missing or is no text."""
+def read_regular(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """The bytes of `path`, if it is a regular file of at most `largest` bytes; KavaError if not.
+
+    What is no file is never opened: a named pipe would be waited for, a device read without end.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        if stat.S_ISREG(path.stat().st_mode):
+            # It may have been swapped since: opened so, a pipe is not waited for.
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                found = os.fstat(file.fileno())
+                if stat.S_ISREG(found.st_mode):
+                    if found.st_size > largest:
+                        raise KavaError(
+                            f"{path} cannot be read: expected at most {largest:,} bytes, found "
+                            f"{found.st_size:,}. Make it again."
+                        )
+                    return file.read(largest)
     except FileNotFoundError:
         raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
+    except OSError as error:
+        raise KavaError(
+            f"{path} cannot be read ({error.strerror}). Check the disk and who may read the file."
+        ) from None
+    raise KavaError(
+        f"{path} cannot be read: expected a file, found a folder, a pipe or a device. Move it away "
+        "and make the file again."
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text in `path`; KavaError if it is no file, missing or no text."""
+    try:
+        return read_regular(path).decode()
     except UnicodeDecodeError as error:
         raise KavaError(f"{path} is not valid text ({error}). Make it again.") from None
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`; KavaError if the file is missing or is not JSON."""
+def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
+    """The JSON in `path`; KavaError if it is no file, missing, too large or not JSON."""
+    content = read_regular(path, largest)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise KavaError(f"{path} is missing. Run the stage that makes it.") from None
+        return json.loads(content)
+    except RecursionError:
+        raise KavaError(f"{path} cannot be read: it is nested too deep. Make it again.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise KavaError(f"{path} is not valid JSON ({error}). Make it again.") from None
+    except ValueError:
+        raise KavaError(
+            f"{path} cannot be read: it has a number of thousands of digits. Make it again."
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -88,6 +125,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses while `path` is written, as a KavaError."""
+    try:
+        yield
+    except OSError as error:
+        raise KavaError(
+            f"{path} cannot be written ({error.strerror}). Free some space on that disk, or check "
+            "that the folder may be written to; finished work is kept."
+        ) from None
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a directory (so that a rename in it is durable)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -97,39 +146,98 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def work_folder(output: Path, stage: str, key: Any) -> Path:
-    """The folder where `output` is built: `<data>/.work/<stage>-<fingerprint of key>`.
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and it: what a library wrote, it did not sync."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
 
-    `output` is `<data>/<pipeline>/<name…>`, and `key` holds all that determines the artefact's
-    content; the same key finds the unfinished work of a killed run. The stage's version is part of
-    it: what one version left unfinished another does not continue.
-    """
-    key = [key, VERSIONS[stage]]
-    data = next(
+
+def clear(path: Path) -> None:
+    """Remove whatever stands at `path`, if anything does."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def ensure_folder(folder: Path) -> Path:
+    """`folder`, made if it is not there; a file in its place (a damaged disk leaves such) goes."""
+    if not folder.is_dir():
+        clear(folder)
+        folder.mkdir(parents=True)
+    return folder
+
+
+def fresh_folder(folder: Path) -> Path:
+    """`folder`, empty: what a killed run left of it is worth nothing."""
+    clear(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def data_folder(output: Path) -> Path:
+    """`<data>` of an output `<data>/<pipeline>/<name…>`."""
+    return next(
         (p for p in output.absolute().parents if p.name == "data"), output.absolute().parent
     )
-    folder = data / WORK / f"{output.name}-{fingerprint(key)[:24]}"
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def work_folder(output: Path, stage: str, key: Any) -> Path:
+    """The folder where `output` is built: `<data>/.work/<name>-<fingerprint>`.
+
+    `output` is `<data>/<pipeline>/<name…>`, and `key` holds all that determines the artefact's
+    content; the same output and key find the unfinished work of a killed run. The stage's version
+    is part of the fingerprint: what one version left unfinished another does not continue.
+    """
+    data = data_folder(output)
+    place = output.absolute().relative_to(data).as_posix()
+    identity = fingerprint([place, key, VERSIONS[stage]])
+    folder = data / WORK / f"{output.name}-{identity[:24]}"
+    with disk_errors(folder):
+        ensure_folder(folder)
+        if not (folder / PURPOSE).is_file():
+            clear(folder / PURPOSE)
+            write_json(folder / PURPOSE, {"stage": stage, "output": place})
     return folder
 
 
 def publish(*built: tuple[Path, Path]) -> None:
     """Rename each complete folder to its output, (built, output), replacing what was there.
 
-    An output is never a mixture: the old folder is moved aside whole before the new one takes its
-    name. The built folders lie in one folder of `work_folder`, which goes with all else it holds
+    An output is never a mixture, and what is under its name is on the disk: everything is synced,
+    the old folder is moved aside whole, the new one takes its name, and only then is the old one
+    deleted. The built folders lie in one folder of `work_folder`, which goes with all else it holds
     (checkpoints).
+
+    KavaError, with what was built kept, for a file in an output's place and for an output that is
+    on another filesystem than the work.
     """
     for folder, output in built:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        if output.exists():
-            output.replace(aside)
-        sync(folder)
-        folder.replace(output)
-        sync(output.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        if output.exists() and not output.is_dir():
+            raise KavaError(
+                f"{output} is in the way: expected a folder or nothing, found a file. Move it "
+                "away; what was built is kept, and the same command goes on."
+            )
+        with disk_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            sync_tree(folder)
+            aside = folder.with_name(f"{folder.name}.old")
+            clear(aside)
+            try:
+                if output.is_dir():
+                    output.replace(aside)
+                folder.replace(output)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                raise KavaError(
+                    f"{output} is on another filesystem than {folder}, and cannot be replaced "
+                    "whole. Put all of the data folder on one filesystem; what was built is kept."
+                ) from None
+            sync(output.parent)
+            clear(aside)
     for work in {folder.parent for folder, _ in built}:
         if work.parent.name == WORK:
             shutil.rmtree(work)

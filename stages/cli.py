@@ -6,11 +6,15 @@ exit status 1.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from types import FrameType
 
 import click
 
@@ -38,6 +42,7 @@ COMMANDS = {
     "recipe": (".recipe", "recipe", "Recipe: take published settings over."),
     "sync": (".sync", "sync", "Tell DVC what pipelines.yaml says."),
     "store": (".store", "store_group", "Inspect, verify and export stores."),
+    "clean": (".clean", "clean", "Remove unfinished work that nobody goes on with."),
 }
 
 
@@ -70,20 +75,59 @@ def kava() -> None:
     """
 
 
+# What a disk refuses, whoever wrote to it: nothing that a traceback would help with.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_received: list[int] = []
+
+
 def main() -> None:
-    """Run the command line; KavaErrors become one line on stderr and exit status 1."""
+    """Run the command line; KavaErrors become one line on stderr and exit status 1.
+
+    SIGINT and SIGTERM end it in good order, with one line and the status that a shell expects.
+    """
     quiet()
+    # Unless whoever started this wants it to ignore them, as a shell does for its background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _receive)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _receive)
     try:
         kava.main(standalone_mode=False)
-    except KavaError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        # Libraries make errors of their own of an interrupt that reaches them.
+        if _received or isinstance(error, click.Abort | KeyboardInterrupt):
+            number = _received[0] if _received else signal.SIGINT
+            click.echo("interrupted; run the same command again to go on", err=True)
+            sys.exit(128 + number)
+        if isinstance(error, KavaError):
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            click.echo(
+                f"error: {error.filename or 'a file'} cannot be written ({error.strerror}). Free "
+                "some space on that disk, or check that it may be written to; finished work is "
+                "kept.",
+                err=True,
+            )
+            sys.exit(1)
+        raise
+
+
+def _receive(number: int, _: FrameType | None) -> None:
+    """End the program; what other threads and finalisers make of that is not worth a word."""
+    _received.append(number)
+    sys.unraisablehook = _say_nothing
+    threading.excepthook = _say_nothing
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _say_nothing(_: object) -> None:
+    pass
 
 
 def quiet() -> None:

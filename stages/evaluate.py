@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kava_core.artefacts import publish, work_folder
+from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import progress, say
 
 from .run import Run, stage
@@ -78,8 +78,7 @@ def evaluate(run: Run) -> None:
         )
     output = run.path("evaluation")
     work = work_folder(output, "evaluate", {"settings": settings.model_dump(mode="json")})
-    built = work / "output"
-    built.mkdir(exist_ok=True)
+    built = fresh_folder(work / "output")
     scores = write_results(built, test_sets, found, list(students))
     write_finding(run.path("measured", MEASURED), costs_of(found.examinations, hardware()))
     publish((built, output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kava_core.artefacts import publish, work_folder
+from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.errors import KavaError
 
 from .run import Run, stage
@@ -92,8 +92,7 @@ def fidelity(run: Run) -> None:
         )
         batches = [[traces[i] for i in chosen] for chosen in alike(traces, settings.batch_size)]
         results = try_grid(grid, examiner, encoder, batches, work)
-    built = work / "output"
-    built.mkdir(exist_ok=True)
+    built = fresh_folder(work / "output")
     metrics = write_results(built, results, split=settings.split, within=settings.within)
     write_finding(run.path("measured", MEASURED), costs_of(results, hardware()))
     publish((built, output))  # last: with it goes all that a killed run would go on from

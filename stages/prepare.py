@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kava_core.artefacts import publish, work_folder
+from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import say
 from kava_core.settings.prepare import Prepare
 
@@ -61,9 +61,7 @@ def prepare(run: Run) -> None:
     plain = settings.model_dump(mode="json", exclude={"prompt"})
     taught = {name: value for name, value in plain.items() if name not in ASKED}
     work = work_folder(run.path("problems"), "prepare", {**plain, **settings.prompt.kept()})
-    problems, test_sets = work / "problems", work / "test_sets"
-    for folder in (problems, test_sets):
-        folder.mkdir(exist_ok=True)
+    problems, test_sets = fresh_folder(work / "problems"), fresh_folder(work / "test_sets")
     write_problems(problems, splits, settings.traces, taught, tokens, settings.prompt)
     write_test_sets(test_sets, splits, settings.traces, plain, tokens, settings.prompt)
     publish((problems, run.path("problems")), (test_sets, run.path("test_sets")))

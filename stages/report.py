@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-
-from kava_core.artefacts import publish, work_folder
+from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import say
 
 from .run import Run, stage
@@ -30,10 +28,7 @@ def report(run: Run) -> None:
     comparisons = compare(findings)
     plain = settings.model_dump(mode="json", by_alias=True)
     work = work_folder(run.path("report"), "report", plain["report"])
-    folders = [(work / name, run.path(name)) for name in ("report", "costs")]
-    for built, _ in folders:
-        shutil.rmtree(built, ignore_errors=True)  # half a page of a killed run is worth nothing
-        built.mkdir()
+    folders = [(fresh_folder(work / name), run.path(name)) for name in ("report", "costs")]
     (page, _), (beside, _) = folders
     write_report(page, findings, comparisons, title=title, pipeline=run.name, settings=plain)
     write_comparison(page / "table.txt", title, comparisons)

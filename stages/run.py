@@ -15,7 +15,9 @@ from typing import Any
 
 import click
 
-from kava_core.console import say
+from kava_core.artefacts import WORK, data_folder, fingerprint
+from kava_core.console import reporting, say
+from kava_core.lock import alone
 from kava_core.settings import Pipeline, load_pipeline
 
 from .graph import check_tracked
@@ -55,15 +57,17 @@ data_option = click.option(
 
 
 def stage(function: Callable[..., None]) -> click.Command:
-    """Make a click command of `function(run, …)`: options, settings, run log.
+    """Make a click command of `function(run, …)`: options, settings, lock, run log.
 
-    Where DVC tracks the pipeline, what it tracks must be what the stage is made from.
+    Where DVC tracks the pipeline, what it tracks must be what the stage is made from. Of the runs
+    that make one artefact only one is at work.
     """
 
     @functools.wraps(function)
     def logged(run: Run, **options: Any) -> None:
         check_tracked(run.project, run.name, run.settings, function.__name__)
-        with _logged(run, " ".join([function.__name__, *map(str, options.values())])):
+        what = " ".join([function.__name__, *map(str, options.values())])
+        with _alone(run, what), reporting(f"{run.name}, {what}"), _logged(run, what):
             function(run, **options)
 
     return tool(logged)
@@ -81,6 +85,15 @@ def tool(function: Callable[..., None]) -> click.Command:
         function(Run(name, settings, pipelines.parent, data), **options)
 
     return click.command(function.__name__)(command)
+
+
+@contextmanager
+def _alone(run: Run, what: str) -> Iterator[None]:
+    data = data_folder(run.path())
+    folder = run.path().relative_to(data).as_posix()
+    name = f"{what.replace(' ', '-')[:100]}-{fingerprint([folder, what])[:24]}.lock"
+    with alone(data / WORK / name, what, folder):
+        yield
 
 
 @contextmanager

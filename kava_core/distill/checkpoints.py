@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import TrainerState
+
+from kava_core.artefacts import clear, read_json
+from kava_core.console import say
+from kava_core.errors import KavaError
+
+STATE, WEIGHTS = "trainer_state.json", "*.safetensors"
+ARCHIVES = ("optimizer.pt", "scheduler.pt")  # whose directory stands at their end
+CHECKPOINT = re.compile(r"checkpoint-\d{1,18}")
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (the Trainer writes its state last)."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of)
-    for checkpoint in reversed(found):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(checkpoint)  # a kill left it half-written
-        else:
+    """The newest checkpoint that was written to its end (the Trainer writes its state last).
+
+    Newer ones that a kill or a power cut left torn are removed, which is said. What is no
+    checkpoint by its name is left alone.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        if _is_whole(checkpoint):
             return checkpoint
+        say(f"{checkpoint} is damaged, and is not continued from")
+        clear(checkpoint)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its state is that of its step, and no file of it ends before its end."""
+    try:
+        plain = read_json(checkpoint / STATE)
+        state = TrainerState(**plain)
+        weights = list(checkpoint.glob(WEIGHTS))
+        for file in weights:
+            with safe_open(file, framework="pt"):  # its header tells its length
+                pass
+    except (KavaError, TypeError, ValueError, AttributeError, SafetensorError, OSError):
+        return False
+    return (
+        bool(weights)
+        and state.global_step == step_of(checkpoint)
+        and isinstance(state.log_history, list)
+        and isinstance(plain.get("stateful_callbacks"), dict)
+        and all(zipfile.is_zipfile(checkpoint / name) for name in ARCHIVES)
+    )
 
 
 def step_of(checkpoint: Path) -> int:

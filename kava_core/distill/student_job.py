@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kava_core.artefacts import work_folder, write_json
+from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
@@ -97,6 +97,7 @@ class StudentJob:
             )
             if group.rank() > 0:
                 return
+            fresh_folder(self.folder)
             if projected:
                 drop_projectors(student)
             if adapters is not None and training.lora is not None:
@@ -127,7 +128,7 @@ class StudentJob:
         material: _Material,
         steps: int,
     ) -> None:
-        self.folder.mkdir(exist_ok=True)
+        ensure_folder(self.folder)
         # Questions of a batch end where their latents begin.
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         student.save_pretrained(self.folder, whole=self.settings.training.keeps_weights)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kava_core.artefacts import work_folder, write_json
+from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.fit import fit
@@ -50,7 +50,7 @@ class TrainedTeacher:
 
     def save(self, metrics: dict[str, float]) -> None:
         """Complete the folder: weights, configuration, tokenizer, metrics.json, teacher.json."""
-        self.folder.mkdir(exist_ok=True)
+        ensure_folder(self.folder)
         training = self.settings.training
         whole = training is None or training.keeps_weights
         save_model(self.folder, self.model, self.encoder.tokenizer, weights=whole)
@@ -72,8 +72,7 @@ def train_teacher(
     """
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
-    folder, curves = work / "teacher", work / "curves"
-    curves.mkdir(exist_ok=True)
+    folder, curves = fresh_folder(work / "teacher"), ensure_folder(work / "curves")
     training, steps = settings.training, 0
     model, tokenizer = start_teacher(settings, problems)
     problems.check_tokenizer(tokenizer_fingerprint(tokenizer))

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from kava_core.artefacts import clear
 from kava_core.console import progress, say
+from kava_core.errors import KavaError
 from kava_core.fidelity.examiner import Batch, Examiner, Outcome
 from kava_core.fidelity.grid import Cell, Grid
 from kava_core.findings.base import Finding, read_finding, write_finding
@@ -51,26 +53,47 @@ def try_grid(
         for batch in range(len(batches))
     ]
     total = len(batches) * len(results)
-    done = sum(file.is_file() for files in parts for file in files)
-    if done:
-        say(f"fidelity: {done} of {total} parts are finished already")
+    finished = {
+        file: part
+        for traces, files in zip(batches, parts, strict=True)
+        for file in files
+        if (part := _finished(file, traces)) is not None
+    }
+    if finished:
+        say(f"fidelity: {len(finished)} of {total} parts are finished already")
     with progress() as display:
         task = display.add_task("fidelity", total=total, note="")
         for traces, files in zip(batches, parts, strict=True):
-            if not all(file.is_file() for file in files):
+            if not all(file in finished for file in files):
                 batch = examiner.read(traces)
                 # Not the answers of cell `full`: the first forward of a shape is slow to start.
                 reference = examiner.examine(batch, partial(examiner.full, batch))
             for result, file in zip(results, files, strict=True):
                 display.update(task, note=f"{result.cell.series}, {result.cell.budget or ''}")
-                if not file.is_file():
+                if file not in finished:
                     part = _answer(grid, result.cell, examiner, encoder, batch, reference)
                     write_finding(file, part)
-                part = read_finding(Part, file, "fidelity")
+                # Read from the file, so that a continued run has what an uninterrupted one has.
+                part = finished.get(file) or read_finding(Part, file, "fidelity")
                 result.answers.extend(part.answers)
                 result.costs.append(part.cost)
                 display.advance(task)
     return results
+
+
+def _finished(file: Path, traces: Sequence[Record]) -> Part | None:
+    """The part that a run before made; what is torn, or of other problems, goes and is None."""
+    if not file.exists():
+        return None
+    try:
+        part = read_finding(Part, file, "fidelity")
+        if [answer.id for answer in part.answers] == [trace.id for trace in traces]:
+            return part
+    except KavaError:
+        pass
+    say(f"fidelity: {file} is damaged, and is made again")
+    clear(file)
+    return None
 
 
 def _answer(

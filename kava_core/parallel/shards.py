@@ -8,13 +8,25 @@ but their numbers goes through Ray. Ray is imported only when there are workers.
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+import psutil
 import torch
 
 from kava_core.errors import KavaError
+from kava_core.lock import is_alive
+
+RAY_FOLDER = "kava-ray-"
+# Ray's sockets lie in it, and a socket's path may have 107 bytes.
+LONGEST_ROOT = 30
+ENDING_SECONDS = 5
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -124,22 +136,74 @@ def ray_running(threads: int, otherwise: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    before = _children()
+    with _own_folder() if address == "local" else nullcontext() as folder:
+        try:
+            try:
+                with _keeping_sigterm():
+                    ray.init(
+                        address=address,
+                        include_dashboard=False,
+                        configure_logging=False,
+                        log_to_driver=False,
+                        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                        _temp_dir=folder,
+                    )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise KavaError(
+                    f"Ray could not be started or reached: {error}. Check RAY_ADDRESS, or "
+                    f"{otherwise}."
+                ) from None
+            yield
+        finally:
+            started = _children() - before  # those of a parent that has ended are nobody's
+            ray.shutdown()
+            _end(started)
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A folder for what Ray writes, gone afterwards; those of runs that were killed go too."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > LONGEST_ROOT:
+        root = Path("/tmp")
+    for left in root.glob(f"{RAY_FOLDER}*"):
+        pid = left.name.removeprefix(RAY_FOLDER).partition("-")[0]
+        if pid.isdigit() and not is_alive(int(pid)) and left.stat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"{RAY_FOLDER}{os.getpid()}-", dir=root)
     try:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS", "local"),
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise KavaError(
-            f"Ray could not be started or reached: {error}. Check RAY_ADDRESS, or {otherwise}."
-        ) from None
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Wait for them, and kill those that stay: Ray's agents notice its end late, or never."""
+    _, alive = psutil.wait_procs(processes, timeout=ENDING_SECONDS)
+    for process in alive:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=ENDING_SECONDS)
+
+
+def _children() -> set[psutil.Process]:
+    """What this process has started, and what that has."""
+    return set(psutil.Process().children(recursive=True))
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own, which ends with another status than a shell expects."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def room(cpus: float, gpus: float) -> int:

@@ -15,7 +15,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -258,7 +258,7 @@ class TraceEncoder:
         ]
         try:
             template = self.tokenizer.get_chat_template()
-            texts: list[str] = self.tokenizer.apply_chat_template(
+            texts = self.tokenizer.apply_chat_template(
                 [[*before, {"role": "user", "content": text}] for text in asked],
                 chat_template=_STOPPED + template if _CLOCK in template else template,
                 tokenize=False,
@@ -269,7 +269,7 @@ class TraceEncoder:
                 f"prepare.prompt.chat: the tokenizer's chat template cannot be used ({error}). "
                 "Leave `chat` out, or use another tokenizer."
             ) from None
-        return texts
+        return cast(list[str], texts)
 
     def _latent_steps(self, problem: Problem) -> int:
         # Rounded first, or 0.6 of 5 steps would be 4 on some fractions' last bit.

@@ -27,6 +27,7 @@ from kava_core.findings.latents import Insights, Similarities
 from kava_core.findings.scores import Percent
 from kava_core.findings.tables import read_table
 from kava_core.reporting.truncation import BudgetGrid, read_grid
+from kava_core.settings.student import KVParts, Share
 from kava_core.store import TargetsStore
 from kava_core.store.manifest import Manifest, load_manifest
 
@@ -101,9 +102,11 @@ class StudentSettings(Finding):
     reads: Literal["kv_targets", "problems"]
     reasoning: str = "jacobi"
     iterations: int = 0
-    alpha_kv: float = 0.0
-    alpha_codi: float = 0.0
-    w_cot: float = 0.0
+    kv_parts: KVParts = "both"
+    alpha_kv: float | Share = 0.0
+    alpha_codi: float | Share = 0.0
+    alpha_readout: float | Share = 0.0
+    w_cot: float | Share = 0.0
 
 
 class StudentFile(Finding):

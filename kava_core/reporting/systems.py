@@ -8,6 +8,7 @@ from typing import Literal
 
 from kava_core.findings.evaluation import Difference, Score
 from kava_core.reporting.inputs import PipelineFindings, RunLength, TrainedStudent
+from kava_core.settings.student import Share
 
 Kind = Literal["teacher-cot", "teacher-no-cot", "latent", "direct", "other"]
 
@@ -116,14 +117,25 @@ def _system(
             return System(name, score, "teacher-no-cot", how, "chain and answer", teacher)
         return System(name, score, "other", "", "", None)
     settings = student.settings
-    terms = {"KV": settings.alpha_kv, "CODI": settings.alpha_codi, "chain": settings.w_cot}
-    taught = " + ".join(["answer", *(f"{w:g} × {term}" for term, w in terms.items() if w)])
+    terms = {
+        "KV" if settings.kv_parts == "both" else settings.kv_parts: settings.alpha_kv,
+        "CODI": settings.alpha_codi,
+        "readout": settings.alpha_readout,
+        "chain": settings.w_cot,
+    }
+    taught = " + ".join(["answer", *(_weighed(term, w) for term, w in terms.items() if w)])
     if settings.reads == "problems":
         return System(name, score, "direct", "answers at once", taught, settings.training)
     how = f"{slots} latents, one after the other"
     if settings.reasoning == "jacobi":
         how = f"{slots} latents, {settings.iterations} Jacobi iterations"
     return System(name, score, "latent", how, taught, settings.training)
+
+
+def _weighed(term: str, weight: float | Share) -> str:
+    if isinstance(weight, Share):
+        return f"{term} at {weight.share:.0%} of the gradient"
+    return f"{weight:g} × {term}"
 
 
 def headline(

@@ -33,8 +33,8 @@ Decay = Annotated[Real, Field(ge=0, lt=1)]
 Weight = Annotated[Real, Field(ge=0)]
 
 
-# A folder below data/, and a step in DVC's paths.
-NAME = r"[A-Za-z0-9_-]+"
+# A folder below data/, a step in DVC's paths, and a part of names of files, which may have 255.
+NAME = r"[A-Za-z0-9_-]{1,100}"
 
 
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from kava_core.errors import KavaError
 from kava_core.settings.base import NAME, Name, NotNegative, Positive, PositiveReal, Section, Weight
 from kava_core.settings.choice import CHOICE
+from kava_core.settings.document import read_yaml, shorten, shown
 from kava_core.settings.evaluate import Evaluate, Report
 from kava_core.settings.evict import Evict
 from kava_core.settings.fidelity import Fidelity
@@ -20,6 +20,8 @@ from kava_core.settings.generate import Generate
 from kava_core.settings.prepare import Prepare
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
+
+LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
 
 class Resources(Section):
@@ -86,14 +88,9 @@ class Pipeline(Section):
 
 def read_document(path: Path) -> dict[str, Any]:
     """The mapping in `pipelines.yaml`; KavaError if it cannot be read or has no pipelines."""
-    try:
-        document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KavaError(f"{path} is missing. Run this where pipelines.yaml lies.") from None
-    except OSError as error:
-        raise KavaError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise KavaError(f"{path} is not valid YAML: {error}") from None
+    if not path.exists():
+        raise KavaError(f"{path} is missing. Run this where pipelines.yaml lies.")
+    document = read_yaml(path)
     pipelines = document.get("pipelines") if isinstance(document, dict) else None
     if not isinstance(pipelines, dict):
         raise KavaError(f"{path} has no `pipelines:` mapping.")
@@ -109,11 +106,12 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
     pipelines = document["pipelines"]
     name = str(name or document.get("pipeline"))
     if name not in pipelines:
-        raise KavaError(f"{path} has no pipeline {name!r}. There are: {', '.join(pipelines)}.")
+        there = shorten(", ".join(pipelines), LONGEST_LIST)
+        raise KavaError(f"{path} has no pipeline {shown(name)}. There are: {there}.")
     if not re.fullmatch(NAME, name):
         raise KavaError(
-            f"pipeline name {name!r} must be of letters, digits, - and _ only: it names a folder, "
-            "and DVC reads a dot as a path. Rename it."
+            f"{path}: pipeline name {shown(name)} must be of at most 100 letters, digits, - and _ "
+            "only: it names a folder, and DVC reads a dot as a path. Rename it."
         )
     try:
         return name, Pipeline.model_validate(pipelines[name])
@@ -122,20 +120,26 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
 
 
 def explain(path: Path, root: str, error: ValidationError) -> str:
-    """What is wrong with the settings below the key `root` of the file: a line each."""
-    lines = list(_wrong(root, error.errors()))
-    return f"{path} has {len(lines)} wrong setting(s):\n  " + "\n  ".join(lines)
+    """What is wrong with the settings below the key `root` of the file: a line each, as far as they
+    have room in a message that is read."""
+    lines = [shorten(line, LONGEST_LINE) for line in _wrong(root, error.errors())]
+    text = f"{path} has {len(lines)} wrong setting(s):"
+    for i, line in enumerate(lines):
+        if i and len(text) - len(str(path)) + len(line) > LONGEST_TEXT:
+            return f"{text}\n  … and {len(lines) - i} more"
+        text += f"\n  {line}"
+    return text
 
 
 def _wrong(root: str, problems: Sequence[Any]) -> Iterator[str]:
     """A line per wrong setting: its key path, what is wrong, what was found."""
     for problem in problems:
-        key = ".".join([root, *map(str, problem["loc"])])
+        key = ".".join([root, *(shorten(str(part)) for part in problem["loc"])])
         if problem["type"] == CHOICE:  # a policy or a source, with settings of its own
             yield from _wrong(key, problem["ctx"]["errors"])
             continue
         message = problem["msg"].removeprefix("Value error, ")
-        found = "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
+        found = "" if isinstance(problem["input"], dict) else f", found {shown(problem['input'])}"
         if problem["type"] == "extra_forbidden":
             message, found = "no such setting", ""
-        yield f"{key}: {message}{found}"
+        yield f"{shorten(key, LONGEST_KEY)}: {message}{found}"

@@ -14,9 +14,8 @@ import pyarrow as pa
 from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
 from kava_core.record import Record
-from kava_core.store.checksum import file_checksum
 from kava_core.store.layout import INDEX_FILE
-from kava_core.store.manifest import REMAKE, Manifest, check_file
+from kava_core.store.manifest import REMAKE, Manifest, check_content, check_file, unless_made_anew
 
 TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -138,13 +137,21 @@ class Index:
         return np.concatenate([self.shard(k)[name] for k in range(len(self._manifest.shards))])
 
     def check(self) -> None:
-        """KavaError if any part of the index is damaged, contradicts itself or repeats an id."""
+        """KavaError if any part of the index is damaged, contradicts itself or the manifest, or
+        repeats an id."""
         seen: set[str] = set()
+        tokens = 0
         for shard in range(len(self._manifest.shards)):
+            tokens += int(self.shard(shard)["n_cot"].sum(dtype=np.int64))
             for name in self.shard(shard)["id"].to_pylist():
                 if name in seen:
-                    raise KavaError(f"{self.path} has two records {name!r}. {REMAKE}")
+                    raise KavaError(f"{self.path} has two records {name!r:.100}. {REMAKE}")
                 seen.add(name)
+        if tokens != self._manifest.trace_tokens:
+            raise KavaError(
+                f"{self.path} has traces of {tokens} tokens in all, the manifest says "
+                f"{self._manifest.trace_tokens}. {REMAKE}"
+            )
 
     def strings(self, name: str) -> list[str]:
         """A whole column of text (`id`, `source`, `topic`)."""
@@ -168,22 +175,27 @@ class Index:
 
     def _open(self) -> pa.ipc.RecordBatchFileReader:
         if self._reader is None:
-            info = self._manifest.files[INDEX_FILE]
-            check_file(self.path.parent, INDEX_FILE, info.bytes)
-            if file_checksum(self.path) != info.blake3:
-                raise KavaError(
-                    f"{self.path} does not match its checksum: its content is damaged. {REMAKE}"
-                )
-            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            folder, manifest = self.path.parent, self._manifest
+            with unless_made_anew(folder, manifest):
+                check_file(folder, INDEX_FILE, manifest.files[INDEX_FILE].bytes)
+                # Its end first: a file of many empty gigabytes is not read through.
+                reader = self._reading()
+                check_content(self.path, manifest)
             if not reader.schema.equals(SCHEMA):
                 raise KavaError(f"{self.path} has other columns than the format says. {REMAKE}")
-            if reader.num_record_batches != len(self._manifest.shards):
+            if reader.num_record_batches != len(manifest.shards):
                 raise KavaError(
                     f"{self.path} has {reader.num_record_batches} batches, the manifest has "
-                    f"{len(self._manifest.shards)} shards. {REMAKE}"
+                    f"{len(manifest.shards)} shards. {REMAKE}"
                 )
             self._reader = reader
         return self._reader
+
+    def _reading(self) -> pa.ipc.RecordBatchFileReader:
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(self.path)))
+        except (pa.ArrowException, OSError) as error:
+            raise KavaError(f"{self.path} cannot be read ({error}). {REMAKE}") from None
 
     def _check(self, shard: int, found: int, columns: dict[str, Any]) -> None:
         """The rows of a shard agree with the manifest and with themselves."""

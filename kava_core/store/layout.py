@@ -5,12 +5,14 @@ Writer, reader, verification and `docs/store-format.md` all go by `shard_layout`
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+LIMIT = 1 << 63  # no length or number of anything reaches it
+Count = Annotated[int, Field(gt=0, lt=LIMIT)]
 Kind = Literal["teacher_kv", "kv_targets"]
 RotaryPhase = Literal["pre_rope", "post_rope"]
 Share = Literal["none", "selection", "merged"]
@@ -46,14 +48,14 @@ class Geometry(StrictModel):
     slots: M, the cache slots kept per row and head; 0 in a teacher store, which keeps every token.
     """
 
-    model_layers: PositiveInt
+    model_layers: Count
     layers: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     share: Share = "none"
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    hidden_size: PositiveInt
-    slots: int = 0
+    kv_heads: Count
+    head_dim: Count
+    hidden_size: Count
+    slots: Annotated[int, Field(ge=0, lt=LIMIT)] = 0
 
     @classmethod
     def plain(
@@ -84,8 +86,6 @@ class Geometry(StrictModel):
             raise ValueError("a group must have at least one layer")
         if self.share == "none" and len(self.groups) != len(self.layers):
             raise ValueError("share none needs groups of one layer each")
-        if self.slots < 0:
-            raise ValueError("slots must not be negative")
         return self
 
     @property

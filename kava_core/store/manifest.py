@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import PositiveInt, StringConstraints, ValidationError
+from pydantic import StringConstraints, ValidationError
 
 import kava_core
 from kava_core.artefacts import canonical_json, read_json
 from kava_core.errors import KavaError
 from kava_core.rotary import Rotary
-from kava_core.store.checksum import checksum
+from kava_core.store.checksum import checksum, file_checksum
 from kava_core.store.layout import (
     CALIBRATION_FILE,
+    CODE_BITS,
     INDEX_FILE,
     MANIFEST_FILE,
     Codec,
+    Count,
     Geometry,
     Kind,
     RotaryPhase,
@@ -33,6 +39,12 @@ from kava_core.store.layout import (
 FORMAT_VERSION = 3
 KIND_NAMES = {"teacher_kv": "a teacher's cache", "kv_targets": "KV targets"}
 SOFTWARE = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
+
+# Bytes that a manifest may have, and for each file of the folder: it is read whole, and reading it
+# must cost a hostile one neither time nor memory.
+LARGEST, LARGEST_PER_FILE = 1 << 20, 1 << 10
+# Positions are turned by an angle each: one more than a whole turn says nothing.
+LARGEST_ANGLE, LARGEST_SCALING = 2 * math.pi, 100.0
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -95,7 +107,7 @@ class FileInfo(StrictModel):
     """Checksum and length of one file."""
 
     blake3: Digest
-    bytes: PositiveInt
+    bytes: Count
 
 
 class Manifest(StrictModel):
@@ -111,9 +123,9 @@ class Manifest(StrictModel):
     software: dict[str, str]
     statistics: Statistics
     drift: Drift | None
-    records: PositiveInt
-    trace_tokens: PositiveInt
-    shards: tuple[PositiveInt, ...]
+    records: Count
+    trace_tokens: Count
+    shards: tuple[Count, ...]
     files: dict[str, FileInfo]
     digest: Digest
 
@@ -177,12 +189,21 @@ def load_manifest(path: Path, kind: str | None = None) -> Manifest:
     inside the folder and as long as it says. KavaError names the file and what to do.
     """
     manifest = read_manifest(path, kind)
-    with os.scandir(path) as entries:  # one call per file: there may be thousands
-        lengths = {e.name: e.stat().st_size for e in entries if not e.is_symlink()}
-    for name, info in manifest.files.items():
-        if lengths.get(name) != info.bytes:
-            check_file(path, name, info.bytes)
+    with unless_made_anew(path, manifest):
+        lengths = _lengths(path)
+        for name, info in manifest.files.items():
+            if lengths.get(name) != info.bytes:
+                check_file(path, name, info.bytes)
     return manifest
+
+
+def _lengths(path: Path) -> dict[str, int]:
+    """Of the regular files in a folder: one call for each, there may be thousands."""
+    try:
+        with os.scandir(path) as entries:
+            return {e.name: e.stat().st_size for e in entries if e.is_file(follow_symlinks=False)}
+    except OSError as error:
+        raise KavaError(f"{path} cannot be read ({error.strerror}). {REMAKE}") from None
 
 
 def read_manifest(path: Path, kind: str | None = None) -> Manifest:
@@ -191,10 +212,10 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     if not path.is_dir():
         raise KavaError(f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}.")
     check_inside(path, MANIFEST_FILE)
+    plain = read_json(file, LARGEST + LARGEST_PER_FILE * len(_lengths(path)))
     try:
-        plain = read_json(file)
         digest = manifest_digest(plain) if isinstance(plain, dict) else None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # half a character
         raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
     if not isinstance(plain, dict):
         raise KavaError(f"{file} must hold a JSON object, found {type(plain).__name__}. {REMAKE}")
@@ -202,7 +223,7 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     found = plain.get("kind")
     if kind is not None and found != kind:
         raise KavaError(
-            f"{path} holds {KIND_NAMES.get(str(found), f'kind {found!r}')} ({found}), but "
+            f"{path} holds {KIND_NAMES.get(str(found), 'another kind')} ({found!s:.60}), but "
             f"{KIND_NAMES[kind]} ({kind}) is needed here. Point to a store of that kind."
         )
     if plain.get("records") == 0:
@@ -219,8 +240,10 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "(top level)"
-        raise KavaError(f"{file}: {where}: {first['msg']}. {REMAKE}") from None
+        raise KavaError(f"{file}: {where:.200}: {first['msg']:.200}. {REMAKE}") from None
     _check_counts(file, manifest)
+    _check_rotary(file, manifest)
+    _check_numbers(file, manifest)
     return manifest
 
 
@@ -231,16 +254,57 @@ def check_file(path: Path, name: str, expected: int) -> None:
     """KavaError unless the folder has the file, not through a link out of it, of that length."""
     check_inside(path, name)
     try:
-        found = (path / name).stat().st_size
+        status = (path / name).stat()
     except FileNotFoundError:
         raise KavaError(f"{path / name} is missing, but the manifest lists it. {REMAKE}") from None
     except OSError as error:
         raise KavaError(f"{path / name} cannot be read ({error.strerror}). {REMAKE}") from None
-    if found != expected:
+    if not stat.S_ISREG(status.st_mode):
+        raise KavaError(
+            f"{path / name} cannot be read: expected a file, found a folder, a pipe or a device. "
+            f"{REMAKE}"
+        )
+    if (found := status.st_size) != expected:
         raise KavaError(
             f"{path / name} has {found} bytes, the manifest says {expected}: it is truncated or "
             f"was changed. {REMAKE}"
         )
+
+
+def check_content(file: Path, manifest: Manifest) -> None:
+    """KavaError unless the content of a store's file is the one that its manifest tells of."""
+    if file_checksum(file) != manifest.files[file.name].blake3:
+        raise KavaError(f"{file} does not match its checksum: its content is damaged. {REMAKE}")
+
+
+@contextmanager
+def unless_made_anew(path: Path, manifest: Manifest) -> Iterator[None]:
+    """What is found wrong inside is no damage if another store has taken its place by now."""
+    before = _folder_identity(path)
+    try:
+        yield
+    except KavaError:
+        if _folder_identity(path) == before and _is_of(path, manifest):
+            raise
+        raise KavaError(
+            f"{path} was made anew while it was read. Run this again: it reads the new one."
+        ) from None
+
+
+def _folder_identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _is_of(path: Path, manifest: Manifest) -> bool:
+    """Whether the manifest in `path` still is this one, or cannot be read: then it is damaged."""
+    try:
+        return read_manifest(path).digest == manifest.digest
+    except KavaError:
+        return True
 
 
 def check_inside(path: Path, name: str) -> None:
@@ -256,15 +320,17 @@ def check_inside(path: Path, name: str) -> None:
 
 def _check_version(file: Path, found: Any) -> None:
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise KavaError(f"{file} has no valid format_version (found {found!r}). {REMAKE}")
+        raise KavaError(f"{file} has no valid format_version (found {found!r:.60}). {REMAKE}")
     if found > FORMAT_VERSION:
         raise KavaError(
-            f"{file} is of format version {found}, this program reads version {FORMAT_VERSION}. "
+            f"{file} is of format version {found!s:.40}, this program reads version "
+            f"{FORMAT_VERSION}. "
             "Update the program, or make the store with this version of it."
         )
     if found < FORMAT_VERSION:
         raise KavaError(
-            f"{file} is of format version {found}, this program reads version {FORMAT_VERSION}. "
+            f"{file} is of format version {found!s:.40}, this program reads version "
+            f"{FORMAT_VERSION}. "
             "Run the stage that makes the store again."
         )
 
@@ -272,7 +338,7 @@ def _check_version(file: Path, found: Any) -> None:
 def _check_name(file: Path, name: str) -> None:
     if not PLAIN_NAME.fullmatch(name):
         raise KavaError(
-            f"{file} names the file {name!r}; only plain names inside the store's folder are "
+            f"{file} names the file {name!r:.100}; only plain names inside the store's folder are "
             f"allowed. Do not trust this store. {REMAKE}"
         )
 
@@ -283,7 +349,9 @@ def _check_counts(file: Path, manifest: Manifest) -> None:
         expected.add(CALIBRATION_FILE)
     wrong = expected ^ manifest.files.keys()
     if wrong:
-        raise KavaError(f"{file}: files lists wrongly or leaves out {sorted(wrong)[0]}. {REMAKE}")
+        raise KavaError(
+            f"{file}: files lists wrongly or leaves out {sorted(wrong)[0]:.100}. {REMAKE}"
+        )
     if sum(manifest.shards) != manifest.records:
         raise KavaError(
             f"{file}: the shards have {sum(manifest.shards)} records, records says "
@@ -298,4 +366,63 @@ def _check_counts(file: Path, manifest: Manifest) -> None:
     if lengths != [rows, rows, levels]:
         raise KavaError(
             f"{file}: statistics have {lengths} entries, expected {[rows, rows, levels]}. {REMAKE}"
+        )
+    drift, quantised = (
+        manifest.drift,
+        {manifest.codec.keys, manifest.codec.values} & CODE_BITS.keys(),
+    )
+    if (drift is not None) != bool(quantised):
+        raise KavaError(
+            f"{file}: drift must be there exactly if keys or values are in codes. {REMAKE}"
+        )
+    for name, values in drift or ():
+        if len(values) != rows or min(values) < 0 or ("changed" in name and max(values) > 1):
+            raise KavaError(
+                f"{file}: drift.{name} must be {rows} numbers, none negative, and no share above "
+                f"1. {REMAKE}"
+            )
+    if min(statistics.keys_std + statistics.values_std + statistics.endpoint_std) < 0:
+        raise KavaError(f"{file}: a standard deviation is negative. {REMAKE}")
+
+
+def _check_rotary(file: Path, manifest: Manifest) -> None:
+    """A rotation of all layers or of none, of no more dimensions than there are."""
+    rotary, geometry = manifest.rotary, manifest.geometry
+    layers = geometry.model_layers if rotary.scaling or rotary.inv_freq else 0
+    halves = {len(row) for row in rotary.inv_freq}
+    right = (
+        len(rotary.scaling) == len(rotary.inv_freq) == layers
+        and len(halves) <= 1
+        and all(2 * half <= geometry.head_dim for half in halves)
+        and all(0 <= angle <= LARGEST_ANGLE for row in rotary.inv_freq for angle in row)
+        and all(0 < factor <= LARGEST_SCALING for factor in rotary.scaling)
+    )
+    if not right:
+        raise KavaError(
+            f"{file}: rotary must have, for each of the {geometry.model_layers} layers, up to "
+            f"{geometry.head_dim // 2} angles from 0 to {LARGEST_ANGLE:.2f} and a scaling above 0 "
+            f"and at most {LARGEST_SCALING:g}, or none for any. {REMAKE}"
+        )
+
+
+def _check_numbers(file: Path, manifest: Manifest) -> None:
+    """What the settings say of the content, and how many tokens there can be."""
+    evict, phase = manifest.settings.get("evict"), manifest.rotary.phase
+    if isinstance(evict, dict) and evict.get("phase", phase) != phase:
+        raise KavaError(
+            f"{file}: settings.evict.phase is {evict['phase']!r:.60}, and rotary.phase is {phase}. "
+            f"{REMAKE}"
+        )
+    fraction = manifest.settings.get("latent_fraction", 1)
+    if type(fraction) not in (int, float) or not 0 < fraction <= 1:
+        raise KavaError(
+            f"{file}: settings.latent_fraction must be above 0 and at most 1, found "
+            f"{fraction!r:.60}. {REMAKE}"
+        )
+    # Every token of a trace takes four bytes of the index.
+    most = manifest.files[INDEX_FILE].bytes // 4
+    if not manifest.records <= manifest.trace_tokens <= most:
+        raise KavaError(
+            f"{file}: trace_tokens must be from {manifest.records} to {most}, by the records and "
+            f"the length of the index, found {manifest.trace_tokens}. {REMAKE}"
         )

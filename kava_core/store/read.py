@@ -12,10 +12,10 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.record import Record
-from kava_core.store.checksum import file_checksum
 from kava_core.store.codec import EncodedTensor, spread
 from kava_core.store.index import Index
 from kava_core.store.layout import (
@@ -37,10 +36,21 @@ from kava_core.store.layout import (
     shard_layout,
     shard_name,
 )
-from kava_core.store.manifest import REMAKE, Expectation, Manifest, check_file, load_manifest
+from kava_core.store.manifest import (
+    REMAKE,
+    Expectation,
+    Manifest,
+    check_content,
+    check_file,
+    load_manifest,
+    unless_made_anew,
+)
+from kava_core.store.statistics import Sums, row_sums
 from kava_core.store.tensor_file import read_header
 
 OPEN_FILES = 128
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ class _Store(ABC):
         self.manifest = manifest
         self.checksums = checksums
         self.index = Index(path, manifest)
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, ...]] = {}  # file → what it was when it was checked
         self._calibration: dict[str, Tensor] | None = None
 
     @classmethod
@@ -192,32 +202,61 @@ class _Store(ABC):
     def check_shard(self, shard: int) -> None:
         """KavaError if a shard is damaged or disagrees with the manifest or the index."""
 
+    @abstractmethod
+    def sums(self, shard: int) -> dict[str, Sums]:
+        """Sums over a shard's keys, values and endpoint states, as they are read, row by row.
+
+        Over valid slots, or tokens.
+        """
+
     def check_calibration(self) -> None:
         """KavaError if the calibration file is damaged."""
         self._shared()
 
     def check_content(self, name: str) -> None:
-        """Once per file: KavaError unless it is there, whole, and has the content it should."""
-        if name in self._checked:
-            return
-        info = self.manifest.files[name]
-        check_file(self.path, name, info.bytes)
-        if self.checksums and file_checksum(self.path / name) != info.blake3:
-            raise KavaError(
-                f"{self.path / name} does not match its checksum: its content is damaged. {REMAKE}"
-            )
-        self._checked.add(name)
+        """Once per file: KavaError unless it is there, whole, and has the content it should.
+
+        Once more if it is another file by now: a store may be made anew while it is read.
+        """
+        with unless_made_anew(self.path, self.manifest):
+            check_file(self.path, name, self.manifest.files[name].bytes)
+            now = _identity(self.path / name)
+            before = self._checked.get(name)
+            if now == before:
+                return
+            if self.checksums or before is not None:
+                check_content(self.path / name, self.manifest)
+            self._checked[name] = now
+
+    def _opened(
+        self, name: str, layout: dict[str, TensorSpec], opener: Callable[[Path], T]
+    ) -> tuple[T, dict[str, tuple[int, int]]]:
+        """What `opener` makes of a checked file, and where the tensors in it are.
+
+        The header is checked first: a file of many empty gigabytes is not read through.
+        """
+        file = self.path / name
+        with unless_made_anew(self.path, self.manifest):
+            check_file(self.path, name, self.manifest.files[name].bytes)
+            spans = read_header(file, layout)
+            self.check_content(name)
+            try:
+                opened = opener(file)
+                same = _identity(file) == self._checked[name]
+            except (SafetensorError, OSError) as error:
+                raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
+            if not same:  # what was opened may not be what was checked
+                raise KavaError(f"{file} was changed while it was read. {REMAKE}")
+        return opened, spans
 
     def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
         """All tensors of a file, memory-mapped."""
-        self.check_content(name)
-        file = self.path / name
-        read_header(file, layout)
-        try:
+
+        def read(file: Path) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 return {key: tensors.get_tensor(key) for key in layout}
-        except (SafetensorError, OSError) as error:
-            raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
+
+        return self._opened(name, layout, read)[0]
 
     def _shared(self) -> dict[str, Tensor]:
         """Scale and zero of the calibration file; empty if every token has its own."""
@@ -278,6 +317,15 @@ class TeacherStore(_Store):
 
     def check_shard(self, shard: int) -> None:
         self.shard(shard)
+
+    def sums(self, shard: int) -> dict[str, Sums]:
+        content = self.shard(shard)
+        size = int(content.offsets[-1]) * self.geometry.kv_heads * self.geometry.head_dim
+        return {
+            "keys": _sums(content.keys, [size] * len(self.geometry.rows)),
+            "values": _sums(content.values, [size] * len(self.geometry.rows)),
+            "endpoint": _endpoint_sums(content.endpoint),
+        }
 
 
 @dataclass
@@ -353,6 +401,17 @@ class TargetsStore(_Store):
         shape = (len(positions), -1, self.geometry.kv_heads, self.geometry.slots)
         return positions.copy().view(np.int32).reshape(shape)
 
+    def sums(self, shard: int) -> dict[str, Sums]:
+        first = sum(self.sizes[:shard])
+        content = self.batch(range(first, first + self.sizes[shard]))
+        counts = (content.slot_counts.sum((0, 2)) * self.geometry.head_dim).tolist()
+        empty = (content.slot_positions < 0)[..., None]
+        return {
+            "keys": _sums(content.keys, counts, empty),
+            "values": _sums(content.values, counts, empty),
+            "endpoint": _endpoint_sums(content.endpoint),
+        }
+
     def _place(self, name: str) -> int:
         layout = shard_layout(self.kind, self.geometry, self.codec, records=1, tokens=0)
         return list(layout).index(name)
@@ -380,11 +439,9 @@ class TargetsStore(_Store):
             self._maps.move_to_end(shard)
             return maps
         name = shard_name(shard)
-        self.check_content(name)
         records = self.manifest.shards[shard]
         layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
-        spans = read_header(self.path / name, layout)
-        whole = np.asarray(np.memmap(self.path / name, np.uint8, "r"))
+        whole, spans = self._opened(name, layout, _map)
         tensors = {key: whole[slice(*spans[key])].reshape(records, -1) for key in layout}
         if shard not in self._agreed:
             self._check_slots(shard, tensors["slot_counts"], tensors["slot_positions"])
@@ -411,6 +468,20 @@ class TargetsStore(_Store):
                 )
 
 
+def _map(file: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped."""
+    return np.asarray(np.memmap(file, np.uint8, "r"))
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Another one if another file stands under the name, none does, or it was written to."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:
     return TargetsStore(Path(path), manifest, checksums=checksums)
 
@@ -418,3 +489,15 @@ def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:
 def _rows(x: Tensor) -> list[np.ndarray]:
     """The bytes of each row of a contiguous tensor, writable."""
     return list(x.view(torch.uint8).view(len(x), -1).numpy())
+
+
+def _sums(encoded: EncodedTensor, counts: Sequence[int], leave_out: Tensor | None = None) -> Sums:
+    """Of each row of encoded [A, R, …], counts [R] numbers of which are not left out."""
+    x = encoded.dequantise(dtype=torch.float32)
+    total, squares = row_sums(x if leave_out is None else x.masked_fill(leave_out, 0))
+    return {"count": list(counts), "sum": total.tolist(), "squares": squares.tolist()}
+
+
+def _endpoint_sums(endpoint: EncodedTensor) -> Sums:
+    records, levels = endpoint.codes.shape[:2]
+    return _sums(endpoint, [records * endpoint.length] * levels)

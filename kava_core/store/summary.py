@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from kava_core.console import readable_size
 from kava_core.findings.eviction import EvictionFindings
 from kava_core.store.identity import identity_explained
 from kava_core.store.layout import CODE_BITS
@@ -115,7 +116,7 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
         ("kind", f"{manifest.kind}: {KIND_NAMES[manifest.kind]}"),
         ("format version", str(manifest.format_version)),
         ("records", f"{manifest.records:,} in {len(manifest.shards):,} shards"),
-        ("size", f"{readable(size)}, {readable(size / manifest.records)} per record"),
+        ("size", f"{readable_size(size)}, {readable_size(size / manifest.records)} per record"),
         ("trace tokens", f"{manifest.trace_tokens:,}"),
         ("layers", _layers(store)),
         ("KV heads × dimension", f"{geometry.kv_heads} × {geometry.head_dim}"),
@@ -167,15 +168,6 @@ def length_histogram(store: TeacherStore | TargetsStore) -> list[tuple[int, int,
         (low + i * step, min(low + (i + 1) * step - 1, high), int(count))
         for i, count in enumerate(counts)
     ]
-
-
-def readable(size: float) -> str:
-    """A number of bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _layers(store: TeacherStore | TargetsStore) -> str:

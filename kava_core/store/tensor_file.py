@@ -11,14 +11,12 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kava_core.artefacts import sync
+from kava_core.artefacts import disk_errors, sync
 from kava_core.errors import KavaError
 from kava_core.store.layout import TensorSpec, describe
 from kava_core.store.manifest import REMAKE
@@ -59,7 +57,7 @@ def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
 
 def write_pieces(path: Path, pieces: list[bytes | memoryview]) -> None:
     """Write the pieces one after the other; only `flush` puts them on the disk."""
-    with _disk_errors(path), path.open("wb", buffering=0) as file:
+    with disk_errors(path), path.open("wb", buffering=0) as file:
         for piece in pieces:
             rest = memoryview(piece)
             while rest:
@@ -68,19 +66,8 @@ def write_pieces(path: Path, pieces: list[bytes | memoryview]) -> None:
 
 def flush(path: Path) -> None:
     """Wait until the file is on the disk."""
-    with _disk_errors(path):
+    with disk_errors(path):
         sync(path)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise KavaError(
-            f"{path} cannot be written ({error.strerror}). Free some space on that disk, or check "
-            "that the folder may be written to; finished shards are kept."
-        ) from None
 
 
 def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kava_core.artefacts import atomic_path, canonical_json, read_json, sync, write_json
+from kava_core.artefacts import (
+    atomic_path,
+    canonical_json,
+    clear,
+    read_json,
+    sync,
+    write_json,
+)
 from kava_core.console import say
 from kava_core.errors import KavaError
 from kava_core.record import Record
@@ -39,12 +46,11 @@ from kava_core.store.layout import (
 )
 from kava_core.store.manifest import FileInfo, Manifest, RotaryInfo, load_manifest
 from kava_core.store.spec import StoreSpec
+from kava_core.store.statistics import deviations, row_sums
 from kava_core.store.summary import drift_facts
 from kava_core.store.tensor_file import flush, serialise, write_pieces
 
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
-# Sums are taken over pieces of about this many numbers, which stay in the processor's cache.
-PIECE = 1 << 17
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -145,16 +151,52 @@ def write_targets_shard(
 
 
 def finished_shards(folder: Path) -> set[int]:
-    """The shards in a working folder that are complete and need no redoing."""
-    if (folder / MANIFEST_FILE).exists():
+    """The shards in a working folder that are complete and need no redoing.
+
+    What is there by name but torn (no file, of another length than its side record says, a side
+    record or manifest that cannot be read) is removed and said to be made again.
+    """
+    if _is_whole(folder):
         return set(range(len(load_manifest(folder).shards)))
-    return {shard for shard in noted_shards(folder) if (folder / shard_name(shard)).exists()}
+    done = set()
+    for side in sorted(folder.glob("shard-*.json")):
+        match = SIDE_RECORD.fullmatch(side.name)
+        if not match:
+            continue
+        file = folder / shard_name(int(match[1]))
+        if _is_finished(side, file):
+            done.add(int(match[1]))
+        else:
+            say(f"{file} is damaged, and is made again")
+            clear(side)
+            clear(file)
+    return done
 
 
 def noted_shards(folder: Path) -> set[int]:
     """The shards that a working folder has a note of, with or without their tensors."""
     found = (SIDE_RECORD.fullmatch(side.name) for side in folder.glob("shard-*.json"))
     return {int(match[1]) for match in found if match}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder is a store already; a manifest that is wrong goes."""
+    if not (folder / MANIFEST_FILE).exists():
+        return False
+    try:
+        manifest = load_manifest(folder)
+    except KavaError as error:
+        say(f"{error} What of it is whole is used.")
+        clear(folder / MANIFEST_FILE)
+        return False
+    return bool(manifest.shards)
+
+
+def _is_finished(side: Path, file: Path) -> bool:
+    try:
+        return bool(read_json(side)["bytes"] == file.lstat().st_size and file.is_file())
+    except (KavaError, KeyError, TypeError, OSError):
+        return False
 
 
 def finalise(
@@ -173,9 +215,9 @@ def finalise(
     Says what quantisation changed. A killed run may call it again. KavaError names shards that are
     missing or were written with another spec, ids that occur twice, and a store without records.
     """
-    if (folder / MANIFEST_FILE).exists():  # written last: only the tidying is left
+    if _is_whole(folder):  # the manifest is written last: only the tidying is left
         _tidy(folder)
-        return load_manifest(folder, spec.kind)
+        return _complete(folder, spec)
     if shards < 1:
         raise KavaError(f"{folder}: a store needs records, found none. Check what went in.")
     missing = sorted(set(range(shards)) - finished_shards(folder))
@@ -191,6 +233,21 @@ def finalise(
     for fact, value in drift_facts(manifest):
         say(f"{spec.kind}: {fact} by quantisation: {value}")
     _tidy(folder)
+    return _complete(folder, spec)
+
+
+def _complete(folder: Path, spec: StoreSpec) -> Manifest:
+    """The manifest of the store; KavaError if a file is missing, or there is one that is not its.
+
+    Another process may have been at work in the folder, or the disk be damaged.
+    """
+    manifest = load_manifest(folder, spec.kind)
+    more = sorted({path.name for path in folder.iterdir()} - {*manifest.files, MANIFEST_FILE})
+    if more:
+        raise KavaError(
+            f"{folder / more[0]} does not belong to the store that was made there. See that "
+            "nothing else writes into that folder, delete it and run the stage again."
+        )
     return manifest
 
 
@@ -236,7 +293,7 @@ def merged_manifest(
         settings=settings,
         fingerprints=fingerprints,
         statistics={
-            f"{name}_std": _std([side["sums"][name] for side in sides])
+            f"{name}_std": deviations([side["sums"][name] for side in sides])
             for name in ("keys", "values", "endpoint")
         },
         drift=merge_drift([side["drift"] for side in sides]),
@@ -316,7 +373,7 @@ def _write(
         counts = {"endpoint": [len(records) * hidden_size] * levels}
         sums = {}
         for name, (_, where) in inputs.items():
-            total, squares = _sums(decoded[name])
+            total, squares = row_sums(decoded[name])
             if not np.isfinite(squares).all():
                 _check_finite(name, decoded[name], records, where)
             count = counts.get(name, content.counts)
@@ -338,10 +395,16 @@ def _write(
         # A shard without a side record is not done. Names that a power cut takes back cost no more
         # than writing the shard again; `finalise` makes them durable.
         if keep:
-            temporary.replace(file)
+            _put(temporary, file)
         else:
             temporary.unlink()
-        described.replace(_side_path(folder, shard))
+        _put(described, _side_path(folder, shard))
+
+
+def _put(made: Path, place: Path) -> None:
+    if place.is_dir():  # which no file can replace
+        clear(place)
+    made.replace(place)
 
 
 def _encode(
@@ -393,34 +456,6 @@ def _stored_tensors(name: str, item: EncodedTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def _sums(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Σx and Σx² of x [A, R, …] for each of its R rows, in float64; the same for any threads."""
-    x = x.reshape(x.shape[0], x.shape[1], -1)
-    step = max(1, PIECE // x[0].numel())
-    total, squares = torch.empty(2, *x.shape[:2], dtype=torch.float64)  # [A, R] each
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # pieces this small only lose by being cut up further
-    try:
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            exact = x[part].double()
-            torch.sum(exact, -1, out=total[part])
-            torch.sum(exact.square_(), -1, out=squares[part])
-        return total.sum(0).numpy(), squares.sum(0).numpy()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _std(parts: list[dict[str, list[float]]]) -> tuple[float, ...]:
-    """Standard deviation (of the population) per row from the shards' sums, in shard order."""
-    count, total, squares = (
-        np.sum([part[key] for part in parts], axis=0, dtype=np.float64)
-        for key in ("count", "sum", "squares")
-    )
-    variance = squares / count - (total / count) ** 2
-    return tuple(np.sqrt(np.maximum(variance, 0)).tolist())
-
-
 def _side_path(folder: Path, shard: int) -> Path:
     return (folder / shard_name(shard)).with_suffix(".json")
 
@@ -449,7 +484,7 @@ def _check_ids(folder: Path, ids: list[str], seen: set[str]) -> None:
 def _tidy(folder: Path) -> None:
     """Remove side records and what a killed writer left behind."""
     for path in [*folder.glob("shard-*.json"), *folder.glob(".*.tmp")]:
-        path.unlink()
+        clear(path)
     sync(folder)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kava_core.artefacts import ensure_folder
 from kava_core.console import progress, say
 from kava_core.parallel.shards import Job, run_shards
 from kava_core.settings import Resources
@@ -65,6 +66,7 @@ def build_store(
     nothing of the store depends on them.
     """
     kind = job.spec.kind
+    ensure_folder(job.folder)
     if done:
         say(f"{kind}: {len(done)} of {shards} shards are finished already")
     began = time.perf_counter()

@@ -112,7 +112,7 @@ def prepare(project: Project) -> dict[str, Any]:
             found[f"{pipeline}/{folder}"] = {
                 **{file.name: _problems(file) for file in sorted(made.glob("*.parquet"))},
                 "metrics": digest(read_json(made / "metrics.json")),
-                "dropped": read_json(made / "metrics.json")["dropped"],
+                "rows": read_json(made / "metrics.json")["rows"],
             }
     return found
 
@@ -268,7 +268,12 @@ def _problems(file: Path) -> str:
 
 
 def _weights(folder: Path) -> dict[str, Any]:
-    tensors = load_file(folder / "model.safetensors")
+    """Of a model, and of the latents of a student beside it."""
+    tensors = {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
     return {name: signature(tensors[name]) for name in sorted(tensors)}
 
 

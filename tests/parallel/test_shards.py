@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.parallel.shards import run_shards
+from kava_core.parallel.shards import RAY_FOLDER, run_shards
+
+NO_PROCESS = 4_194_305  # above what Linux numbers processes with
 
 
 @dataclass(frozen=True)
@@ -150,5 +154,11 @@ def test_ray_is_started_and_stopped_where_there_was_none(tmp_path: Path) -> None
 
     if ray.is_initialized():  # left by the tests above
         ray.shutdown()
+    left = Path(tempfile.gettempdir()) / f"{RAY_FOLDER}{NO_PROCESS}-left"
+    left.mkdir(exist_ok=True)  # by a run that was killed
+    before, handler = psutil.Process().children(recursive=True), signal.getsignal(signal.SIGTERM)
     assert run(Squares(tmp_path, threads=2), 1) == expected(2)
     assert not ray.is_initialized()
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+    assert not left.exists() and not list(left.parent.glob(f"{RAY_FOLDER}{os.getpid()}-*"))
+    assert signal.getsignal(signal.SIGTERM) is handler

@@ -109,6 +109,17 @@ def test_systems_stand_between_the_two_ways_to_ask_the_teacher(findings: Pipelin
     assert kava.taught == "answer + 1 × KV + 1 × CODI"
 
 
+def test_what_teaches_a_student_is_told_by_its_weights(own: Pipeline) -> None:
+    path = own.folder / "students" / "kava" / "student.json"
+    student = json.loads(path.read_text(encoding="utf-8"))
+    more = {"alpha_kv": {"share": 0.3}, "kv_parts": "keys", "alpha_readout": 0.5}
+    student["settings"] |= more
+    write_json(path, student)
+    found = read_findings(own.folder, own.students)
+    kava = next(s for s in systems_of(found, "synthetic") if s.name == "kava")
+    assert kava.taught == "answer + keys at 30% of the gradient + 1 × CODI + 0.5 × readout"
+
+
 def test_the_gap_is_measured_from_no_cot_to_the_chain_of_thought(
     findings: PipelineFindings,
 ) -> None:

@@ -23,7 +23,7 @@ from kava_core.store import (
     write_targets_shard,
     write_teacher_shard,
 )
-from kava_core.store.write import PIECE
+from kava_core.store.statistics import PIECE
 from tests.store.make import (
     GEOMETRY,
     TARGETS,

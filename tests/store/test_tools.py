@@ -14,7 +14,6 @@ from kava_core.store.summary import (
     EvictionCounts,
     eviction_findings,
     length_histogram,
-    readable,
 )
 from kava_core.store.verify import verify
 from stages.store import store_group
@@ -106,12 +105,3 @@ def test_export_refuses_a_damaged_store_and_a_folder_in_use(tmp_path: Path) -> N
     with pytest.raises(KavaError, match=r"shard-00000\.safetensors does not match its checksum"):
         export(tmp_path / "store", tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
-
-
-def test_sizes_are_readable() -> None:
-    assert [readable(n) for n in (999, 1500, 2e6, 38e12)] == [
-        "999 B",
-        "1.5 kB",
-        "2.0 MB",
-        "38.0 TB",
-    ]

@@ -1,0 +1,73 @@
+"""What runs that were killed, or had other settings, left in the folder of unfinished work."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kava_core.artefacts import PURPOSE, WORK, clear, data_folder, read_json
+from kava_core.errors import KavaError
+from kava_core.lock import Holder, holder_of
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder of unfinished work, or a lock that nobody holds any more.
+
+    what: in words. size: bytes. age: seconds since it was last written to. holder: who is at work
+    on it.
+    """
+
+    path: Path
+    what: str
+    size: int
+    age: float
+    holder: Holder | None
+
+
+def find_leftovers(data: Path) -> list[Leftover]:
+    """All that lies in the folder of unfinished work of the data folder `data`, largest first."""
+    folder = data_folder(data / "pipeline") / WORK
+    if not folder.is_dir():
+        return []
+    entries = sorted(folder.iterdir())
+    locks = {path: holder_of(path) for path in entries if path.suffix == ".lock"}
+    held = [holder for holder in locks.values() if holder is not None]
+    found = [_look_at(path, "lock", None) for path, holder in locks.items() if holder is None]
+    for path in entries:
+        if path in locks:
+            continue
+        stage, output = _purpose(path)
+        holder = next((each for each in held if _works_on(each, stage, output)), None)
+        found.append(_look_at(path, f"{stage} of {output}" if stage else "unknown", holder))
+    return sorted(found, key=lambda left: -left.size)
+
+
+def remove(left: Leftover) -> None:
+    """Remove a leftover, unless somebody took it up in the meantime."""
+    if left.path.suffix != ".lock" or holder_of(left.path) is None:
+        clear(left.path)
+
+
+def _purpose(path: Path) -> tuple[str, str]:
+    """The stage and the output that a folder of work is for; empty where it does not say."""
+    try:
+        purpose = read_json(path / PURPOSE)
+        return str(purpose["stage"]), str(purpose["output"])
+    except (KavaError, KeyError, TypeError):
+        return "", ""
+
+
+def _works_on(holder: Holder, stage: str, output: str) -> bool:
+    """Whether the holder of a lock may be at work on it; of unknown work everybody may be."""
+    if not stage or not holder.folder:
+        return True
+    return holder.work.split()[0] == stage and Path(output).is_relative_to(holder.folder)
+
+
+def _look_at(path: Path, what: str, holder: Holder | None) -> Leftover:
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    states = [file.lstat() for file in files]
+    age = time.time() - max(state.st_mtime for state in states)
+    return Leftover(path, what, sum(state.st_size for state in states), max(0.0, age), holder)

@@ -1,0 +1,38 @@
+"""`kava clean`: unfinished work that nobody goes on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .run import data_option
+
+
+@click.command("clean")
+@data_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clean(data: Path, yes: bool) -> None:
+    """List unfinished work below DATA/.work with its size and age, and remove it.
+
+    A stage that was killed goes on from it when it is run again with the same settings and inputs;
+    with others it starts anew, and the old work stays until it is removed here. What a running
+    stage works on is left alone. No artefact is touched.
+    """
+    from kava_core.console import readable_size, readable_time
+    from kava_core.leftovers import find_leftovers, remove
+
+    found = find_leftovers(data)
+    for left in found:
+        state = f"in use by {left.holder}" if left.holder else f"{readable_time(left.age)} old"
+        click.echo(f"{readable_size(left.size):>10}  {left.what}, {state}  {left.path}")
+    unused = [left for left in found if left.holder is None]
+    if not unused:
+        click.echo("nothing to remove")
+        return
+    size = readable_size(sum(left.size for left in unused))
+    if not yes:
+        click.confirm(f"Remove {len(unused)} of them, {size}?", abort=True)
+    for left in unused:
+        remove(left)
+    click.echo(f"removed {len(unused)}, {size}")

@@ -1,0 +1,31 @@
+"""Without a terminal no stage is silent: a line says how far it is, with its pipeline and name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from click.testing import CliRunner
+
+from kava_core import console
+from stages.cli import kava
+from tests.faults.conftest import Tell
+from tests.faults.stage import STAGES, Stage
+from tests.golden.inputs import NAME
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_says_how_far_it_is(
+    make_stage: Callable[[str], Stage], name: str, monkeypatch: pytest.MonkeyPatch, tell: Tell
+) -> None:
+    stage, command = make_stage(name), STAGES[name][0]
+    monkeypatch.setattr(console, "SILENCE", 0.01)
+    monkeypatch.chdir(stage.home)
+    result = CliRunner().invoke(kava, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    said = re.findall(rf"^{NAME}, {' '.join(command)}: (.+)$", result.output, re.M)
+    assert said, result.output
+    if name in ("evaluate", "fidelity", "distill", "teacher"):  # what takes long and has parts
+        assert any(re.match(r"\S.* \d+ of \d+, .*(since|left)", line) for line in said), said
+    tell("no terminal", f"the output of {name} in a file", "a line says how far it is")

@@ -45,7 +45,8 @@ def evaluate(run: Run) -> None:
         run.path("teacher"), {name: run.path("students", name) for name in students}, targets
     )
     folder = open_test_sets(run.path("test_sets"))
-    encoder = TraceEncoder(load_tokenizer(teacher), folder.traces)
+    systems.check_prompts(folder.prompt)
+    encoder = TraceEncoder(load_tokenizer(teacher), folder.traces, prompt=folder.prompt)
     test_sets = [
         ProblemSet.of(name, problems[: settings.limit], encoder)
         for name, problems in folder.load_all().items()
@@ -54,7 +55,8 @@ def evaluate(run: Run) -> None:
     view = None
     with torch_threads(settings.threads), progress() as display:
         if store is not None and settings.interpret_records:
-            thinking = TraceEncoder(encoder.tokenizer, folder.traces, latent_fraction(store))
+            fraction = latent_fraction(store)
+            thinking = TraceEncoder(encoder.tokenizer, folder.traces, fraction, folder.prompt)
             traces = thinking.encode_all([p for p in test_sets[0].problems if p.steps])
             model = to_device(load_model(teacher))
             view = read_teacher(

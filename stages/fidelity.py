@@ -39,6 +39,7 @@ def fidelity(run: Run) -> None:
     from kava_core.parallel.devices import check_own_gpu
     from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
+    from kava_core.problems.prompt import check_prompt
     from kava_core.problems.traces import TraceEncoder
 
     settings = run.settings.fidelity
@@ -73,7 +74,8 @@ def fidelity(run: Run) -> None:
         raise KavaError(
             f"{source.path} has no {settings.split} problems with steps. Ask `prepare` for some."
         )
-    encoder = TraceEncoder(tokenizer, source.traces)
+    check_prompt(source.prompt, run.path("teacher"), "teacher.json", "kava teacher")
+    encoder = TraceEncoder(tokenizer, source.traces, prompt=source.prompt)
     traces = encoder.encode_all(problems)
     check_lengths(traces, config)
     inputs = {
@@ -91,7 +93,7 @@ def fidelity(run: Run) -> None:
             max_new_tokens=settings.max_new_tokens,
         )
         batches = [[traces[i] for i in chosen] for chosen in alike(traces, settings.batch_size)]
-        results = try_grid(grid, examiner, tokenizer, batches, work)
+        results = try_grid(grid, examiner, encoder, batches, work)
     built = fresh_folder(work / "output")
     metrics = write_results(built, results, split=settings.split, within=settings.within)
     write_finding(run.path("measured", MEASURED), costs_of(results, hardware()))

@@ -57,12 +57,13 @@ def prepare(run: Run) -> None:
             for name, more in settings.test_sets.items()
         },
     )
-    plain = settings.model_dump(mode="json")
+    # What a prompt is stands beside the settings, where it is not the default.
+    plain = settings.model_dump(mode="json", exclude={"prompt"})
     taught = {name: value for name, value in plain.items() if name not in ASKED}
-    work = work_folder(run.path("problems"), "prepare", plain)
+    work = work_folder(run.path("problems"), "prepare", {**plain, **settings.prompt.kept()})
     problems, test_sets = fresh_folder(work / "problems"), fresh_folder(work / "test_sets")
-    write_problems(problems, splits, settings.traces, taught, tokens)
-    write_test_sets(test_sets, splits, settings.traces, plain, tokens)
+    write_problems(problems, splits, settings.traces, taught, tokens, settings.prompt)
+    write_test_sets(test_sets, splits, settings.traces, plain, tokens, settings.prompt)
     publish((problems, run.path("problems")), (test_sets, run.path("test_sets")))
     counts = {name: len(found) for name, found in {**splits.taught(), **splits.asked()}.items()}
     say(", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -88,7 +89,7 @@ def _measure(settings: Prepare) -> Measure | None:
 
     tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_revision)
     rules = TokenRules(
-        TraceEncoder(tokenizer, settings.traces),
+        TraceEncoder(tokenizer, settings.traces, prompt=settings.prompt),
         settings.max_question_tokens,
         settings.max_trace_tokens,
     )

@@ -14,6 +14,8 @@ from kava_core.models.loading import (
     tokenizer_fingerprint,
 )
 from kava_core.problems.folder import open_problems
+from kava_core.problems.prompt import check_prompt, read_prompt
+from kava_core.problems.traces import chat_fingerprint
 from kava_core.settings import Evict, Student
 from kava_core.store import Expectation, TargetsStore
 from kava_core.targets.plan import Plan
@@ -44,9 +46,10 @@ class StudentInputs:
         KavaError if the targets were made with another teacher, or have another number of slots
         than `evict` makes; if the model has another tokenizer than the teacher.
         """
+        tokenizer = load_tokenizer(str(teacher))
         fingerprints = {
             "teacher": model_fingerprint(str(teacher)),
-            "tokenizer": tokenizer_fingerprint(load_tokenizer(str(teacher))),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
         }
         model, commit = str(teacher.absolute()), None
         if settings.model is not None:
@@ -69,8 +72,20 @@ class StudentInputs:
             if settings.taught("alpha_readout"):
                 _check_slot_tokens(name, store)
             fingerprints["kv_targets"] = store.manifest.digest
+            prompt = read_prompt(store.manifest.settings, source)
+            chat = chat_fingerprint(prompt, tokenizer).get("chat_template")
+            if chat != store.manifest.fingerprints.get("chat_template"):
+                raise KavaError(
+                    f"the questions of {source} were written by another chat template than that of "
+                    f"the tokenizer in {teacher}. Restore its chat_template.jinja, or run `kava "
+                    "generate` and `kava evict` again."
+                )
         else:
-            fingerprints["problems"] = open_problems(source).fingerprint("train")
+            problems = open_problems(source)
+            fingerprints["problems"] = problems.fingerprint("train")
+            prompt = problems.prompt
+        check_prompt(prompt, teacher, "teacher.json", "kava teacher")
+        fingerprints |= chat_fingerprint(prompt, tokenizer)
         return cls(teacher.absolute(), source.absolute(), model, commit, fingerprints)
 
 

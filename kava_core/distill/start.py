@@ -16,9 +16,10 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import build_llama, load_model, load_tokenizer
 from kava_core.models.proofs import prove_asked, prove_latents, prove_slots, prove_teacher
 from kava_core.problems.folder import ProblemFolder
+from kava_core.problems.prompt import PLAIN, Prompt
 from kava_core.problems.records import Problem
 from kava_core.problems.tokenizer import train_tokenizer
-from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
+from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Student, Teacher
 from kava_core.store import TargetsStore
 
@@ -32,10 +33,11 @@ def start_teacher(
             load_model(settings.model, revision=settings.revision),
             load_tokenizer(settings.model, settings.revision),
         )
+    prompt = problems.prompt
     texts = [
         text
         for p in problems.load("train")
-        for text in (p.question + "\n", "\n".join(p.steps), f"{ANSWER_PROMPT} {p.answer}")
+        for text in (prompt.asked(p.question), "\n".join(p.steps), f"{prompt.answer} {p.answer}")
     ]
     scratch = settings.scratch
     tokenizer = train_tokenizer(texts, scratch.vocabulary)
@@ -91,13 +93,14 @@ def start_student(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     store: TargetsStore | None,
+    prompt: Prompt = PLAIN,
 ) -> LatentReasoner:
     """The student that begins with the weights of `model`; without a store it has no latents.
 
     KavaError if the model has no embeddings for all that the tokenizer knows, or does not compute
     in latents what it should (`kava_core.models.proofs`).
     """
-    encoder = TraceEncoder(tokenizer)
+    encoder = TraceEncoder(tokenizer, prompt=prompt)
     known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if known < len(tokenizer):
         raise KavaError(

@@ -27,6 +27,7 @@ from kava_core.models.loading import load_model, load_tokenizer
 from kava_core.parallel import group
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import open_problems
+from kava_core.problems.prompt import Prompt, read_prompt
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Cadence, Resources, Student
 from kava_core.store import ShardShuffleSampler, TargetsStore
@@ -66,7 +67,7 @@ class StudentJob:
         taught, held_out = hold_out(material.sizes, training, f"students.{self.name}.training")
         with torch_threads(training.threads):
             model = load_model(self.inputs.model, revision=settings.revision)
-            student = start_student(settings, model, tokenizer, material.store)
+            student = start_student(settings, model, tokenizer, material.store, material.prompt)
             check_records(student, material.dataset)
             match = _match(student, settings, material.store)
             terms = self._terms(match, material.store)
@@ -101,7 +102,7 @@ class StudentJob:
                 drop_projectors(student)
             if adapters is not None and training.lora is not None:
                 student.decoder = end_lora(adapters, training.lora, self.folder, self._base())
-            self._save(student, tokenizer, material.traces, training.total_steps(len(sampler)))
+            self._save(student, tokenizer, material, training.total_steps(len(sampler)))
 
     def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:
         online = rounding = None
@@ -121,7 +122,11 @@ class StudentJob:
         return Base(model=model, commit=self.inputs.commit, fingerprint=found)
 
     def _save(
-        self, student: LatentReasoner, tokenizer: PreTrainedTokenizerBase, traces: str, steps: int
+        self,
+        student: LatentReasoner,
+        tokenizer: PreTrainedTokenizerBase,
+        material: _Material,
+        steps: int,
     ) -> None:
         ensure_folder(self.folder)
         # Questions of a batch end where their latents begin.
@@ -135,20 +140,23 @@ class StudentJob:
                 "settings": self.settings.model_dump(mode="json", by_alias=True),
                 "fingerprints": self.inputs.fingerprints,
                 "commit": self.inputs.commit,
-                "traces": traces,
+                "traces": material.traces,
                 "steps": steps,
+                **material.prompt.kept(),
             },
         )
 
 
 @dataclass(frozen=True)
 class _Material:
-    """What a student learns from; sizes: records per shard; traces: how their steps are written."""
+    """What a student learns from; sizes: records per shard; traces: how their steps are written;
+    prompt: how their questions are put."""
 
     store: TargetsStore | None
     dataset: AnswerDataset | TargetsDataset
     sizes: list[int]
     traces: str
+    prompt: Prompt
 
     @classmethod
     def of(cls, settings: Student, source: Path, tokenizer: PreTrainedTokenizerBase) -> _Material:
@@ -156,10 +164,14 @@ class _Material:
         if settings.reads == "kv_targets":
             store = TargetsStore.open(source)
             dataset = TargetsDataset(store, chains, online=settings.targets == "online")
-            return cls(store, dataset, list(store.sizes), str(store.manifest.settings["traces"]))
+            made = store.manifest.settings
+            prompt = read_prompt(made, source)
+            return cls(store, dataset, list(store.sizes), str(made["traces"]), prompt)
         problems = open_problems(source)
-        records = TraceEncoder(tokenizer, problems.traces).encode_all(problems.load("train"))
-        return cls(None, AnswerDataset(records, chains), [len(records)], problems.traces)
+        encoder = TraceEncoder(tokenizer, problems.traces, prompt=problems.prompt)
+        records = encoder.encode_all(problems.load("train"))
+        dataset_of_answers = AnswerDataset(records, chains)
+        return cls(None, dataset_of_answers, [len(records)], problems.traces, problems.prompt)
 
 
 def train_student(

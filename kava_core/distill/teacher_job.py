@@ -70,7 +70,7 @@ class TeacherJob:
         problems = open_problems(self.problems)
         model, tokenizer = start_teacher(settings, problems)
         problems.check_tokenizer(tokenizer_fingerprint(tokenizer))
-        encoder = TraceEncoder(tokenizer, problems.traces)
+        encoder = TraceEncoder(tokenizer, problems.traces, prompt=problems.prompt)
         check_teacher(settings, model, encoder, problems.load("validation")[: settings.validate_on])
         if training is not None:
             with torch_threads(training.threads):
@@ -163,7 +163,7 @@ def train_teacher(
         held_out = training.held_out.records if training.held_out else 0
         steps = training.total_steps(records - held_out)
         run_training(job, "teacher", training, settings.processes, resources, steps=lambda: steps)
-    encoder = TraceEncoder(load_tokenizer(str(job.folder)), problems.traces)
+    encoder = TraceEncoder(load_tokenizer(str(job.folder)), problems.traces, prompt=problems.prompt)
     model = to_device(load_model(str(job.folder)))
     return TrainedTeacher(model, encoder, about, steps, job.folder, job.curves)
 
@@ -179,4 +179,5 @@ def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "fingerprints": fingerprints,
         "commit": commit,
+        **problems.prompt.kept(),
     }

@@ -101,7 +101,7 @@ def write(
             done[i] = Written(
                 tokens=tuple(ids_written),
                 text=text,
-                answer=read_answer(text, prompted=prompted),
+                answer=read_answer(text, prompted=prompted, answer_prompt=encoder.prompt.answer),
                 passes=passes[row],
                 seconds=seconds,
                 thoughts=tuple(str(tokenizer.decode([token])) for token in decoded[row]),

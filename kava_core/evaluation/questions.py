@@ -16,6 +16,7 @@ from kava_core.evaluation.asking import Written, write
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
 from kava_core.models.students import open_student
+from kava_core.problems.prompt import PLAIN, prompt_in
 from kava_core.problems.traces import TraceEncoder
 
 
@@ -72,7 +73,8 @@ class Respondents:
         learnt to (w_cot is 0), and where `teacher` is not the one that the student was made from.
         """
         system = open_student(folder)
-        encoder = TraceEncoder(load_tokenizer(str(folder)))
+        prompt = prompt_in(folder / "student.json") or PLAIN
+        encoder = TraceEncoder(load_tokenizer(str(folder)), prompt=prompt)
         if steps:
             if not read_json(folder / "student.json")["settings"]["w_cot"]:
                 raise KavaError(

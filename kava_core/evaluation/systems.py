@@ -9,10 +9,11 @@ from pathlib import Path
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, model_fingerprint
+from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint
 from kava_core.models.students import open_student
 from kava_core.models.thinking import SETTINGS_FILE
-from kava_core.problems.traces import TraceEncoder
+from kava_core.problems.prompt import Prompt, check_prompt
+from kava_core.problems.traces import TraceEncoder, chat_fingerprint
 from kava_core.store import TargetsStore
 
 TEACHER_COT, TEACHER_NO_COT = "teacher-cot", "teacher-no-cot"
@@ -56,6 +57,19 @@ class Systems:
             if about["settings"].get("model") is None:
                 native.add(name)
         return cls(teacher, students, frozenset(native))
+
+    def check_prompts(self, prompt: Prompt) -> None:
+        """KavaError if one of them learnt other prompts than this one, or from a chat template that
+        is not the teacher's."""
+        check_prompt(prompt, self.teacher, "teacher.json", "kava teacher")
+        chat = chat_fingerprint(prompt, load_tokenizer(str(self.teacher))).get("chat_template")
+        for name, folder in self.students.items():
+            check_prompt(prompt, folder, "student.json", f"kava distill {name}")
+            if read_json(folder / "student.json")["fingerprints"].get("chat_template") != chat:
+                raise KavaError(
+                    f"student {name} learnt from another chat template than that of the tokenizer "
+                    f"in {self.teacher}. Run `kava distill {name}` again."
+                )
 
     @property
     def names(self) -> list[str]:

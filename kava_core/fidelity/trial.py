@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from kava_core.artefacts import clear
 from kava_core.console import progress, say
 from kava_core.errors import KavaError
@@ -18,6 +16,7 @@ from kava_core.findings.base import Finding, read_finding, write_finding
 from kava_core.findings.fidelity import BatchCost, CachedAnswer
 from kava_core.models.slot_cache import SlotCache
 from kava_core.problems.judge import judge
+from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
 
 
@@ -40,7 +39,7 @@ class Part(Finding):
 def try_grid(
     grid: Grid,
     examiner: Examiner,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TraceEncoder,
     batches: Sequence[Sequence[Record]],
     work: Path,
 ) -> list[Result]:
@@ -72,7 +71,7 @@ def try_grid(
             for result, file in zip(results, files, strict=True):
                 display.update(task, note=f"{result.cell.series}, {result.cell.budget or ''}")
                 if file not in finished:
-                    part = _answer(grid, result.cell, examiner, tokenizer, batch, reference)
+                    part = _answer(grid, result.cell, examiner, encoder, batch, reference)
                     write_finding(file, part)
                 # Read from the file, so that a continued run has what an uninterrupted one has.
                 part = finished.get(file) or read_finding(Part, file, "fidelity")
@@ -101,7 +100,7 @@ def _answer(
     grid: Grid,
     cell: Cell,
     examiner: Examiner,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TraceEncoder,
     batch: Batch,
     reference: Outcome,
 ) -> Part:
@@ -109,8 +108,8 @@ def _answer(
     outcome = examiner.examine(batch, make, reference.log_probs)
     answers = []
     for i, trace in enumerate(batch.traces):
-        text = str(tokenizer.decode(outcome.written[i], skip_special_tokens=True))
-        verdict = judge(text, trace.answer, prompted=True)
+        text = str(encoder.tokenizer.decode(outcome.written[i], skip_special_tokens=True))
+        verdict = judge(text, trace.answer, prompted=True, answer_prompt=encoder.prompt.answer)
         answers.append(
             CachedAnswer(
                 id=trace.id,

@@ -221,7 +221,12 @@ class _Exam:
         for i, row in enumerate(written):
             text = str(self.encoder.tokenizer.decode(row, skip_special_tokens=True))
             if (i, text) not in self.verdicts:
-                verdict = judge(text, self.problems[i].answer, prompted=prompted)
+                verdict = judge(
+                    text,
+                    self.problems[i].answer,
+                    prompted=prompted,
+                    answer_prompt=self.encoder.prompt.answer,
+                )
                 self.verdicts[i, text] = verdict
             found.append(self.verdicts[i, text])
         return found

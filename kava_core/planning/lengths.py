@@ -15,14 +15,16 @@ from kava_core.errors import KavaError
 from kava_core.models.loading import load_tokenizer
 from kava_core.planning.published import Digits, Published, published, published_model
 from kava_core.problems.folder import open_problems
+from kava_core.problems.prompt import ANSWER_PROMPT, Prompt
 from kava_core.problems.records import Problem, TraceForm
 from kava_core.problems.sources import GeneratedSource
 from kava_core.problems.tokenizer import train_tokenizer
-from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
+from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Pipeline
 
 SAMPLE = 2048  # problems that lengths are taken from
 _PROMPT_TOKENS = 4  # "The answer is:" in the published tokenizers
+_CHAT_TOKENS = 30  # around a question and an answer, in published chat templates
 _LEVELS = [(i + 0.5) / 99 for i in range(99)]
 
 
@@ -98,17 +100,21 @@ def _counted(
     origin: str,
 ) -> Lengths:
     """Of problems that are at hand, by the tokenizer or by the pieces that it would cut."""
-    fraction = settings.generate.latent_fraction
+    fraction, prompt = settings.generate.latent_fraction, settings.prepare.prompt
     test = _asked(settings)
     if tokenizer is None and settings.teacher.model == "scratch":
         texts = [
             text
             for p in sample
-            for text in (p.question + "\n", "\n".join(p.steps), f"{ANSWER_PROMPT} {p.answer}")
+            for text in (
+                prompt.asked(p.question),
+                "\n".join(p.steps),
+                f"{prompt.answer} {p.answer}",
+            )
         ]
         tokenizer = train_tokenizer(texts, settings.teacher.scratch.vocabulary)
     if tokenizer is not None:
-        records = TraceEncoder(tokenizer, traces, fraction).encode_all(sample)
+        records = TraceEncoder(tokenizer, traces, fraction, prompt).encode_all(sample)
         return Lengths(
             problems,
             test,
@@ -121,12 +127,13 @@ def _counted(
         )
     pieces = _pieces(settings.teacher.model)
     chains = np.array([pieces("".join(p.steps)) for p in sample])
+    around, before = _prompted(prompt, pieces)
     return Lengths(
         problems,
         test,
-        np.array([pieces(p.question) + 1 for p in sample]),
+        np.array([pieces(p.question) + 1 + around for p in sample]),
         np.maximum(1, chains * fraction).round(),
-        _PROMPT_TOKENS + (chains * (1 - fraction)).round(),
+        before + (chains * (1 - fraction)).round(),
         np.array([pieces(p.answer) + 2 for p in sample]),
         vocabulary=None,
         origin=f"{origin}, tokens assumed: no tokenizer of {settings.teacher.model} is here",
@@ -145,17 +152,28 @@ def _assumed(settings: Pipeline, known: Published) -> Lengths:
             "are. Run `kava prepare` first: it needs no model."
         )
     fraction = settings.generate.latent_fraction
+    around, before = _prompted(settings.prepare.prompt, _pieces(settings.teacher.model))
     chain = _spread(*table[traces])
     return Lengths(
         problems,
         _asked(settings),
-        _spread(*table["question"]),
+        _spread(*table["question"]) + around,
         np.maximum(1, chain * fraction).round(),
-        _PROMPT_TOKENS + (chain * (1 - fraction)).round(),
+        before + (chain * (1 - fraction)).round(),
         _spread(*table["answer"]),
         vocabulary=None,
         origin=f"assumed: what is published of {name} (run `kava prepare` to count them)",
     )
+
+
+def _prompted(prompt: Prompt, pieces: Callable[[str], int]) -> tuple[int, int]:
+    """Tokens around a question beside its line end, and those of the answer prompt."""
+    around = 0 if prompt.question is None else pieces(prompt.asked(""))
+    around += _CHAT_TOKENS * prompt.chat * (1 + len(prompt.examples))
+    for e in prompt.examples:
+        around += pieces(f"{prompt.asked(e.question)}{''.join(e.steps)}{prompt.answer} {e.answer}")
+    known = prompt.answer == ANSWER_PROMPT
+    return around, _PROMPT_TOKENS if known else pieces(prompt.answer)
 
 
 def _asked(settings: Pipeline) -> int:

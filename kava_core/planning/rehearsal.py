@@ -15,8 +15,8 @@ from kava_core.models.loading import attention_implementation, save_model
 from kava_core.planning.architecture import Architecture
 from kava_core.planning.forecast import Shapes
 from kava_core.planning.published import TokenizerRules, published_model
+from kava_core.problems.prompt import ANSWER_PROMPT
 from kava_core.problems.sources.synthetic import Synthetic
-from kava_core.problems.traces import ANSWER_PROMPT
 from kava_core.settings import Evict, Fidelity, Pipeline
 
 STEPS = 2
@@ -28,6 +28,11 @@ _BUDGET, _LAYERS = 3, 4
 # transformers gives some families a token more when it loads their tokenizer.
 _SPARE = 8
 _BOS, _EOS = "<|begin|>", "<|end|>"
+# Tried only where the pipeline's prompt is a chat.
+_CHAT = (
+    "{% for turn in messages %}{{ turn.role }}\n{{ turn.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
 
 
 def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any]:
@@ -41,6 +46,8 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
     plain["prepare"] = {
         "source": _SOURCE,
         "traces": plain["prepare"]["traces"],
+        # A tiny tokenizer may not have the token that stops.
+        "prompt": {**plain["prepare"]["prompt"], "stop": None},
         "train": _TRAIN,
         "validation": _ASKED,
         "test": _ASKED,
@@ -168,5 +175,6 @@ def tiny_tokenizer(rules: TokenizerRules) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token=_BOS if rules.bos else None,
         eos_token=_EOS,
+        chat_template=_CHAT,
         clean_up_tokenization_spaces=False,
     )

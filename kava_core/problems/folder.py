@@ -13,6 +13,7 @@ from typing import Any, get_args
 from kava_core.artefacts import fingerprint, folder_fingerprint, read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.problems.parquet import load_problems, save_problems
+from kava_core.problems.prompt import PLAIN, Prompt, read_prompt
 from kava_core.problems.records import Problem, TraceForm, describe, describe_tokens
 from kava_core.problems.splits import ProblemSplits
 from kava_core.problems.tokens import TokenRules
@@ -35,11 +36,13 @@ class ProblemFolder:
     """An opened folder of problems that are taught; `traces` says how their steps are written.
 
     tokenizer: the fingerprint of the one that they were measured with; None if there was none.
+    prompt: how they are put to a model.
     """
 
     path: Path
     traces: TraceForm
     tokenizer: str | None = None
+    prompt: Prompt = PLAIN
 
     def load(self, split: str) -> list[Problem]:
         """The problems of `train` or `validation`."""
@@ -56,20 +59,22 @@ class ProblemFolder:
             )
 
     def fingerprint(self, *splits: str) -> str:
-        """Names the content of the given splits and how their steps are written."""
-        return _fingerprint(self.path, self.traces, splits)
+        """Names the content of the given splits, how their steps are written, and the prompt."""
+        return _fingerprint(self.path, self.traces, self.prompt, splits)
 
 
 @dataclass(frozen=True)
 class AskedFolder:
     """An opened folder of test sets: `test`, the source's own, and the further ones in `names`.
 
-    Their problems may have no steps; `traces` says how a model that is asked would write them.
+    Their problems may have no steps; `traces` says how a model that is asked would write them,
+    `prompt` how it is asked.
     """
 
     path: Path
     traces: TraceForm
     names: tuple[str, ...] = ()
+    prompt: Prompt = PLAIN
 
     def load(self, name: str = OWN) -> list[Problem]:
         """The problems of one test set; KavaError if it has none."""
@@ -86,8 +91,8 @@ class AskedFolder:
         return {own[0].source: own, **{name: self.load(name) for name in self.names}}
 
     def fingerprint(self, *names: str) -> str:
-        """Names the content of the given test sets and how their steps are written."""
-        return _fingerprint(self.path, self.traces, names)
+        """Names the content of the given test sets, how their steps are written, and the prompt."""
+        return _fingerprint(self.path, self.traces, self.prompt, names)
 
 
 def write_problems(
@@ -96,6 +101,7 @@ def write_problems(
     traces: TraceForm,
     settings: Mapping[str, Any],
     tokens: Measure | None = None,
+    prompt: Prompt = PLAIN,
 ) -> None:
     """Write train and validation, `problems.json` and `metrics.json`.
 
@@ -112,6 +118,7 @@ def write_problems(
         "traces": traces,
         "settings": settings,
         "read": _of(taught, splits.origins),
+        **prompt.kept(),
     }
     if tokens is not None:
         about["tokenizer"] = tokens.fingerprint
@@ -124,6 +131,7 @@ def write_test_sets(
     traces: TraceForm,
     settings: Mapping[str, Any],
     tokens: Measure | None = None,
+    prompt: Prompt = PLAIN,
 ) -> None:
     """Write the source's own test set and the further ones, `test_sets.json` and `metrics.json`.
 
@@ -143,6 +151,7 @@ def write_test_sets(
         "test_sets": list(splits.test_sets),
         "settings": settings,
         "read": _of(asked, splits.origins),
+        **prompt.kept(),
     }
     write_json(folder / "test_sets.json", about)
 
@@ -151,7 +160,8 @@ def open_problems(path: Path) -> ProblemFolder:
     """KavaError if the folder is not one of problems that `prepare` wrote."""
     about = _about(path / "problems.json")
     _require(path, TAUGHT)
-    return ProblemFolder(path, about["traces"], about.get("tokenizer"))
+    prompt = read_prompt(about, path / "problems.json")
+    return ProblemFolder(path, about["traces"], about.get("tokenizer"), prompt)
 
 
 def open_test_sets(path: Path) -> AskedFolder:
@@ -159,7 +169,8 @@ def open_test_sets(path: Path) -> AskedFolder:
     about = _about(path / "test_sets.json")
     names = [Path(str(name)).name for name in about.get("test_sets", [])]  # none outside the folder
     _require(path, [OWN, *names])
-    return AskedFolder(path, about["traces"], tuple(names))
+    prompt = read_prompt(about, path / "test_sets.json")
+    return AskedFolder(path, about["traces"], tuple(names), prompt)
 
 
 def _describe(problems: Sequence[Problem], tokens: Measure | None) -> dict[str, Any]:
@@ -189,6 +200,6 @@ def _require(path: Path, names: Sequence[str]) -> None:
         raise KavaError(f"{path} lacks {', '.join(missing)}. Run `kava prepare` again.")
 
 
-def _fingerprint(path: Path, traces: TraceForm, names: Sequence[str]) -> str:
+def _fingerprint(path: Path, traces: TraceForm, prompt: Prompt, names: Sequence[str]) -> str:
     files = folder_fingerprint(path, [f"{name}.parquet" for name in names])
-    return fingerprint({"traces": traces, "files": files})
+    return fingerprint({"traces": traces, "files": files, **prompt.kept()})

@@ -15,16 +15,22 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from kava_core.artefacts import fingerprint
 from kava_core.errors import KavaError
+from kava_core.problems.prompt import PLAIN, Prompt
 from kava_core.problems.records import Problem, TraceForm
 from kava_core.record import Record
 
-ANSWER_PROMPT = "The answer is:"
 _NAMED = 20  # problems in a message
+_PROBE = "How many?"
+# Before a chat template that writes today's date, so that it writes the same one every day: that
+# which Llama-3.2's falls back on.
+_CLOCK = "strftime_now"
+_STOPPED = f"{{% macro {_CLOCK}(format) %}}26 Jul 2024{{% endmacro +%}}"
 # Where a step states its result: behind the last "=", or it is nothing else.
 _STATED: dict[TraceForm, re.Pattern[str]] = {
     "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
@@ -34,12 +40,21 @@ _STATED: dict[TraceForm, re.Pattern[str]] = {
 
 
 class Measured(NamedTuple):
-    """N_Q (with bos, if there is one) and N_C of the whole chain; fault: why the tokenizer cannot
-    write the problem, in words, None if it can."""
+    """N_Q (with bos, if there is one, and all that the prompt puts around the question) and N_C of
+    the whole chain; fault: why the tokenizer cannot write the problem, in words, None if it can."""
 
     question_tokens: int
     trace_tokens: int
     fault: str | None
+
+
+def chat_fingerprint(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """`chat_template` → a hash of the tokenizer's, by which a chat is the same one; else nothing.
+
+    The tokenizer's own fingerprint says nothing of it.
+    """
+    template = tokenizer.chat_template if prompt.chat else None
+    return {"chat_template": fingerprint(template)} if template else {}
 
 
 class TraceEncoder:
@@ -48,8 +63,9 @@ class TraceEncoder:
     Equations are joined without anything between them, sentences end in a line end each, a blank
     stands before each result, checked or not (`traces`). The first `latent_fraction` of a problem's
     steps, rounded up, are C. `bos` stands first in the question if the tokenizer has one and would
-    put it there itself. KavaError if the tokenizer has no end-of-sequence token, or cannot write
-    the answer prompt.
+    put it there itself; in a chat the template says what does. KavaError if the tokenizer has no
+    end-of-sequence token, cannot write the answer prompt, has no one token that is the stop, or no
+    chat template that writes a question where the prompt is a chat.
     """
 
     def __init__(
@@ -57,6 +73,7 @@ class TraceEncoder:
         tokenizer: PreTrainedTokenizerBase,
         traces: TraceForm = "equations",
         latent_fraction: float = 1.0,
+        prompt: Prompt = PLAIN,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise KavaError(
@@ -69,20 +86,30 @@ class TraceEncoder:
         self.tokenizer = tokenizer
         self.traces = traces
         self.latent_fraction = latent_fraction
-        self.eos: int = tokenizer.eos_token_id
+        self.prompt = prompt
+        self.eos: int = tokenizer.eos_token_id if prompt.stop is None else self._stop(prompt.stop)
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("1")["input_ids"][:1] == [bos]
-        self.first: list[int] = [bos] if adds_bos else []
-        self._special = frozenset(tokenizer.all_special_ids)
-        self.answer_prompt_ids: list[int] = self._ids([ANSWER_PROMPT])[0]
-        if not self.answer_prompt_ids or self._special.intersection(self.answer_prompt_ids):
+        self.first: list[int] = [bos] if adds_bos and not prompt.chat else []
+        # Not all that a chat template writes has a name among the tokenizer's special tokens.
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(tokenizer.all_special_ids) | {
+            token for token, about in added.items() if about.special
+        }
+        self.answer_prompt_ids: list[int] = self._ids([prompt.answer])[0]
+        if not self.answer_prompt_ids or self._ending.intersection(self.answer_prompt_ids):
             raise KavaError(
-                f"The tokenizer cannot write {ANSWER_PROMPT!r} in ordinary tokens. Use another."
+                f"The tokenizer cannot write {prompt.answer!r} in ordinary tokens. Use another."
             )
+        if prompt.chat:
+            self._check_chat()
+        elif prompt.examples:
+            self.first = self.first + self._shots()
 
-    def question_text(self, question: str) -> str:
-        """The question as it is tokenised."""
-        return question + "\n"
+    def question_texts(self, questions: Sequence[str]) -> list[str]:
+        """Questions as they are tokenised, with what the prompt puts around them."""
+        asked = [self.prompt.asked(question) for question in questions]
+        return self._turns(asked) if self.prompt.chat and asked else asked
 
     def cot_text(self, steps: Sequence[str]) -> str:
         """The chain of thought as it is tokenised."""
@@ -108,7 +135,8 @@ class TraceEncoder:
         if not problems:
             return []
         _refuse(problems, [self._empty(problem) for problem in problems])
-        questions = self._ids([self.question_text(problem.question) for problem in problems])
+        texts = self.question_texts([problem.question for problem in problems])
+        questions = self._ids(texts)
         cuts = [self._latent_steps(problem) for problem in problems]
         latent = [problem.steps[:cut] for problem, cut in zip(problems, cuts, strict=True)]
         rest = [problem.steps[cut:] for problem, cut in zip(problems, cuts, strict=True)]
@@ -116,10 +144,8 @@ class TraceEncoder:
         places = self._places(latent)
         prompts = [ids + self.answer_prompt_ids for ids in self.encode_chains(rest)]
         answers = self.encode_answers([problem.answer for problem in problems])
-        written = [
-            q + c + p + a[:-1] for q, c, p, a in zip(questions, cots, prompts, answers, strict=True)
-        ]
-        _refuse(problems, self._lost(problems, written))
+        written = [c + p + a[:-1] for c, p, a in zip(cots, prompts, answers, strict=True)]
+        _refuse(problems, self._lost(problems, texts, questions, written))
         return [
             Record(
                 id=problem.id,
@@ -143,17 +169,16 @@ class TraceEncoder:
         """How many tokens each problem has, and whether this tokenizer can write it at all."""
         if not problems:
             return []
-        questions = self.encode_questions([problem.question for problem in problems])
+        texts = self.question_texts([problem.question for problem in problems])
+        questions = self._ids(texts)
         chains = self.encode_chains([problem.steps for problem in problems])
         answers = self.encode_answers([problem.answer for problem in problems])
-        bare = len(self.first)
         written = [
-            q[bare:] + c + self.answer_prompt_ids + a[:-1]
-            for q, c, a in zip(questions, chains, answers, strict=True)
+            c + self.answer_prompt_ids + a[:-1] for c, a in zip(chains, answers, strict=True)
         ]
-        faults = self._lost(problems, written)
+        faults = self._lost(problems, texts, questions, written)
         return [
-            Measured(len(q), len(c), fault)
+            Measured(len(self.first) + len(q), len(c), fault)
             for q, c, fault in zip(questions, chains, faults, strict=True)
         ]
 
@@ -161,18 +186,90 @@ class TraceEncoder:
         """The question ids of bare questions, as `encode` makes them."""
         if not questions:
             return []
-        texts = [self.question_text(question) for question in questions]
-        return [self.first + ids for ids in self._ids(texts)]
+        return [self.first + ids for ids in self._ids(self.question_texts(questions))]
 
     def encode_chains(self, chains: Sequence[Sequence[str]]) -> list[list[int]]:
         """The ids of chains of steps, as `encode` makes them; none of a chain without steps."""
         return self._ids([self.cot_text(steps) for steps in chains]) if chains else []
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
-        """The ids of bare answers, as `encode` makes them: the last is eos."""
+        """The ids of bare answers, as `encode` makes them: the last is `eos`, or the stop."""
         return (
             [[*ids, self.eos] for ids in self._ids([" " + a for a in answers])] if answers else []
         )
+
+    @property
+    def _ending(self) -> frozenset[int]:
+        """Tokens that nothing written may hold."""
+        return self._special | {self.eos}
+
+    def _stop(self, text: str) -> int:
+        """The token that is the text."""
+        ids = self._ids([text])[0]
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            pieces = self.tokenizer.convert_ids_to_tokens(ids)
+            raise KavaError(
+                f"prepare.prompt.stop: expected one token of the tokenizer, found {text!r}, which "
+                f"is {len(ids)} ({', '.join(map(repr, pieces))}). Name a token that ends an answer."
+            )
+        return ids[0]
+
+    def _shots(self) -> list[int]:
+        """The ids of the examples, each piece as it is in a problem."""
+        examples = [
+            Problem(f"prepare.prompt.examples.{i}", e.question, e.steps, e.answer, "", "")
+            for i, e in enumerate(self.prompt.examples)
+        ]
+        apart = [self.eos] if self.prompt.stop is not None else self._ids(["\n\n"])[0]
+        return [
+            token
+            for shot in self.encode_all(examples)
+            for token in shot.question_ids[len(self.first) :]
+            + shot.cot_ids
+            + shot.answer_prompt_ids
+            + shot.answer_ids[:-1]
+            + apart
+        ]
+
+    def _check_chat(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise KavaError(
+                "prepare.prompt.chat: expected a tokenizer with a chat template, found none in "
+                f"{self.tokenizer.name_or_path!r}. Name a chat model (often called Instruct), or "
+                "leave `chat` out."
+            )
+        (asked,) = self.question_texts([_PROBE])
+        if self.prompt.asked(_PROBE).strip() not in asked:
+            raise KavaError(
+                "prepare.prompt.chat: expected a chat template that writes the user's turn, and "
+                f"the tokenizer's makes {asked!r} of {self.prompt.asked(_PROBE)!r}. Leave `chat` "
+                "out, or use another tokenizer."
+            )
+
+    def _turns(self, asked: Sequence[str]) -> list[str]:
+        """Chats that end where the model's turn begins."""
+        before = [
+            {"role": role, "content": content}
+            for e in self.prompt.examples
+            for role, content in (
+                ("user", self.prompt.asked(e.question)),
+                ("assistant", f"{self.cot_text(e.steps)}{self.prompt.answer} {e.answer}"),
+            )
+        ]
+        try:
+            template = self.tokenizer.get_chat_template()
+            texts = self.tokenizer.apply_chat_template(
+                [[*before, {"role": "user", "content": text}] for text in asked],
+                chat_template=_STOPPED + template if _CLOCK in template else template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # a template is a program of its own
+            raise KavaError(
+                f"prepare.prompt.chat: the tokenizer's chat template cannot be used ({error}). "
+                "Leave `chat` out, or use another tokenizer."
+            ) from None
+        return cast(list[str], texts)
 
     def _latent_steps(self, problem: Problem) -> int:
         # Rounded first, or 0.6 of 5 steps would be 4 on some fractions' last bit.
@@ -230,23 +327,38 @@ class TraceEncoder:
             return "has an empty trace"
         return None if problem.answer.strip() else "has an empty answer"
 
-    def _lost(self, problems: Sequence[Problem], written: list[list[int]]) -> list[str | None]:
-        """What the ids of each problem are, if they are not its text."""
-        texts = self.tokenizer.batch_decode(
-            written, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    def _lost(
+        self,
+        problems: Sequence[Problem],
+        texts: Sequence[str],
+        questions: list[list[int]],
+        written: list[list[int]],
+    ) -> list[str | None]:
+        """What the ids of each problem are, if they are not its text.
+
+        texts, questions: as they are asked, and their ids; written: the ids of all that follows.
+        """
+        decoded = self.tokenizer.batch_decode(
+            [question + rest for question, rest in zip(questions, written, strict=True)],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
+        own = questions
+        if self.prompt.chat:  # special tokens are the template's, and none of the user's turn
+            own = self._ids([self.prompt.asked(problem.question) for problem in problems])
         found: list[str | None] = []
-        for problem, ids, text in zip(problems, written, texts, strict=True):
-            special = self._special.intersection(ids)
-            expected = (
-                self.question_text(problem.question)
-                + self.cot_text(problem.steps)
-                + ANSWER_PROMPT
-                + problem.answer
-            )
+        for problem, asked, question, rest, text in zip(
+            problems, texts, own, written, decoded, strict=True
+        ):
+            special = self._special.intersection(question + rest)
+            expected = asked + self.cot_text(problem.steps) + self.prompt.answer + problem.answer
             if special:
                 names = self.tokenizer.convert_ids_to_tokens(sorted(special))
                 found.append(f"turns into the tokenizer's special tokens {names}")
+            elif self.eos in rest:
+                found.append(
+                    f"holds {self.prompt.stop!r} before its answer ends (`prepare.prompt.stop`)"
+                )
             elif (given := "".join(text.split())) != (wanted := "".join(expected.split())):
                 found.append(
                     f"does not survive the tokenizer: {_around(wanted, given)} becomes "

@@ -102,6 +102,11 @@ class Pipeline(Section):
                 "problems that `prepare` leaves. Leave it out, and limit characters instead of "
                 "tokens"
             )
+        if self.teacher.model == "scratch" and self.prepare.prompt.chat:
+            raise ValueError(
+                "prepare.prompt.chat: a teacher from scratch has no chat template. Leave it out, "
+                "or name a chat model as teacher.model"
+            )
         return self
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from kava_core.problems.bad import OnBadRecord
+from kava_core.problems.prompt import PLAIN, Prompt
 from kava_core.problems.records import TraceForm
 from kava_core.problems.sources import SOURCES, GeneratedSource, RowSource, Source
 from kava_core.settings.base import Name, Positive, Section
@@ -37,10 +38,11 @@ class Prepare(Section):
 
     source: what the problems look like, by name or with its settings (`kava_core.problems.sources`,
     docs/sources.md). path: a file, a folder with train, validation and test files, or a Hub name.
-    hub_config: the Hub's name for a part of a dataset; null: the source's own. revision: the
-    version of a dataset on the Hub; null: its newest. Sizes of null take all there is.
-    drop_last_step: leave out the step that states the answer. max_*: what is longer is left out and
-    counted; questions everywhere, traces in train and validation. tokenizer: the teacher's, a
+    prompt: how a problem is put to teacher and students (`kava_core.problems.prompt`,
+    docs/prompts.md). hub_config: the Hub's name for a part of a dataset; null: the source's own.
+    revision: the version of a dataset on the Hub; null: its newest. Sizes of null take all there
+    is. drop_last_step: leave out the step that states the answer. max_*: what is longer is left out
+    and counted; questions everywhere, traces in train and validation. tokenizer: the teacher's, a
     Hugging Face folder or id (at tokenizer_revision; null: its newest), which tokens are counted
     with, and which must be able to write every record. on_bad_record: what is malformed, or cannot
     be written, is an error that names all of it, or is left out and counted. deduplicate: leave out
@@ -53,6 +55,7 @@ class Prepare(Section):
     hub_config: str | None = None
     revision: str | None = None
     traces: TraceForm = "equations"
+    prompt: Prompt = PLAIN
     train: Positive | None = None
     validation: Positive
     test: Positive | None = None

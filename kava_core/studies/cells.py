@@ -23,7 +23,7 @@ def ask_cell(cell: StudyCell, folder: Path, split: str) -> CellAnswers:
         source = open_problems(folder / "problems")
     problems = source.load(split)[: cell.evaluate.limit]
     teacher = folder / "teacher"
-    encoder = TraceEncoder(load_tokenizer(str(teacher)), source.traces)
+    encoder = TraceEncoder(load_tokenizer(str(teacher)), source.traces, prompt=source.prompt)
     students = {cell.system: folder / "students" / cell.system}
     trained = cell.piece.stage[0] == "distill"
     systems = Systems(teacher, students if trained else {}, frozenset())

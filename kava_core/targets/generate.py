@@ -28,7 +28,8 @@ from kava_core.models.proofs import prove_capture
 from kava_core.models.teacher_pass import TeacherCache, TeacherPass, check_lengths, over
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import ProblemFolder, open_problems
-from kava_core.problems.traces import TraceEncoder
+from kava_core.problems.prompt import check_prompt
+from kava_core.problems.traces import TraceEncoder, chat_fingerprint
 from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Generate, Resources
@@ -248,6 +249,7 @@ class _Caches:
         examples = source.load("train")
         if not examples:
             raise KavaError(f"{problems} has no training problems. Ask `prepare` for some.")
+        check_prompt(source.prompt, teacher, "teacher.json", "kava teacher")
         encoder = trace_encoder(source, teacher, settings)
         traces = encoder.encode_all(examples)
         model = load_model(str(teacher))
@@ -261,11 +263,13 @@ class _Caches:
                 "generate": _content(settings),
                 "traces": source.traces,
                 **({"latent_fraction": fraction} if fraction < 1 else {}),
+                **source.prompt.kept(),
             },
             fingerprints={
                 "problems": source.fingerprint("train"),
                 "teacher": model_fingerprint(str(teacher)),
                 "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
+                **chat_fingerprint(source.prompt, encoder.tokenizer),
             },
         )
 
@@ -322,7 +326,7 @@ def _empty_cache() -> None:
 def trace_encoder(source: ProblemFolder, teacher: Path, settings: Generate) -> TraceEncoder:
     """What makes traces of problems for the teacher, cut where latents end."""
     tokenizer = load_tokenizer(str(teacher))
-    return TraceEncoder(tokenizer, source.traces, settings.latent_fraction)
+    return TraceEncoder(tokenizer, source.traces, settings.latent_fraction, source.prompt)
 
 
 def teacher_spec(model: PreTrainedModel, settings: Generate) -> StoreSpec:

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from kava_core.errors import KavaError
+from kava_core.problems.prompt import ANSWER_PROMPT
 from kava_core.problems.records import Problem
 from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
-from kava_core.problems.traces import ANSWER_PROMPT, TraceEncoder
+from kava_core.problems.traces import TraceEncoder
 
 PROBLEMS = Synthetic(style="prose").splits(300, 0, 0, seed=0).train
 TEXTS = [text for p in PROBLEMS for text in (p.question + "\n", "".join(p.steps), ANSWER_PROMPT)]

@@ -121,6 +121,19 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ),
         ("prepare.synthetic", {"steps": [2, 3]}, "prepare.synthetic: no such setting"),
         ("prepare.latent_fraction", 0.5, "prepare.latent_fraction: no such setting"),
+        (
+            "prepare.prompt.question",
+            "How many?\n",
+            r"prepare.prompt: question: expected {question} where the question is to stand, found",
+        ),
+        ("prepare.prompt.answer", " ", "prepare.prompt.answer: String should match pattern"),
+        ("prepare.prompt.stop", "", "prepare.prompt.stop: String should have at least 1 char"),
+        ("prepare.prompt.chats", True, "prepare.prompt.chats: no such setting"),
+        (
+            "prepare.prompt.examples",
+            [{"question": "1 + 1 ?", "steps": ["<<1+1=2>>"]}],
+            "prepare.prompt.examples.0.answer: Field required",
+        ),
         # impossible values
         ("evict.budget", 0, "evict.budget: Input should be greater than 0, found 0"),
         (
@@ -216,6 +229,11 @@ def test_adapters_and_checkpointing_are_for_models_that_can_have_them(tmp_path: 
     read = load(tmp_path, {**changed("students.no-cot.training", training), "teacher": teacher})
     assert read.teacher.training == read.students["no-cot"].training
     assert read.students["no-cot"].training.gradient_checkpointing
+
+
+def test_a_teacher_from_scratch_cannot_chat(tmp_path: Path) -> None:
+    with pytest.raises(KavaError, match=r"prepare\.prompt\.chat: a teacher from scratch has no"):
+        load(tmp_path, changed("prepare.prompt.chat", True))
 
 
 @pytest.mark.parametrize("section", [name for name in SMALL if name != "generate"])

@@ -10,6 +10,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kava_core.errors import KavaError
+from kava_core.planning.lengths import lengths_of
+from kava_core.problems.prompt import Example, Prompt
 from kava_core.settings import Pipeline, load_pipeline
 from stages.cli import kava
 from stages.recipe import describe, recipe_files, with_recipe
@@ -189,6 +191,21 @@ def test_a_recipe_of_each_family_runs_in_the_small(name: str, tmp_path: Path) ->
     rehearse(name, settings_of(name), tmp_path)
 
 
+def test_a_chat_is_planned_and_runs_in_the_small(tmp_path: Path) -> None:
+    plain = settings_of("kava-qwen25-05b-aug")
+    shown = Example(question="1 and 1 ?", steps=("<<1+1=2>>",), answer="2")
+    prompt = Prompt(chat=True, examples=(shown,), answer="####", stop="<|im_end|>")
+    chat = plain.model_copy(
+        update={
+            "prepare": plain.prepare.model_copy(update={"prompt": prompt}),
+            "teacher": plain.teacher.model_copy(update={"training": None}),
+        }
+    )
+    questions = [lengths_of(each, tmp_path).question.mean() for each in (plain, chat)]
+    assert questions[1] > questions[0] + 60
+    rehearse("chat", chat, tmp_path)
+
+
 def test_evict_says_that_it_is_no_stage_where_no_caches_are_kept(tmp_path: Path) -> None:
     recipe = str(RECIPES["kava-llama-1b-aug-nl"])
     error = run("evict", "--pipelines", recipe, "--data", str(tmp_path)).exception
@@ -198,7 +215,6 @@ def test_evict_says_that_it_is_no_stage_where_no_caches_are_kept(tmp_path: Path)
 def test_layers_are_kept_in_the_small_where_settings_are_about_them(tmp_path: Path) -> None:
     from kava_core.models.loading import load_config
     from kava_core.planning.forecast import Shapes
-    from kava_core.planning.lengths import lengths_of
     from kava_core.planning.rehearsal import rehearsed
 
     settings = settings_of("kava-smollm2-135m-aug")

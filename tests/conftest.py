@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Torch reads it when it is imported. Stages that ask for two threads must not spin while one waits
+# for the other: beside other processes on two cores that made them fourteen times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from kava_core.models.latent import LatentReasoner

@@ -24,8 +24,8 @@ from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective, objective_of
 from kava_core.distill.terms import student_terms
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.phase import rotary_of
 from kava_core.record import Record
+from kava_core.rotary import Rotary
 from kava_core.settings import Cadence, LoRA, Student, Training
 from kava_core.store import (
     Codec,
@@ -114,7 +114,7 @@ def write_store(
 ) -> TargetsStore:
     """A targets store of random numbers for `traces`; each layer has a spread of its own."""
     folder.mkdir(parents=True)
-    spec = StoreSpec(geometry, codec, phase, rotary_of(tiny_model("llama", torch.float32)))
+    spec = StoreSpec(geometry, codec, phase, _rotary(geometry))
     rows, slots = len(geometry.rows), geometry.slots
     generator = torch.Generator().manual_seed(7)
     spread = torch.arange(1.0, rows + 1)[:, None, None, None]
@@ -145,6 +145,13 @@ def write_store(
         fingerprints={"problems": "p", "teacher": "t", "tokenizer": "k", "teacher_kv": "c"},
     )
     return TargetsStore.open(folder)
+
+
+def _rotary(geometry: Geometry) -> Rotary:
+    """That of Llama, for a model of so many layers and so wide heads."""
+    powers = torch.arange(0, geometry.head_dim, 2, dtype=torch.float64) / geometry.head_dim
+    layers = geometry.model_layers
+    return Rotary((10000.0**-powers).expand(layers, -1), torch.ones(layers, dtype=torch.float64))
 
 
 def toy_objective(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from tests.golden.inputs import NAME
@@ -30,8 +32,16 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def main(home: Path, arguments: list[str], log: Path) -> None:
+def main(home: Path, arguments: list[str], log: Path, begun: Event) -> None:
     """What the process does: `kava …` in `home`, its words in `log`."""
+    try:
+        begun.set()
+        _command(home, arguments, log)
+    except KeyboardInterrupt:  # before the command line could take it
+        sys.exit(128 + signal.SIGINT)
+
+
+def _command(home: Path, arguments: list[str], log: Path) -> None:
     os.chdir(home)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -73,8 +83,11 @@ class Stage:
         return [digest(output) for output in self.outputs]
 
     def start(self) -> ForkServerProcess:
-        process = CONTEXT.Process(target=main, args=(self.home, STAGES[self.name][0], self.log))
+        begun = CONTEXT.Event()
+        command = STAGES[self.name][0]
+        process = CONTEXT.Process(target=main, args=(self.home, command, self.log, begun))
         process.start()
+        assert begun.wait(PATIENCE), f"{self.name} does not start"
         return process
 
     def run(self) -> tuple[int | None, float]:

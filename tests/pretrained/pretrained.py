@@ -109,9 +109,9 @@ def project() -> Iterator[Project]:
     print(f"\n{'command':28} seconds  peak GB")
     for name, took in found.took.items():
         print(f"{name:28} {took['seconds']:7.1f} {took['gigabytes']:8.2f}")
-    for pipeline in COMMANDS:
-        metrics = read_json(found.path(pipeline, "teacher", "metrics.json"))
-        print(f"{pipeline}, teacher on validation problems: {json.dumps(metrics)}")
+    for metrics in sorted(found.folder.glob("data/*/teacher/metrics.json")):
+        name = metrics.relative_to(found.folder / "data").parts[0]
+        print(f"{name}, teacher on validation problems: {json.dumps(read_json(metrics))}")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def test_it_is_the_model_that_it_was() -> None:
         assert float(model(ids, labels=ids).loss) < NATS
 
 
-@pytest.mark.parametrize(("pipeline", "command"), ALL, ids=" ".join)
+@pytest.mark.parametrize(("pipeline", "command"), ALL, ids=[" ".join(each) for each in ALL])
 def test_stage(project: Project, pipeline: str, command: str) -> None:
     project.stage(pipeline, command)
 

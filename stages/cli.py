@@ -28,6 +28,7 @@ COMMANDS = {
     "check": (".check", "check", "Check: try a pipeline, or a model, before it costs days."),
     "prepare": (".prepare", "prepare", "Problems: generate or read them, and split them."),
     "teacher": (".teacher", "teacher", "Teacher: fine-tune it to write chains of thought."),
+    "traces": (".traces", "traces", "Traces: let the teacher write the chains of thought."),
     "generate": (".generate", "generate", "Teacher KV: store its caches over the traces."),
     "evict": (".evict", "evict", "KV targets: cut the caches down to M slots."),
     "fidelity": (".fidelity", "fidelity", "Fidelity: answers from compressed caches."),

@@ -40,6 +40,11 @@ class Run:
         """data/<pipeline>/<parts…>, absolute."""
         return (self.data / self.name).joinpath(*parts).absolute()
 
+    @property
+    def taught(self) -> Path:
+        """The problems with the chains of thought that are taught: the teacher's own, or given."""
+        return self.path("problems" if self.settings.traces is None else "traces")
+
 
 pipelines_option = click.option(
     "--pipelines",

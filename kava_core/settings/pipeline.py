@@ -29,6 +29,7 @@ from kava_core.settings.generate import Generate
 from kava_core.settings.prepare import Prepare
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
+from kava_core.settings.traces import Traces
 
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
@@ -76,10 +77,11 @@ class Cadence(Section):
 
 
 class Pipeline(Section):
-    """A named pipeline, complete. Without a section `fidelity` there is no such stage."""
+    """A named pipeline, complete. Without a section `traces` or `fidelity` it has no such stage."""
 
     prepare: Prepare
     teacher: Teacher
+    traces: Traces | None = None
     generate: Generate
     evict: Evict
     fidelity: Fidelity | None = None

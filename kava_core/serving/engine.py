@@ -18,6 +18,8 @@ from kava_core.serving.served import Served
 from kava_core.serving.text import Text
 
 logger = logging.getLogger("kava.serve")
+# Tokens of questions, padding included, that are read at once: more take memory and save no time.
+_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,14 @@ class Engine:
         free = self.max_batch - len(self._jobs)
         if self._jobs and free < min(len(self._waiting), self.max_batch // 4):
             return []
-        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        new: list[Job] = []
+        longest = 0
+        while self._waiting and len(new) < free:
+            longest = max(longest, len(self._waiting[0].ids))
+            if new and longest * (len(new) + 1) > _AT_ONCE:
+                break
+            new.append(self._waiting.popleft())
+        return new
 
     def _cycle(self, new: list[Job]) -> None:
         """New jobs get their first token, then all get their next."""

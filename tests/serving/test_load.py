@@ -203,6 +203,16 @@ def test_while_many_wait_they_join_a_few_at_a_time(served: Served) -> None:
     assert len(engine._next()) == 1  # nobody else waits
 
 
+def test_long_questions_are_read_a_few_at_a_time(served: Served) -> None:
+    engine = Engine(served, Meters(), max_batch=8, queue=32)
+    jobs = [job(served, []) for _ in range(5)]
+    for one, length in zip(jobs, (10, 6_000, 6_000, 20_000, 10), strict=True):
+        one.ids = [7] * length
+    engine.submit(jobs)
+    for size in (2, 1, 1, 1):  # the third would make it 3 × 6,000; the fourth is too long with any
+        assert len(engine._next()) == size
+
+
 # --- what cannot be served ------------------------------------------------------------------------
 
 
@@ -242,4 +252,18 @@ def test_a_token_that_is_none_is_refused(tmp_path: Path, token: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(
         "error: expected a secret of ASCII characters in KAVA_SERVE_TOKEN"
+    )
+
+
+def test_what_is_not_installed_is_said() -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve', 'nothing'];"
+        "from stages.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: serving needs uvicorn, which is not installed. Run `pip install 'kava[serve]'`."
     )

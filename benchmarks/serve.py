@@ -12,7 +12,9 @@ One client asks one question after the other; p50 is the median of its seconds. 
 drawn before (Poisson), whatever the server does: ten times faster than the teacher answers, which
 gives the requests/s that either server comes to; and at half the teacher's rate, the same times to
 both, which gives p50 and p99 of the seconds from the time a request was to be sent to the end of
-its answer. Rounds alternate between the two servers; ratios are medians over rounds.
+its answer. Beside them the server's seconds of processor time per request at full load, which other
+programs on the machine change little. Rounds alternate between the two servers; ratios are medians
+over rounds.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import httpx2
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -90,9 +94,23 @@ def build(root: Path) -> dict[str, Path]:
     return folders
 
 
+@dataclass(frozen=True)
+class Server:
+    """Where it is, and its process."""
+
+    url: str
+    process: psutil.Process
+
+    @property
+    def busy(self) -> float:
+        """Seconds of processor time so far."""
+        spent = self.process.cpu_times()
+        return float(spent.user + spent.system)
+
+
 @contextmanager
-def served(folder: Path, batch: int) -> Iterator[str]:
-    """The address of a server that answers `batch` requests at a time."""
+def served(folder: Path, batch: int) -> Iterator[Server]:
+    """A server that answers `batch` requests at a time."""
     options = ["--port", "0", "--max-batch", str(batch), "--queue", "10000", "--timeout", "3600"]
     process = subprocess.Popen(
         [sys.executable, "-m", "stages", "serve", str(folder), *options],
@@ -105,7 +123,7 @@ def served(folder: Path, batch: int) -> Iterator[str]:
         for line in process.stderr:
             found = re.search(r"at (http://\S+)/v1$", line.strip())
             if found:
-                yield found[1]
+                yield Server(found[1], psutil.Process(process.pid))
                 return
         raise SystemExit("the server did not start")
     finally:
@@ -165,29 +183,30 @@ def quantile(seconds: Sequence[float], share: float) -> float:
 
 
 class Round(dict[str, float]):
-    """What one round measured of one system: requests/s, p50, p99, and alone."""
+    """What one round measured of one system: requests, busy, p50, p99, and alone."""
 
 
 def measure(folders: dict[str, Path], batch: int, rounds: int) -> dict[str, list[Round]]:
     found: dict[str, list[Round]] = {"cot": [], "latent": []}
-    count = max(12, 3 * batch)
+    count = max(8, 2 * batch)
     with served(folders["cot"], batch) as cot, served(folders["latent"], batch) as latent:
-        urls = {"cot": cot, "latent": latent}
-        for url, system in ((cot, "cot"), (latent, "latent")):  # warm up
-            asyncio.run(load(url, system, [0.0] * min(batch, 8)))
+        servers = {"cot": cot, "latent": latent}
+        for system, server in servers.items():  # warm up
+            asyncio.run(load(server.url, system, [0.0] * min(batch, 4)))
         rate = 20.0
         for turn in range(rounds):
-            both = {system: Round() for system in urls}
-            for system, url in urls.items():
+            both = {system: Round() for system in servers}
+            for system, server in servers.items():
                 if batch == 1:
-                    both[system]["alone"] = statistics.median(asyncio.run(alone(url, system)))
-                times = arrivals(count, 10 * rate, turn)
-                both[system]["requests"], _ = asyncio.run(load(url, system, times))
+                    seconds = asyncio.run(alone(server.url, system))
+                    both[system]["alone"] = statistics.median(seconds)
+                times, before = arrivals(count, 10 * rate, turn), server.busy
+                both[system]["requests"], _ = asyncio.run(load(server.url, system, times))
+                both[system]["busy"] = (server.busy - before) / count
                 if system == "cot":
                     rate = both[system]["requests"]
-            for system, url in urls.items():
-                times = arrivals(count, rate / 2, turn)
-                _, seconds = asyncio.run(load(url, system, times))
+            for system, server in servers.items():
+                _, seconds = asyncio.run(load(server.url, system, arrivals(count, rate / 2, turn)))
                 both[system]["p50"] = quantile(seconds, 0.5)
                 both[system]["p99"] = quantile(seconds, 0.99)
                 found[system].append(both[system])
@@ -210,7 +229,8 @@ def main(as_json: bool, rounds: int) -> None:
         title=f"Q = {QUESTION}, trace of {TRACE} tokens, A = {ANSWER}; "
         f"M = {LATENTS}, T = {ITERATIONS}; p50 and p99 at half the chain's rate"
     )
-    for column in ("", "batch", "requests/s", "p50 (s)", "p99 (s)", "one client, p50 (s)"):
+    columns = ("requests/s", "processor s", "p50 (s)", "p99 (s)", "one client, p50 (s)")
+    for column in ("", "batch", *columns):
         table.add_column(column, justify="left" if not column else "right")
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as root:
@@ -232,6 +252,7 @@ def main(as_json: bool, rounds: int) -> None:
                     label,
                     str(batch),
                     f"{middle(one, 'requests'):.1f}",
+                    f"{middle(one, 'busy'):.3f}",
                     f"{middle(one, 'p50'):.3f}",
                     f"{middle(one, 'p99'):.3f}",
                     f"{middle(one, 'alone'):.3f}" if batch == 1 else "",

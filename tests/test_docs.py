@@ -122,7 +122,10 @@ def test_every_question_shown_is_answered_and_rightly() -> None:
             r'^\$ kava ask \S+ "(.+)"\n(.+)$', page.read_text(encoding="utf-8"), re.M
         )
     ]
-    assert {"README.md", "evaluation.md"} <= {name for name, _, _ in shown}
+    served = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    asked = re.findall(r'"content": "(.+?)".+?^```text\n +(\d+)$', served, re.M | re.S)
+    shown += [("serving.md", *found) for found in asked]
+    assert {"README.md", "evaluation.md", "serving.md"} <= {name for name, _, _ in shown}
     for name, question, answer in shown:
         assert int(answer) == solve(question), (name, question)
 
@@ -131,7 +134,8 @@ def test_no_question_is_shown_without_its_answer() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         questions = re.findall(r'"[^"\n]*counter at [^"\n]*"', text)
-        assert len(questions) == len(re.findall(r'^\$ kava ask \S+ "', text, re.M)), page
+        asked = re.findall(r'^\$ kava ask \S+ "|"content": "counter at ', text, re.M)
+        assert len(questions) == len(asked), page
 
 
 def test_links_to_the_repository_lead_somewhere() -> None:

@@ -82,13 +82,13 @@ class Running:
 
     @property
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="nobody's", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="nobody's", max_retries=0, timeout=120)
 
     def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=30)
+        return httpx2.get(self.url + path, timeout=120)
 
     def post(self, path: str, body: dict[str, object]) -> httpx2.Response:
-        return httpx2.post(self.url + path, json=body, timeout=60)
+        return httpx2.post(self.url + path, json=body, timeout=120)
 
     def meter(self, name: str) -> float:
         found = re.findall(rf"^{re.escape(name)} (\S+)$", self.get("/metrics").text, re.M)

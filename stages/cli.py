@@ -37,6 +37,7 @@ COMMANDS = {
     "report": (".report", "report", "Report: one HTML page and a table."),
     "show": (".show", "show", "Show the results of a pipeline."),
     "ask": (".ask", "ask", "Put a question to a trained student."),
+    "serve": (".serve", "serve", "Serve a student to clients of OpenAI's API."),
     "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
     "study": (".study", "study", "Study: students × seeds × settings, and what they say."),
     "init": (".init", "init", "Make a project of your own in an empty folder."),

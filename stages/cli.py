@@ -19,6 +19,7 @@ from types import FrameType
 import click
 
 from kava_core import __version__
+from kava_core.console import Format, complain, configure
 from kava_core.errors import KavaError
 
 # Stage → (module, attribute, the line shown in the list). Modules are imported when asked for, so
@@ -66,13 +67,38 @@ class Kava(click.Group):
 
 @click.group(cls=Kava, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def kava() -> None:
+@click.option(
+    "-q", "--quiet", "less", is_flag=True, envvar="KAVA_QUIET", help="Say warnings and errors only."
+)
+@click.option(
+    "-v",
+    "--verbose",
+    "more",
+    is_flag=True,
+    envvar="KAVA_VERBOSE",
+    help="Progress every 10 seconds, what libraries say, and the traceback behind an error.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    envvar="KAVA_LOG_FORMAT",
+    help="Lines for people, or a JSON object a line, on stderr.",
+)
+def kava(less: bool, more: bool, log_format: Format) -> None:
     """Offline latent-reasoning distillation (KaVa, arXiv 2510.02312).
 
     A pipeline of stages, each of which reads the artefacts before it and writes its own under
     data/<pipeline>/. `dvc repro` runs those that are out of date; every stage can also be run by
-    hand. Settings are in pipelines.yaml.
+    hand. Settings are in pipelines.yaml. The options below stand before the command; as
+    KAVA_QUIET=1, KAVA_VERBOSE=1 and KAVA_LOG_FORMAT=json they reach stages that DVC runs.
     """
+    if less and more:
+        raise click.UsageError("--quiet and --verbose exclude each other: choose one.")
+    configure(log_format, "quiet" if less else "verbose" if more else "normal")
+    if not more:
+        quiet()
 
 
 # What a disk refuses, whoever wrote to it: nothing that a traceback would help with.
@@ -85,7 +111,6 @@ def main() -> None:
 
     SIGINT and SIGTERM end it in good order, with one line and the status that a shell expects.
     """
-    quiet()
     # Unless whoever started this wants it to ignore them, as a shell does for its background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _receive)
@@ -97,20 +122,20 @@ def main() -> None:
         # Libraries make errors of their own of an interrupt that reaches them.
         if _received or isinstance(error, click.Abort | KeyboardInterrupt):
             number = _received[0] if _received else signal.SIGINT
-            click.echo("interrupted; run the same command again to go on", err=True)
+            complain("interrupted; run the same command again to go on")
             sys.exit(128 + number)
         if isinstance(error, KavaError):
-            click.echo(f"error: {error}", err=True)
+            complain(f"error: {error}", error)
             sys.exit(1)
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            click.echo(
+            complain(
                 f"error: {error.filename or 'a file'} cannot be written ({error.strerror}). Free "
                 "some space on that disk, or check that it may be written to; finished work is "
                 "kept.",
-                err=True,
+                error,
             )
             sys.exit(1)
         raise
@@ -134,9 +159,13 @@ def quiet() -> None:
     """Libraries keep their remarks to themselves unless the caller asked to hear them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("torchao").setLevel(logging.ERROR)  # names every kernel it cannot load
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    if "transformers" in sys.modules:  # it has read the environment already
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()

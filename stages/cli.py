@@ -103,6 +103,9 @@ def kava(less: bool, more: bool, log_format: Format) -> None:
 
 # What a disk refuses, whoever wrote to it: nothing that a traceback would help with.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Of torch's allocators, of malloc, and of threads that get no stack.
+MEMORY_ERRORS = ("out of memory", "can't allocate memory", "Cannot allocate memory",
+                 "can't start new thread")  # fmt: skip
 _received: list[int] = []
 
 
@@ -111,6 +114,13 @@ def main() -> None:
 
     SIGINT and SIGTERM end it in good order, with one line and the status that a shell expects.
     """
+    if sys.getfilesystemencoding() != "utf-8":
+        found = sys.getfilesystemencoding()
+        complain(
+            f"error: expected UTF-8 for names of files and text, found {found}. Set PYTHONUTF8=1, "
+            "or a locale such as C.UTF-8."
+        )
+        sys.exit(1)
     # Unless whoever started this wants it to ignore them, as a shell does for its background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _receive)
@@ -130,15 +140,51 @@ def main() -> None:
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            complain(
-                f"error: {error.filename or 'a file'} cannot be written ({error.strerror}). Free "
-                "some space on that disk, or check that it may be written to; finished work is "
-                "kept.",
-                error,
-            )
+        why = _refusal(error)
+        if why is not None:
+            complain(f"error: {why}", error)
             sys.exit(1)
         raise
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What a machine that lacks disk or memory said through a library; None if it is not that.
+
+    Rust writes `(os error 28)`, torch's writer of checkpoints no number at all.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for each in chain:
+        text = str(each)
+        number = each.errno if isinstance(each, OSError) else None
+        reasons = [
+            os.strerror(known)
+            for known in DISK_ERRORS
+            if known == number or f"os error {known})" in text or os.strerror(known) in text
+        ]
+        if not reasons and "PytorchStreamWriter failed writing" in text:
+            reasons = ["torch could not write all of it"]
+        if reasons:
+            name = (each.filename if isinstance(each, OSError) else None) or "a file"
+            return (
+                f"{name} cannot be written ({reasons[0]}). Free some space on that disk, or check "
+                "that it may be written to; finished work is kept."
+            )
+        if number == errno.EMFILE:
+            return (
+                "this process may open no more files (Too many open files). Raise the limit with "
+                "`ulimit -n 4096`, and run the same command again; finished work is kept."
+            )
+        if isinstance(each, MemoryError) or any(words in text for words in MEMORY_ERRORS):
+            return (
+                "there is not enough memory. Lower batch_size or shard_size of this stage, or "
+                "resources.workers, or free some, and run the same command again; finished work is "
+                "kept."
+            )
+    return None
 
 
 def _receive(number: int, _: FrameType | None) -> None:

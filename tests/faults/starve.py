@@ -1,4 +1,4 @@
-"""What a process of `tests.faults.stage` takes away from itself before it runs a stage."""
+"""What a process of `tests.faults.stage` does to itself before it runs a stage."""
 
 from __future__ import annotations
 
@@ -28,3 +28,25 @@ def little_memory() -> None:
 
 def one_core() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+# Names that tools give to what nobody else may read; the value is in nothing that is made.
+SECRETS = {
+    name: f"planted-{name.lower()}-5ec2e7"
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "GITHUB_TOKEN",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "OPENAI_API_KEY",
+        "PGPASSWORD",
+        "WANDB_API_KEY",
+    )
+}
+
+
+def with_secrets() -> None:
+    """Secrets in the environment, and files for nobody else's eyes."""
+    os.environ.update(SECRETS)
+    os.umask(0o077)

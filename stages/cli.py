@@ -106,6 +106,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Of torch's allocators, of malloc, and of threads that get no stack.
 MEMORY_ERRORS = ("out of memory", "can't allocate memory", "Cannot allocate memory",
                  "can't start new thread")  # fmt: skip
+# Of torch's writer of checkpoints, which stands in that file of its own.
+TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc")
 _received: list[int] = []
 
 
@@ -165,7 +167,8 @@ def _refusal(error: BaseException) -> str | None:
             for known in DISK_ERRORS
             if known == number or f"os error {known})" in text or os.strerror(known) in text
         ]
-        if not reasons and "PytorchStreamWriter failed writing" in text:
+        written = "PytorchStreamReader" not in text
+        if not reasons and written and any(words in text for words in TORCH_WRITER):
             reasons = ["torch could not write all of it"]
         if reasons:
             name = (each.filename if isinstance(each, OSError) else None) or "a file"

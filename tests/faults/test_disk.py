@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -68,7 +69,9 @@ def check_full(
             break
         assert code == 1 and "Traceback" not in home.said, home.said
         said = " ".join(home.said.split())
-        assert "No space left on device" in said and "finished work is kept" in said, said
+        # torch's writer of checkpoints does not say why it could not write.
+        assert re.search("No space left on device|torch could not write all of it", said), said
+        assert "finished work is kept" in said, said
         for old, new, found in zip(before, expected, home.digests(), strict=True):
             assert found in ({}, old, new), f"half an artefact of {home.name}"
         tell(f"{home.name} on a full disk", "room for a part of what it writes",

@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: smoke quickstart repro test test-slow test-browser test-pretrained faults lint format environment clean
+.PHONY: smoke quickstart repro test test-slow test-browser test-pretrained faults licences lint format
+.PHONY: environment clean
 
 smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
 	dvc repro pipelines/smoke/dvc.yaml
@@ -38,6 +39,9 @@ faults: environment  ## every fault many times (long); writes the table of docs/
 	mkdir -p data && rm -f data/.faults.jsonl
 	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" --faults-results data/.faults.jsonl
 	python docs/reliability.py data/.faults.jsonl
+
+licences: environment  ## the licences of what requirements.txt pins; one that is not permissive is an error
+	python docs/licences.py
 
 test-browser: environment  ## the report in headless Chromium (apt-get install chromium)
 	pytest tests/browser/page.py --basetemp=data/.browser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kava_core.artefacts import fresh_folder, publish, work_folder
-from kava_core.console import progress, say
+from kava_core.console import progress, say, warn
 
 from .run import Run, stage
 
@@ -95,4 +95,4 @@ def _name_strays(run: Run) -> None:
     folder = run.path("students")
     there = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
     for name in sorted(there - run.settings.students.keys()):
-        say(f"evaluate: {folder / name} is no student of the settings, and is left out")
+        warn(f"evaluate: {folder / name} is no student of the settings, and is left out")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from kava_core.artefacts import clear
-from kava_core.console import progress, say
+from kava_core.console import progress, say, warn
 from kava_core.errors import KavaError
 from kava_core.fidelity.examiner import Batch, Examiner, Outcome
 from kava_core.fidelity.grid import Cell, Grid
@@ -91,7 +91,7 @@ def _finished(file: Path, traces: Sequence[Record]) -> Part | None:
             return part
     except KavaError:
         pass
-    say(f"fidelity: {file} is damaged, and is made again")
+    warn(f"fidelity: {file} is damaged, and is made again")
     clear(file)
     return None
 

@@ -88,9 +88,8 @@ class Evict(Section):
     same in all layers, or a pyramid (M is the widest layer's). select: each layer and `head`
     chooses for itself, or the `record` once for all, so that a slot is one token everywhere.
     share: `share_size` adjacent layers keep the same tokens (`selection`) or one merged cache
-    (`merged`). granularity `channel`
-    and `tensor` take their ranges from `calibration_records` records, clipped to
-    `calibration_percentile` per cent of the numbers.
+    (`merged`). granularity `channel` and `tensor` take their ranges from `calibration_records`
+    records, clipped to `calibration_percentile` per cent of the numbers.
     """
 
     policy: PolicyChoice = RKV()

@@ -38,8 +38,8 @@ def stored_settings(store: TargetsStore, section: type[StageSettings]) -> StageS
         raise KavaError(
             f"{store.path} does not say how it was made in words of this version, under "
             f"settings.{name} of its manifest ({said.rstrip('.')}). Make it again with "
-            "`kava generate` and `kava evict`. Until then students can learn from it with `targets: store`, and be "
-            "evaluated with evaluate.interpret_records at 0."
+            "`kava generate` and `kava evict`. Until then students can learn from it with `targets:"
+            " store`, and be evaluated with evaluate.interpret_records at 0."
         ) from None
 
 

@@ -36,6 +36,16 @@ COMMANDS = {
     "report": (".report", "report", "Report: one HTML page and a table."),
     "show": (".show", "show", "Show the results of a pipeline."),
     "ask": (".ask", "ask", "Put a question to a trained student."),
+    "import-student": (
+        ".import_student",
+        "import_student",
+        "Import a student that others published.",
+    ),
+    "convert-weights": (
+        ".import_student",
+        "convert_weights",
+        "Make safetensors of what torch.save wrote.",
+    ),
     "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
     "study": (".study", "study", "Study: students × seeds × settings, and what they say."),
     "init": (".init", "init", "Make a project of your own in an empty folder."),

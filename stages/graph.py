@@ -127,7 +127,10 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         "evaluate": stage(
             "evaluate",
             "evaluate",
-            made("problems", "test_sets", "teacher", "kv_targets", "students"),
+            [
+                *made("problems", "test_sets", "teacher", "kv_targets", "students"),
+                *_local(*settings.evaluate.others.values()),
+            ],
             made("evaluation"),
             also=("students",),
             metrics=made("measured/evaluation.json"),

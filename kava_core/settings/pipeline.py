@@ -104,6 +104,11 @@ class Pipeline(Section):
                 "resources.push_caches: means nothing at `generate.keep: targets`, where no caches "
                 "are kept. Leave it out"
             )
+        taken = self.evaluate.others.keys() & {*self.students, "teacher-cot", "teacher-no-cot"}
+        if taken:
+            raise ValueError(
+                f"evaluate.others.{min(taken)}: a system of this pipeline is called so. Rename it"
+            )
         if self.teacher.model == "scratch" and self.prepare.tokenizer is not None:
             raise ValueError(
                 "prepare.tokenizer: a teacher from scratch learns its own tokenizer from the "

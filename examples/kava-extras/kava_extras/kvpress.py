@@ -17,6 +17,9 @@ class KVPress(PressPolicy):
 
     press_name: str = "KnormPress"
 
+    def __post_init__(self) -> None:
+        self.press()  # so that a wrong name is told before anything runs
+
     def press(self) -> Press:
         import kvpress
 

@@ -54,6 +54,6 @@ def convert_weights(path: Path, destination: Path) -> None:
     other commands refuse such files.
     """
     from kava_core.console import say
-    from kava_core.models.foreign import convert_weights as convert
+    from kava_core.models.convert import convert_weights as convert
 
     say(f"wrote {destination}: {convert(path, destination)} tensors")

@@ -14,7 +14,7 @@ from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -108,43 +108,13 @@ def import_student(
             "name": destination.name,
             "imported": {"format": form, "weights": file_digest(file)},
             "settings": {"w_cot": 0.0},
-            "fingerprints": {"base": model_fingerprint(base)},
+            "fingerprints": {"teacher": model_fingerprint(base)},  # what it began as
             "commit": commit_of(base),
             **published.prompt.kept(),
         },
     )
     built.rename(destination)
     return student
-
-
-def convert_weights(path: Path, destination: Path) -> int:
-    """Tensors of a file that torch.save wrote, as safetensors; how many.
-
-    The file is a pickle, read with `weights_only`: tensors and plain containers, no code of it is
-    run. KavaError if it holds anything else than names and tensors.
-    """
-    if destination.exists():
-        raise KavaError(f"{destination} is there already. Name another file, or remove it.")
-    if not path.is_file():
-        raise KavaError(f"{path} is no file. Expected one that torch.save wrote.")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a file that is no state dict makes of it
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise KavaError(
-            f"{path} cannot be read as names and tensors ({said[0]:.200}). Get the file again, or "
-            "have it saved as safetensors by those who made it."
-        ) from None
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
-    ):
-        raise KavaError(
-            f"{path}: expected a state dict, names and tensors, found {type(found).__name__} of "
-            "something else. Name the file that holds the weights."
-        )
-    # Tied weights are one tensor under two names, which safetensors does not write.
-    save_file({k: v.clone().contiguous() for k, v in found.items()}, destination, {"format": "pt"})
-    return len(found)
 
 
 def _weights_file(form: Format, path: Path) -> Path:

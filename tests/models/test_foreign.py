@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, LlamaConfig, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.foreign import convert_weights, import_student
+from kava_core.models.convert import convert_weights
+from kava_core.models.foreign import import_student
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_tokenizer
 from kava_core.models.students import open_student
@@ -234,6 +235,17 @@ def test_they_answer_as_by_their_own_loops(base: Base, tmp_path: Path, question:
     assert len(found) == 3
 
 
+@torch.no_grad()
+def test_what_must_be_said_changes_what_it_answers(base: Base, tmp_path: Path) -> None:
+    theirs = Codi(base).eval().save(tmp_path / "theirs")
+    answers = set()
+    for latents, alpha in ((LATENTS, ALPHA), (LATENTS + 1, ALPHA), (LATENTS, 4 * ALPHA)):
+        folder = tmp_path / f"{latents}-{alpha}"
+        import_student("codi", theirs, str(base.path), folder, latents=latents, lora_alpha=alpha)
+        answers.add(tuple(written_here(folder, QUESTIONS[0])[0]))
+    assert len(answers) == 3
+
+
 def test_an_imported_student_is_one_of_ours(base: Base, tmp_path: Path) -> None:
     done = CliRunner(catch_exceptions=False).invoke(
         command,
@@ -251,6 +263,8 @@ def test_an_imported_student_is_one_of_ours(base: Base, tmp_path: Path) -> None:
     assert about["imported"]["format"] == "codi"
     settings = json.loads((tmp_path / "ours/latents.json").read_text())
     assert (settings["projection_size"], settings["residual"]) == (48, False)
+    with pytest.raises(KavaError, match="is there already"):
+        import_student("codi", tmp_path / "theirs", str(base.path), tmp_path / "ours")
     student.save_pretrained(tmp_path / "again")
     for name in ("latents.json", "latents.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()

@@ -16,7 +16,9 @@ import yaml
 from click.testing import CliRunner
 
 from kava_core import registry
+from kava_core.errors import KavaError
 from kava_core.store import TargetsStore
+from kava_core.targets.plan import Plan
 from stages.cli import Kava
 from tests.stages.project import ROOT
 
@@ -129,6 +131,33 @@ def test_it_runs_through_prepare_evict_and_fidelity(chats: Chats) -> None:
     chats.kava("evict")
     after = TargetsStore.open(chats.path / "data/chats/kv_targets").batch(range(8)).slot_positions
     assert before.shape == after.shape and not before.equal(after)
+
+
+def test_another_version_of_it_is_another_artefact(chats: Chats, extras: Path) -> None:
+    chats.settings["evict"] = {"policy": "keydiff", "budget": 4}
+    chats.write()
+    for command in ("prepare", "teacher", "generate", "evict"):
+        chats.kava(command)
+    folder = chats.path / "data/chats/kv_targets"
+    before = TargetsStore.open(folder)
+    (about,) = extras.glob("kava_extras-*.dist-info")
+    text = (about / "METADATA").read_text(encoding="utf-8")
+    later = text.replace("Version: 0.1.0", "Version: 0.2.0")
+    (about / "METADATA").write_text(later, encoding="utf-8")
+    registry._points.cache_clear()
+    try:
+        with pytest.raises(
+            KavaError, match=r"here of kava-extras 0\.2\.0, not of kava-extras 0\.1"
+        ):
+            Plan.of_store(before)
+        chats.kava("evict")
+    finally:
+        (about / "METADATA").write_text(text, encoding="utf-8")
+        registry._points.cache_clear()
+    after = TargetsStore.open(folder).manifest
+    assert after.settings["evict"]["policy"]["packages"] == {"kava-extras": "0.2.0"}
+    assert after.digest != before.manifest.digest
+    assert after.fingerprints == before.manifest.fingerprints  # the same caches
 
 
 @pytest.mark.usefixtures("extras")

@@ -95,7 +95,7 @@ class Registry(Generic[K]):
                 f"that package, or choose another {self.what}."
             ) from error
         fits = isinstance(kind, type) and issubclass(kind, self.base) and is_dataclass(kind)
-        if not fits or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        if not fits or not kind.__dataclass_params__.frozen:
             raise KavaError(
                 f"{where}: expected a frozen dataclass that extends {self.base.__module__}."
                 f"{self.base.__name__}, found {kind!r:.120}. Mend that package."
@@ -113,7 +113,7 @@ class Registry(Generic[K]):
         if getattr(kind, "__abstractmethods__", None):
             lacking = ", ".join(sorted(kind.__abstractmethods__))
             raise KavaError(f"{where}: it has no {lacking}. Mend that package.")
-        return kind  # type: ignore[no-any-return]
+        return kind
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 from kava_core.errors import KavaError
-from kava_core.eviction.policies.base import Policy
+from kava_core.eviction.policies.base import Policy, RotaryPhase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class PressPolicy(Policy):
 
         press = self.press()
         scores = batch.empty_scores()
-        phase = "pre_rope" if batch.rotary is None else "post_rope"
+        phase: RotaryPhase = "pre_rope" if batch.rotary is None else "post_rope"
         for record, (first, last) in enumerate(batch.spans):
             tokens = slice(first, last)
             keys, values = batch.float_keys(tokens, phase), batch.float_values(tokens)

@@ -78,7 +78,7 @@ def _read(registry: Registry[Any], base: type, value: Any) -> Any:
             f"should be one of {', '.join(names)}, or {{name: one of them, and its settings}}"
         )
     try:
-        kind = registry.find(name)
+        kind: Any = registry.find(name)
         if not issubclass(kind, base):
             raise KavaError(f"expected a {base.__name__} here, found another kind of {what}.")
         if (installed := registry.packages(kind)) and "packages" in given:

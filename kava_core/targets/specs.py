@@ -33,8 +33,8 @@ def stored_settings(store: TargetsStore, section: type[StageSettings]) -> StageS
     try:
         return section.model_validate(store.manifest.settings.get(name))
     except ValidationError as error:
-        first = error.errors()[0]
-        said = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+        wrong = error.errors()[0]
+        said = ": ".join([*map(str, wrong["loc"]), wrong["msg"].removeprefix("Value error, ")])
         raise KavaError(
             f"{store.path} does not say how it was made in words of this version, under "
             f"settings.{name} of its manifest ({said.rstrip('.')}). Make it again with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kava_core.errors import KavaError
 from kava_core.problems.records import TraceForm
@@ -29,7 +30,7 @@ class ChatLog(RowSource):
             raise KavaError(f"expected a text as `mark`, found {self.mark!r}.")
 
     def read(self, row: Row, traces: TraceForm) -> Draft:
-        said = row.fields.get("messages")
+        said: Any = row.fields.get("messages")
         try:
             texts = {message["role"]: message["content"] for message in reversed(said)}
             question, reasoning = texts["user"], texts["assistant"]

@@ -40,7 +40,7 @@ SOURCES: dict[str, type[Source]] = {source.name: source for source in _ALL}
 REGISTRY: Registry[Source] = Registry(
     "source",
     "kava.sources",
-    Source,  # type: ignore[type-abstract]
+    Source,
     SOURCES,
 )
 

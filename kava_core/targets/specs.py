@@ -33,11 +33,12 @@ def stored_settings(store: TargetsStore, section: type[StageSettings]) -> StageS
     try:
         return section.model_validate(store.manifest.settings.get(name))
     except ValidationError as error:
-        wrong = error.errors()[0]
-        said = ": ".join([*map(str, wrong["loc"]), wrong["msg"].removeprefix("Value error, ")])
+        details = error.errors()[0]
+        place = ".".join(map(str, details["loc"]))
+        said = f"{place}: {details['msg'].removeprefix('Value error, ')}".removesuffix(".")
         raise KavaError(
             f"{store.path} does not say how it was made in words of this version, under "
-            f"settings.{name} of its manifest ({said.rstrip('.')}). Make it again with "
+            f"settings.{name} of its manifest ({said}). Make it again with "
             "`kava generate` and `kava evict`. Until then students can learn from it with `targets:"
             " store`, and be evaluated with evaluate.interpret_records at 0."
         ) from None

@@ -28,7 +28,8 @@ def import_student(
     """Make a student of ours in DEST of one that was published as CODI, PCCoT or Coconut.
 
     FORMAT is codi, pccot or coconut; PATH the folder with its files (safetensors), of Coconut's the
-    file itself. `kava ask DEST` asks it, and `evaluate.imported` has it evaluated beside others.
+    file itself. `kava ask DEST` asks it, and `evaluate.others` has it evaluated
+    beside a pipeline's own.
     """
     from kava_core.console import say
     from kava_core.models.foreign import Format

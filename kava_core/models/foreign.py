@@ -215,7 +215,7 @@ def _named_as_ours(tensors: dict[str, Tensor], form: Format) -> dict[str, Tensor
             plain = plain.removeprefix(prefix)
         for part in (".default", ".modules_to_save", ".base_layer"):
             plain = plain.replace(f"{part}.", ".")
-        if plain.endswith((".lora_A.weight", ".lora_B.weight")):
+        if form != "coconut" and plain.endswith((".lora_A.weight", ".lora_B.weight")):
             plain = plain.removesuffix(".weight")
         again = form == "coconut" and plain == "embedding.weight"  # the decoder's, once more
         if not again and not plain.endswith(_BUFFERS):

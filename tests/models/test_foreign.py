@@ -17,7 +17,13 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from kava_core.errors import KavaError
 from kava_core.models.convert import convert_weights
@@ -265,6 +271,13 @@ def test_an_imported_student_is_one_of_ours(base: Base, tmp_path: Path) -> None:
     assert (settings["projection_size"], settings["residual"]) == (48, False)
     with pytest.raises(KavaError, match="is there already"):
         import_student("codi", tmp_path / "theirs", str(base.path), tmp_path / "ours")
+    ids = torch.tensor([[5, 9, 7]])
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4}
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    alone = decoder.generate(
+        **asked, custom_generate=str(tmp_path / "ours"), trust_remote_code=True
+    )
+    assert alone.tolist() == student.generate(**asked).tolist()
     student.save_pretrained(tmp_path / "again")
     for name in ("latents.json", "latents.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
@@ -312,12 +325,15 @@ def test_tensors_that_do_not_fit_are_named(
         ("codi", {"latents": 3}, "does not say their alpha: give --lora-alpha"),
         ("pccot", {}, "expected a folder with adapter_model.safetensors or model.safetensors"),
         ("coconut", {"latents": 3}, "a Coconut student is one file of weights"),
+        ("coconut", {}, "--latents is missing"),
     ],
 )
 def test_what_is_missing_is_asked_for(
     base: Base, tmp_path: Path, form: Any, options: dict[str, int], said: str
 ) -> None:
     theirs = Codi(base).save(tmp_path / "theirs")
+    if form == "coconut" and not options:
+        theirs = theirs / "model.safetensors"
     if form == "pccot":
         (theirs / "model.safetensors").rename(theirs / "pytorch_model.bin")
     with pytest.raises(KavaError) as error:

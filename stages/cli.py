@@ -39,6 +39,16 @@ COMMANDS = {
     "show": (".show", "show", "Show the results of a pipeline."),
     "ask": (".ask", "ask", "Put a question to a trained student."),
     "serve": (".serve", "serve", "Serve a student to clients of OpenAI's API."),
+    "import-student": (
+        ".import_student",
+        "import_student",
+        "Import a student that others published.",
+    ),
+    "convert-weights": (
+        ".import_student",
+        "convert_weights",
+        "Make safetensors of what torch.save wrote.",
+    ),
     "compare": (".compare", "compare", "Compare pipelines: one table and one page."),
     "study": (".study", "study", "Study: students × seeds × settings, and what they say."),
     "init": (".init", "init", "Make a project of your own in an empty folder."),

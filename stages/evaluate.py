@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import progress, say, warn
 
@@ -13,7 +15,8 @@ def evaluate(run: Run) -> None:
     """Ask every system the problems of every test set.
 
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
-    answer at once (teacher-no-cot) and every student of the pipeline. Writes evaluation/: metrics
+    answer at once (teacher-no-cot), every student of the pipeline, and those of
+    `evaluate.others`. Writes evaluation/: metrics
     and comparisons per test set and system, predictions.parquet with all that was generated, what
     `dvc metrics` and `dvc plots` show, lm_eval.json, the accuracy by another harness' rules,
     similarity.json, the cosine similarity of each student's latents to its targets, and
@@ -42,7 +45,10 @@ def evaluate(run: Run) -> None:
     _name_strays(run)
     teacher, targets = str(run.path("teacher")), run.path("kv_targets")
     systems = Systems.of(
-        run.path("teacher"), {name: run.path("students", name) for name in students}, targets
+        run.path("teacher"),
+        {name: run.path("students", name) for name in students},
+        targets,
+        {name: Path(folder).expanduser() for name, folder in settings.others.items()},
     )
     folder = open_test_sets(run.path("test_sets"))
     systems.check_prompts(folder.prompt)
@@ -81,7 +87,7 @@ def evaluate(run: Run) -> None:
     output = run.path("evaluation")
     work = work_folder(output, "evaluate", {"settings": settings.model_dump(mode="json")})
     built = fresh_folder(work / "output")
-    scores = write_results(built, test_sets, found, list(students))
+    scores = write_results(built, test_sets, found, [*students, *settings.others])
     write_finding(run.path("measured", MEASURED), costs_of(found.examinations, hardware()))
     publish((built, output))
     for title, entries in scores.items():

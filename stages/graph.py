@@ -6,7 +6,8 @@ and the lock that DVC keeps beside it; so a team has any number of pipelines rep
 one stage, which shows the active pipeline's results and thereby runs what they need.
 
 A stage depends on exactly its own section of settings, on the artefacts and local files that it
-reads, and on its version (`kava_core.versions`), never on the text of the code. The students are
+reads, on its version (`kava_core.versions`), and on the versions of the packages whose policies and
+sources its settings name, never on the text of the code. The students are
 those of the settings, whichever they are: DVC makes its stages of them itself.
 """
 
@@ -19,11 +20,15 @@ from typing import Any
 import yaml
 
 from kava_core.errors import KavaError
+from kava_core.eviction.policies import REGISTRY as POLICIES
+from kava_core.problems.sources import REGISTRY as SOURCES
 from kava_core.settings import Pipeline
+from kava_core.settings.choice import packages_of
 from kava_core.versions import VERSIONS
 
 FOLDER = Path("pipelines")
 VERSIONS_FILE = FOLDER / "versions.yaml"
+PACKAGES = "packages"  # in it: package → version of those whose policies or sources are named
 HEADER = (
     "# Written by `kava sync` from pipelines.yaml: change the settings there, and run it again\n"
     "# after adding or removing a local path, a section `traces` or `fidelity`, or changing\n"
@@ -58,7 +63,10 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
             "wdir": "../..",
             "cmd": f"kava {command} --pipeline {name}",
             "deps": deps,
-            "params": [{"pipelines.yaml": sections}, {VERSIONS_FILE.as_posix(): [number]}],
+            "params": [
+                {"pipelines.yaml": sections},
+                {VERSIONS_FILE.as_posix(): [number, *_tracked_packages(settings, number, *also)]},
+            ],
             "outs": outs,
             **({"metrics": metrics} if metrics else {}),
         }
@@ -124,7 +132,10 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         "evaluate": stage(
             "evaluate",
             "evaluate",
-            made("problems", "test_sets", "teacher", "kv_targets", "students"),
+            [
+                *made("problems", "test_sets", "teacher", "kv_targets", "students"),
+                *_local(*settings.evaluate.others.values()),
+            ],
             made("evaluation"),
             also=("students",),
             metrics=made("measured/evaluation.json"),
@@ -159,6 +170,29 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         ],
         "plots": _plots(below, settings),
     }
+
+
+def _packages(settings: Pipeline, stage: str) -> dict[str, str]:
+    """Package → version of those whose policies or sources a stage computes with."""
+    if stage == "prepare":
+        asked = [more.source for more in settings.prepare.test_sets.values()]
+        return packages_of(SOURCES, settings.prepare.source, *asked)
+    if stage == "evict":
+        return packages_of(POLICIES, settings.evict.policy)
+    if stage == "fidelity" and settings.fidelity is not None:
+        return packages_of(POLICIES, *settings.fidelity.policies)
+    return {}
+
+
+def _tracked_packages(settings: Pipeline, *stages: str) -> list[str]:
+    """Keys of versions.yaml."""
+    names = {name for stage in stages for name in _packages(settings, stage)}
+    return [f"{PACKAGES}.{name}" for name in sorted(names)]
+
+
+def _all_packages(settings: Pipeline) -> dict[str, str]:
+    stages = ("prepare", "evict", "fidelity")
+    return {name: of for stage in stages for name, of in _packages(settings, stage).items()}
 
 
 def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
@@ -263,7 +297,11 @@ def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
     for name, settings in pipelines.items():
         files[FOLDER / name / "dvc.yaml"] = as_yaml(dvc_file(name, settings), HEADER)
     versions = "# What each stage computes (kava_core/versions.py). Written by `kava sync`.\n"
-    files[VERSIONS_FILE] = as_yaml(VERSIONS, versions)
+    others: dict[str, str] = {}
+    for settings in pipelines.values():
+        others |= _all_packages(settings)
+    noted = {PACKAGES: dict(sorted(others.items()))} if others else {}
+    files[VERSIONS_FILE] = as_yaml({**VERSIONS, **noted}, versions)
     return files
 
 
@@ -283,7 +321,15 @@ def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> N
     versions = _read(project / VERSIONS_FILE) if (project / VERSIONS_FILE).is_file() else {}
     tracked = wanted.get("do", wanted)["params"][1][VERSIONS_FILE.as_posix()]
     wrong += [
-        f"version {VERSIONS[each]}" for each in tracked if versions.get(each) != VERSIONS[each]
+        f"version {VERSIONS[each]}"
+        for each in tracked
+        if each in VERSIONS and versions.get(each) != VERSIONS[each]
+    ]
+    noted = versions.get(PACKAGES) or {}
+    wrong += [
+        f"{package} {version}"
+        for package, version in _all_packages(settings).items()
+        if f"{PACKAGES}.{package}" in tracked and noted.get(package) != version
     ]
     if wrong:
         raise KavaError(

@@ -34,6 +34,7 @@ from kava_core.distill.callbacks import (
 )
 from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
 from kava_core.distill.terms import Batch, Terms
+from kava_core.distill.tracking import Tracking
 from kava_core.distill.trainer import TermsTrainer
 from kava_core.errors import KavaError
 from kava_core.models.recompute import recomputed
@@ -72,6 +73,7 @@ def fit(
     loader_workers: int = 0,
     held_out: Sequence[int] = (),
     balance: Balance | None = None,
+    tracking: Tracking | None = None,
 ) -> None:
     """Train `model` in place.
 
@@ -82,7 +84,7 @@ def fit(
     a whole checkpoint found there is continued from. curves: a folder for the loss curves, in
     DVCLive's format. held_out: indices of the dataset that the sampler leaves out, on which the
     terms are measured every `training.held_out.every` steps. balance: what the terms are multiplied
-    with; None: nothing.
+    with; None: nothing. tracking: who else is told of the run; None: nobody.
 
     A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
@@ -117,7 +119,8 @@ def fit(
         dataloader_drop_last=True,
         remove_unused_columns=False,
         label_names=[],
-        report_to=[],
+        report_to=[],  # ours are told by callbacks of ours
+        run_name=tracking.name if tracking else None,
         disable_tqdm=True,
         optim="adamw_torch",
     )
@@ -131,6 +134,7 @@ def fit(
         callbacks: list[TrainerCallback] = [Epochs(sampler, training), window, stop]
         if group.rank() == 0:
             callbacks += [ProgressBar(display, task), Curves(curves)]
+            callbacks += tracking.callbacks() if tracking else []
         trainer = TermsTrainer(
             terms=terms,
             balance=balance or Balance(),

@@ -22,6 +22,7 @@ from kava_core.distill.projectors import add_projectors, drop_projectors
 from kava_core.distill.start import check_records, start_student
 from kava_core.distill.terms import Terms, student_terms
 from kava_core.distill.traces import encoded_traces
+from kava_core.distill.tracking import Tracking
 from kava_core.models.adapted import Base
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer
@@ -46,6 +47,7 @@ class StudentJob:
     work: Path
     cadence: Cadence
     loader_workers: int = 0
+    tracking: Tracking | None = None
 
     @property
     def folder(self) -> Path:
@@ -95,6 +97,7 @@ class StudentJob:
                 loader_workers=self.loader_workers,
                 held_out=held_out,
                 balance=Balance.of(settings),
+                tracking=self.tracking,
             )
             if group.rank() > 0:
                 return
@@ -190,10 +193,11 @@ def train_student(
     Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit` and
     of what it starts from.
     """
+    tracking = Tracking.of(cadence, output)
     plain = settings.model_dump(mode="json", by_alias=True)
     key = {"settings": plain, "inputs": inputs.fingerprints}
     work = work_folder(output, "distill", key)
-    job = StudentJob(name, settings, inputs, work, cadence, resources.loader_workers)
+    job = StudentJob(name, settings, inputs, work, cadence, resources.loader_workers, tracking)
     run_training(
         job,
         name,

@@ -17,6 +17,7 @@ from kava_core.distill.job import run_training
 from kava_core.distill.start import check_teacher, start_teacher
 from kava_core.distill.terms import chain_terms
 from kava_core.distill.traces import encoded_traces
+from kava_core.distill.tracking import Tracking
 from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
 from kava_core.models.loading import (
@@ -50,6 +51,7 @@ class TeacherJob:
     about: dict[str, Any]
     cadence: Cadence
     loader_workers: int
+    tracking: Tracking | None = None
 
     @property
     def folder(self) -> Path:
@@ -105,6 +107,7 @@ class TeacherJob:
             title="teacher",
             loader_workers=self.loader_workers,
             held_out=held_out,
+            tracking=self.tracking,
         )
         if adapters is None or training.lora is None or group.rank() > 0:
             return model
@@ -150,7 +153,13 @@ def train_teacher(
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
     job = TeacherJob(
-        settings, problems.path.absolute(), work, about, cadence, resources.loader_workers
+        settings,
+        problems.path.absolute(),
+        work,
+        about,
+        cadence,
+        resources.loader_workers,
+        None if settings.training is None else Tracking.of(cadence, output),
     )
     fresh_folder(job.folder)
     ensure_folder(job.curves)

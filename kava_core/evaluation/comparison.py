@@ -52,12 +52,12 @@ def compare_systems(
     for name in systems.names:
         total = sum(len(test_set.problems) for test_set in test_sets)
         task = display.add_task(name, total=total, note="")
-        system = to_device(systems.open(name, encoder))
+        system, asked_with = to_device(systems.open(name, encoder)), systems.encoder(name, encoder)
         for test_set in test_sets:
             display.update(task, note=test_set.name)
             found.examinations[test_set.name][name] = examine(
                 system,
-                encoder,
+                asked_with,
                 test_set,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,

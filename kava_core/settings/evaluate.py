@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Any
 
-from kava_core.settings.base import NotNegative, Positive, Section
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from kava_core.settings.base import Name, NotNegative, Positive, Section
 
 
 class Evaluate(Section):
@@ -12,7 +14,9 @@ class Evaluate(Section):
 
     limit: null asks all of them. batch_size: peak memory is that of one batch. interpret_records:
     test problems over which latents are looked into; intervention_problems: those that are asked
-    again with latents changed. 0 turns either off; without records there is neither.
+    again with latents changed. 0 turns either off; without records there is neither. others:
+    students from elsewhere that are asked as well, name → folder (docs/students.md), each with its
+    own tokenizer and prompt.
     """
 
     limit: Positive | None = None
@@ -22,6 +26,7 @@ class Evaluate(Section):
     interpret_records: NotNegative = 64
     intervention_problems: NotNegative = 200
     threads: Positive = 2
+    others: dict[Name, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _means_something(self) -> Evaluate:
@@ -30,6 +35,12 @@ class Evaluate(Section):
                 "intervention_problems: means nothing where interpret_records is 0. Leave it out"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_nobody(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nobody else is asked, nothing says so."""
+        written: dict[str, Any] = write(self)
+        return written if self.others else {k: v for k, v in written.items() if k != "others"}
 
 
 class Report(Section):

@@ -23,6 +23,7 @@ from kava_core.distill.fit import fit
 from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective, objective_of
 from kava_core.distill.terms import student_terms
+from kava_core.distill.tracking import Tracking
 from kava_core.models.latent import LatentReasoner
 from kava_core.record import Record
 from kava_core.rotary import Rotary
@@ -182,6 +183,7 @@ class Toy:
     loader_workers: int = 0
     held_out: int = 0
     balance: Balance | None = None
+    tracking: Tracking | None = None
     signal_at: int | None = None
     signal: int = signal.SIGKILL
 
@@ -220,6 +222,7 @@ class Toy:
             loader_workers=self.loader_workers,
             held_out=held_out,
             balance=self.balance,
+            tracking=self.tracking,
         )
         return {name: x.detach().clone() for name, x in model.state_dict().items()}
 

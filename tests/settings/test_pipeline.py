@@ -541,7 +541,7 @@ def test_the_repositorys_pipelines_are_valid(name: str) -> None:
 def test_the_settings_on_the_page_about_training_are_valid(tmp_path: Path) -> None:
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     shown = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S)]
-    assert len(shown) == 2
+    assert len(shown) == 3
     for section in shown:
         load(tmp_path, {**SMALL, **section})
 

@@ -142,8 +142,8 @@ def test_no_question_is_shown_without_its_answer() -> None:
 
 def named_commands(page: str) -> list[tuple[str, str]]:
     """Every `kava COMMAND …` of a page, in blocks and in the text: the command and what follows."""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", page, re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S)
+    lines = [line for kind, block in blocks if kind in ("", "bash") for line in block.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", page)
     found = [
         re.match(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*kava ([a-z][a-z-]*)(.*)$", line.partition("#")[0])

@@ -41,7 +41,7 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class _Copy:
-    """A file of the cache, or the part that has come of one: whose, when last used, its bytes."""
+    """A file of the cache, or a part of one: whose, when last used (a part never), its bytes."""
 
     place: Path
     digest: str
@@ -178,7 +178,8 @@ class Cache:
                     found = entry.stat(follow_symlinks=False)
                     if stat.S_ISREG(found.st_mode):
                         place = self.folder.absolute() / entry.name
-                        yield _Copy(place, match[1], found.st_atime_ns, found.st_size)
+                        used = 0 if entry.name.startswith(".") else found.st_atime_ns
+                        yield _Copy(place, match[1], used, found.st_size)
 
     def _remove(self, copy: _Copy, is_there: Callable[[Url], bool]) -> bool:
         """Remove a copy that has its object still, or what a killed process left of a file."""

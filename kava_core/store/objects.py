@@ -75,8 +75,7 @@ class Objects:
                 f"{url} cannot be read: expected at most {most:,} bytes, found {size:,}. Make it "
                 "again."
             )
-        content = self._ask(url, lambda: self._open().cat_file(url.whole))
-        return bytes(content[: most + 1])
+        return bytes(self._ask(url, partial(self._whole, url, size))[: most + 1])
 
     def head(self, url: Url, length: int) -> bytes:
         """The first `length` bytes of an object."""
@@ -106,6 +105,12 @@ class Objects:
             self._ask(url, lambda: self._open().rm_file(url.whole), "removed")
         except Missing:
             return
+
+    def _whole(self, url: Url, length: int | None) -> bytes:
+        content: bytes = self._open().cat_file(url.whole)
+        if length is not None and len(content) < length:
+            raise EOFError(f"{len(content)} of {length} bytes")
+        return content
 
     def _range(self, url: Url, start: int, stop: int) -> bytes:
         piece: bytes = self._open().cat_file(url.whole, start, stop)
@@ -207,19 +212,19 @@ def _said(error: Exception) -> str:
 def _status(error: BaseException) -> int | None:
     """The HTTP status of a library's error, if it has one."""
     found = getattr(error, "status", None) or getattr(error, "code", None)
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore's
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    elif response is not None:
-        found = getattr(response, "status_code", found)
-    if isinstance(found, int) and 100 <= found < 600:
-        return found
-    return _status(error.__cause__) if error.__cause__ is not None else None
+    for each in (error, error.__cause__):  # s3fs makes errors of its own of botocore's
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif response is not None:
+            found = getattr(response, "status_code", found)
+    return found if isinstance(found, int) and 100 <= found < 600 else None
 
 
 def _code(error: BaseException) -> str | None:
     """The error code of an S3 service, if it has one."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return str(response.get("Error", {}).get("Code"))
-    return _code(error.__cause__) if error.__cause__ is not None else None
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+    return None

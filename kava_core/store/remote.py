@@ -174,6 +174,10 @@ class Remote(Place):
 
     def header(self, manifest: Manifest, name: str) -> BinaryIO:
         file, size = self.path / name, manifest.files[name].bytes
+        try:
+            self._check_length(name, self._objects.size(file) or size, size)
+        except Missing:
+            self._check_length(name, None, size)
         content = self._objects.head(file, min(HEADER_BYTES, size))
         needed = 8 + int.from_bytes(content[:8], "little")
         if len(content) < needed <= size:
@@ -181,12 +185,7 @@ class Remote(Place):
         return io.BytesIO(content)
 
     def other_files(self, manifest: Manifest) -> Iterator[str]:
-        lengths = self._objects.lengths()
-        if lengths is None:
-            for name, info in manifest.files.items():
-                self._check_length(name, self._objects.size(self.path / name), info.bytes)
-            return
-        for name in sorted(lengths):
+        for name in sorted(self._objects.lengths() or ()):
             if name not in manifest.files and name != MANIFEST_FILE:
                 yield name
 

@@ -59,8 +59,7 @@ def verify_files(path: str | StorePath, *, full: bool = False) -> Iterator[tuple
         if full:
             store.fetch_ahead([shard], range(shard + 1, min(shard + AHEAD, len(manifest.shards))))
         if damage is None:
-            check = store.check_shard if full or isinstance(place, Folder) else store.check_header
-            found = _problem(partial(check, shard))
+            found = _problem(partial(_check_shard, store, shard, full=full))
         else:  # the index tells what a shard must be like
             found = _problem(partial(store.check_content, name))
         yield name, found
@@ -69,6 +68,14 @@ def verify_files(path: str | StorePath, *, full: bool = False) -> Iterator[tuple
             sums.append(store.sums(shard))
     if full and whole and (found := _problem(partial(_check_statistics, store, sums))):
         yield MANIFEST_FILE, found
+
+
+def _check_shard(store: TeacherStore | TargetsStore, shard: int, *, full: bool) -> None:
+    here = isinstance(store.place, Folder)
+    if not here:  # what is fetched has the length that it should: what is there may be longer
+        store.check_header(shard)
+    if here or full:
+        store.check_shard(shard)
 
 
 def _check_statistics(store: TeacherStore | TargetsStore, sums: Sequence[dict[str, Sums]]) -> None:

@@ -72,6 +72,39 @@ def verify(path: str, full: bool) -> None:
 
 @store_group.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.argument("url")
+def push(path: Path, url: str) -> None:
+    """Put the store in folder PATH at URL (s3:// or gs://).
+
+    It is a store there only once all of it is there. Cut off and run again, it sends what is
+    missing; it replaces nothing.
+    """
+    from kava_core.console import progress
+    from kava_core.store.push import push as put
+    from kava_core.store.url import locate
+
+    with progress() as display:
+        task = display.add_task("push", total=None, note="")
+        manifest = put(path, url, lambda name: display.update(task, advance=1, note=name))
+    click.echo(f"{locate(url)} holds {manifest.kind}, {manifest.records:,} records.")
+
+
+@store_group.command()
+@click.argument("url")
+@click.argument("folder", type=click.Path(path_type=Path))
+def link(url: str, folder: Path) -> None:
+    """Let FOLDER stand for the store at URL: stages that read FOLDER read that.
+
+    FOLDER gets one file, with the URL and the digest of the store that is there now.
+    """
+    from kava_core.store.where import link as write_link
+
+    manifest = write_link(url, folder)
+    click.echo(f"{folder} stands for {url}: {manifest.kind}, {manifest.records:,} records.")
+
+
+@store_group.command()
+@click.argument("path", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 def export(path: Path, destination: Path) -> None:
     """Write the store in folder PATH as a dataset folder for the Hugging Face Hub.

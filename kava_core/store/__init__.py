@@ -14,11 +14,13 @@ from kava_core.store.finalise import (
     noted_shards,
 )
 from kava_core.store.layout import Codec, Geometry
-from kava_core.store.manifest import Expectation, Manifest, load_manifest
+from kava_core.store.manifest import Expectation, Manifest
+from kava_core.store.push import push
 from kava_core.store.read import TargetsStore, TeacherStore
 from kava_core.store.sampler import ShardShuffleSampler
 from kava_core.store.spec import StoreSpec
 from kava_core.store.url import StorePath, Url, locate
+from kava_core.store.where import link, load_manifest
 from kava_core.store.write import write_targets_shard, write_teacher_shard
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "fake_quantise",
     "finalise",
     "finished_shards",
+    "link",
     "load_manifest",
     "locate",
     "merged_manifest",
     "noted_shards",
+    "push",
     "write_targets_shard",
     "write_teacher_shard",
 ]

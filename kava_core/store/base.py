@@ -125,9 +125,8 @@ class Store(ABC):
 
         KavaError if the cache cannot hold the shards `now` together.
         """
-        pinned = self.manifest.files.keys() - set(self.manifest.shard_files())
         names = [[shard_name(shard) for shard in shards] for shards in (now, then)]
-        self.place.fetch_ahead(self.manifest, *names, pinned=sorted(pinned))
+        self.place.fetch_ahead(self.manifest, *names)
 
     @abstractmethod
     def _layout(self, shard: int) -> dict[str, TensorSpec]:

@@ -221,7 +221,8 @@ class Cache:
         if not mark.is_file():
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if any(self.folder.iterdir()) and not mark.is_file():
+                others = [p for p in self.folder.iterdir() if not p.name.startswith(f".{MARK}.")]
+                if others and not mark.is_file():  # another process may make the mark now
                     raise KavaError(
                         f"{self.folder} cannot be a cache of stores: expected an empty folder or a "
                         f"cache, found other files. Set {FOLDER} to a new folder."

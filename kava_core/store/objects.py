@@ -79,7 +79,7 @@ class Objects:
 
     def head(self, url: Url, length: int) -> bytes:
         """The first `length` bytes of an object."""
-        return bytes(self._ask(url, lambda: self._open().cat_file(url.whole, 0, length))[:length])
+        return self._ask(url, partial(self._range, url, 0, length))[:length]
 
     def pieces(self, url: Url, length: int) -> Iterator[bytes]:
         """An object of `length` bytes, piece by piece, each as long as it should be."""
@@ -113,7 +113,7 @@ class Objects:
         return content
 
     def _range(self, url: Url, start: int, stop: int) -> bytes:
-        piece: bytes = self._open().cat_file(url.whole, start, stop)
+        piece: bytes = self._open().cat_file(url.whole, start=start, end=stop)
         if len(piece) < stop - start:
             raise EOFError(f"{len(piece)} of {stop - start} bytes")
         return piece

@@ -73,13 +73,10 @@ class Place(ABC):
         """Whether what was opened of a file should be kept open."""
 
     @abstractmethod
-    def fetch_ahead(
-        self, manifest: Manifest, now: Sequence[str], then: Sequence[str], *, pinned: Sequence[str]
-    ) -> None:
-        """Begin to fetch files, those of `now` first; returns at once.
+    def fetch_ahead(self, manifest: Manifest, now: Sequence[str], then: Sequence[str]) -> None:
+        """Begin to fetch shards, those of `now` first; returns at once.
 
-        pinned: files that are needed all the time. KavaError if those and `now` cannot be had
-        together.
+        KavaError if there is no room for those of `now` together.
         """
 
 
@@ -143,9 +140,7 @@ class Folder(Place):
     def has_opened(self, manifest: Manifest, name: str) -> bool:
         return True
 
-    def fetch_ahead(
-        self, manifest: Manifest, now: Sequence[str], then: Sequence[str], *, pinned: Sequence[str]
-    ) -> None:
+    def fetch_ahead(self, manifest: Manifest, now: Sequence[str], then: Sequence[str]) -> None:
         """They are here."""
 
 

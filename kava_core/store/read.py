@@ -185,14 +185,14 @@ class TargetsStore(Store):
         if maps is not None:
             self._maps.move_to_end(shard)
             return maps
-        for other in [k for k in self._maps if not self._is_kept(k)]:
-            del self._maps[other]
         records, layout = self.manifest.shards[shard], self._layout(shard)
         whole, spans = self._opened(shard_name(shard), layout, _map)
         tensors = {key: whole[slice(*spans[key])].reshape(records, -1) for key in layout}
         if shard not in self._agreed:
             self._check_slots(shard, tensors["slot_counts"], tensors["slot_positions"])
             self._agreed.add(shard)
+        for other in [k for k in self._maps if not self._is_kept(k)]:
+            del self._maps[other]
         self._maps[shard] = list(tensors.values())
         if len(self._maps) > OPEN_FILES:
             self._maps.popitem(last=False)

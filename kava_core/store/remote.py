@@ -29,18 +29,19 @@ HEADER_BYTES = 1 << 16
 
 
 class Remote(Place):
-    """The folder at a URL; may be pickled."""
+    """The folder at a URL; may be pickled. digest: of the manifest that is expected there."""
 
-    def __init__(self, url: Url, cache: Cache) -> None:
+    def __init__(self, url: Url, cache: Cache, digest: str | None = None) -> None:
         self.path: Url = url
         self.cache = cache
+        self.digest = digest
         self._objects = Objects(url)
         self._checked: dict[str, tuple[int, ...]] = {}  # checksum → which copy it was checked of
         self._needed: frozenset[str] = frozenset()  # checksums
         self._ahead = _Ahead()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Remote, (self.path, self.cache)
+        return Remote, (self.path, self.cache, self.digest)
 
     def read_manifest(self, kind: str | None = None) -> Manifest:
         return self._manifest(MOST_FILES, kind)
@@ -62,7 +63,14 @@ class Remote(Place):
                 f"{self.path} holds no store: there is no {MANIFEST_FILE}, which is written last. "
                 "Check the address; if it is being written, wait for its end."
             ) from None
-        return check_manifest(self.path, parse_json(content, str(file)), kind)
+        manifest = check_manifest(self.path, parse_json(content, str(file)), kind)
+        if self.digest not in (None, manifest.digest):
+            raise KavaError(
+                f"{self.path} holds another store (digest {manifest.digest}) than when it was "
+                f"linked ({self.digest}). Link it again with `kava store link`, or have the old "
+                "one put back."
+            )
+        return manifest
 
     def _check_length(self, name: str, found: int | None, expected: int) -> None:
         if found is None:
@@ -128,11 +136,11 @@ class Remote(Place):
 
     def _fetched(self, manifest: Manifest, name: str) -> Path:
         info, url = manifest.files[name], self.path / name
+        fetch = partial(self._objects.pieces, url, info.bytes)
+        keep = {*self._needed, *(manifest.files[each].blake3 for each in _pinned(manifest))}
         for _ in range(TRIES):
             try:
-                return self.cache.get(
-                    info, url, partial(self._pieces, url, info.bytes), self._is_there, self._needed
-                )
+                return self.cache.get(info, url, fetch, self._is_there, keep)
             except Mismatch:
                 continue
             except Missing:
@@ -144,9 +152,6 @@ class Remote(Place):
             f"{url} does not match its checksum, fetched {TRIES} times: its content is damaged. "
             f"{REMAKE}"
         )
-
-    def _pieces(self, url: Url, length: int) -> Iterable[bytes]:
-        return self._objects.pieces(url, length)
 
     def _check_same(self, manifest: Manifest) -> None:
         """KavaError if another store has taken this one's place by now."""
@@ -194,17 +199,16 @@ class Remote(Place):
         info = manifest.files[name]
         return identity(self.cache.path(info)) == self._checked.get(info.blake3)
 
-    def fetch_ahead(
-        self, manifest: Manifest, now: Sequence[str], then: Sequence[str], *, pinned: Sequence[str]
-    ) -> None:
+    def fetch_ahead(self, manifest: Manifest, now: Sequence[str], then: Sequence[str]) -> None:
+        pinned = _pinned(manifest)
         sizes = {name: manifest.files[name].bytes for name in (*pinned, *now, *then)}
         room = self.cache.limit - sum(sizes[name] for name in {*pinned, *now})
         if room < 0:
             raise KavaError(
                 f"{self.cache.folder} is too small: the index and {len(now)} shards of {self.path} "
                 f"that are read at the same time are {readable_size(self.cache.limit - room)}, and "
-                f"it may hold {readable_size(self.cache.limit)}. Set {SIZE} to at least that, or "
-                "lower shard_window."
+                f"it may hold {readable_size(self.cache.limit)}. Set {SIZE} to at least that; in "
+                "training a lower shard_window takes less."
             )
         names = list(now)
         for name in then:
@@ -212,8 +216,13 @@ class Remote(Place):
             if room < 0:
                 break
             names.append(name)
-        self._needed = frozenset(manifest.files[name].blake3 for name in (*pinned, *names))
+        self._needed = frozenset(manifest.files[name].blake3 for name in names)
         self._ahead.ask([partial(self._fetched, manifest, name) for name in names])
+
+
+def _pinned(manifest: Manifest) -> list[str]:
+    """The files that a store is never read without: all but its shards."""
+    return sorted(manifest.files.keys() - set(manifest.shard_files()))
 
 
 class _Ahead:

@@ -196,7 +196,7 @@ def test_maps_of_what_was_removed_are_let_go(server: ObjectServer, tmp_path: Pat
     store = TargetsStore.open(url, cache=Cache(tmp_path / "cache", limit))
     for i in range(0, 32, 4):
         store.batch([i])
-        assert len(store._maps) <= 3
+        assert len(store._maps) <= 2
 
 
 def test_a_cache_that_cannot_hold_what_is_mixed_is_refused(

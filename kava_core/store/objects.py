@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +38,12 @@ FULL = ("QuotaExceeded", "XMinioStorageFull", "StorageFull", "507")
 OUR_MISTAKES = (TypeError, AttributeError, NameError)
 
 T = TypeVar("T")
+
+# A forked process shares its parent's event queue: were it to close what it inherited, the parent
+# would not hear of its own connections any more. So it keeps all of that, unused, to its end.
+_in_use: weakref.WeakValueDictionary[int, AbstractFileSystem] = weakref.WeakValueDictionary()
+_inherited: list[AbstractFileSystem] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_in_use.values()))
 
 
 class Missing(KavaError):
@@ -142,6 +149,7 @@ class Objects:
         """The service, asked by this process; what was set up before a fork is of no use."""
         if self._filesystem is None or self._filesystem[0] != os.getpid():
             self._filesystem = os.getpid(), _filesystem(self.url)
+            _in_use[id(self._filesystem[1])] = self._filesystem[1]
         return self._filesystem[1]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -277,6 +280,26 @@ def test_a_store_travels_to_other_processes(server: ObjectServer) -> None:
     store = TargetsStore.open(url_of(server))
     again = pickle.loads(pickle.dumps(store))
     assert same(batches(again, [1, 0]), batches(store, [1, 0]))
+
+
+def use_and_leave(store: TargetsStore) -> None:
+    store.batch([0])
+    del store
+    gc.collect()
+
+
+def test_a_forked_reader_does_not_deafen_its_parent(server: ObjectServer) -> None:
+    """It shares the parent's event queue, and the parent would wait for a time-out in vain."""
+    store = TargetsStore.open(url_of(server))
+    first = 0
+    for size in SIZES:
+        child = multiprocessing.get_context("fork").Process(target=use_and_leave, args=(store,))
+        child.start()
+        began = time.monotonic()
+        store.batch(range(first, first + size))
+        child.join()
+        assert time.monotonic() - began < objects.SILENT_SECONDS / 2
+        first += size
 
 
 BAD: dict[str, str] = {

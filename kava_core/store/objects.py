@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kava_core.errors import KavaError
-from kava_core.store.url import CREDENTIALS, EXTRAS, Url
+from kava_core.store.url import CREDENTIALS, INSTALL, Url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -177,10 +177,9 @@ def _filesystem(url: Url) -> AbstractFileSystem:
             options["encoded"] = True
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError:
-        extra = EXTRAS[scheme] or "s3"
         raise KavaError(
-            f"{url} cannot be read without the extra {extra!r}. Install it: "
-            f"`pip install 'kava[{extra}]'`."
+            f"{url} cannot be read: what reads {scheme}:// is not installed. Run `pip install "
+            f"{INSTALL[scheme]}`."
         ) from None
     if scheme == "s3":
         filesystem.retries = 1

@@ -9,9 +9,15 @@ from urllib.parse import urlsplit
 
 from kava_core.errors import KavaError
 
-# Scheme → the extra that brings what reads it (None: there is nothing to install), and how whoever
-# asks is known to the service.
-EXTRAS = {"s3": "s3", "gs": "gcs", "hf": None, "https": "https", "http": "https"}
+# Scheme → what to install to read it, and how whoever asks is known to the service. gcsfs and s3fs
+# each want one release of fsspec, seldom the same: the lock has s3fs.
+INSTALL = {
+    "s3": "'kava[s3]'",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "https": "'kava[https]'",
+    "http": "'kava[https]'",
+}
 CREDENTIALS = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, of somebody who may; "
     "for a public bucket set FSSPEC_S3_ANON=true",
@@ -22,7 +28,7 @@ CREDENTIALS = {
 }
 CREDENTIALS["http"] = CREDENTIALS["https"]
 LOCAL = "file"
-FOLDED = re.compile(rf"({'|'.join((*EXTRAS, LOCAL))}):/(?!/)")
+FOLDED = re.compile(rf"({'|'.join((*INSTALL, LOCAL))}):/(?!/)")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def locate(path: str | StorePath) -> StorePath:
     if scheme == "gcs":
         scheme = "gs"
     url = Url(f"{scheme}://{rest.partition('#')[0]}")
-    if scheme not in EXTRAS:
+    if scheme not in INSTALL:
         raise KavaError(
             f"{url} cannot be read: expected a folder or a URL that begins with s3://, gs://, "
             f"hf:// or https://, found {scheme!r:.40}. Copy the store to one of them."

@@ -88,7 +88,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path, largest: int = LARGEST_TEXT) -> Any:
     """The JSON in `path`; KavaError if it is no file, missing, too large or not JSON."""
-    content = read_regular(path, largest)
+    return parse_json(read_regular(path, largest), str(path))
+
+
+def parse_json(content: bytes, path: str) -> Any:
+    """The JSON that was read from `path`; KavaError if it is none."""
     try:
         return json.loads(content)
     except RecursionError:

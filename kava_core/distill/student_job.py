@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,12 @@ class StudentJob:
             )
             if match is not None and projected:
                 add_projectors(student, match)
-            sampler = ShardShuffleSampler(taught, seed=training.seed, window=settings.shard_window)
+            sampler = ShardShuffleSampler(
+                taught,
+                seed=training.seed,
+                window=settings.shard_window,
+                ahead=material.ahead,
+            )
             fit(
                 student,
                 terms,
@@ -161,6 +167,12 @@ class _Material:
     sizes: list[int]
     traces: str
     prompt: Prompt
+
+    @property
+    def ahead(self) -> Callable[[Sequence[int], Sequence[int]], None] | None:
+        """What is told which shards come next; online, targets are made and none is read."""
+        online = isinstance(self.dataset, TargetsDataset) and self.dataset.online
+        return None if self.store is None or online else self.store.fetch_ahead
 
     @classmethod
     def of(

@@ -28,8 +28,7 @@ from kava_core.findings.scores import Percent
 from kava_core.findings.tables import read_table
 from kava_core.reporting.truncation import BudgetGrid, read_grid
 from kava_core.settings.student import KVParts, Share
-from kava_core.store import TargetsStore
-from kava_core.store.manifest import Manifest, load_manifest
+from kava_core.store import Manifest, TargetsStore, load_manifest
 
 STAGES = ("prepare", "teacher", "traces", "generate", "evict", "fidelity", "evaluate", "report")
 

@@ -15,7 +15,8 @@ from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
 from kava_core.record import Record
 from kava_core.store.layout import INDEX_FILE
-from kava_core.store.manifest import REMAKE, Manifest, check_content, check_file, unless_made_anew
+from kava_core.store.manifest import REMAKE, Manifest
+from kava_core.store.place import Place
 
 TOKENS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -99,8 +100,9 @@ class Index:
     Nothing is copied out of the memory map but the rows that are asked for.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path / INDEX_FILE
+    def __init__(self, place: Place, manifest: Manifest) -> None:
+        self.path = place.path / INDEX_FILE
+        self._place = place
         self._manifest = manifest
         self._starts = [0, *accumulate(manifest.shards)]
         self._reader: pa.ipc.RecordBatchFileReader | None = None
@@ -175,12 +177,11 @@ class Index:
 
     def _open(self) -> pa.ipc.RecordBatchFileReader:
         if self._reader is None:
-            folder, manifest = self.path.parent, self._manifest
-            with unless_made_anew(folder, manifest):
-                check_file(folder, INDEX_FILE, manifest.files[INDEX_FILE].bytes)
-                # Its end first: a file of many empty gigabytes is not read through.
-                reader = self._reading()
-                check_content(self.path, manifest)
+            manifest = self._manifest
+            # Its end is looked at first: a file of many empty gigabytes is not read through.
+            reader, _ = self._place.opened(
+                manifest, INDEX_FILE, self._reading, self._reading, checksums=True
+            )
             if not reader.schema.equals(SCHEMA):
                 raise KavaError(f"{self.path} has other columns than the format says. {REMAKE}")
             if reader.num_record_batches != len(manifest.shards):
@@ -191,9 +192,9 @@ class Index:
             self._reader = reader
         return self._reader
 
-    def _reading(self) -> pa.ipc.RecordBatchFileReader:
+    def _reading(self, file: Path) -> pa.ipc.RecordBatchFileReader:
         try:
-            return pa.ipc.open_file(pa.memory_map(str(self.path)))
+            return pa.ipc.open_file(pa.memory_map(str(file)))
         except (pa.ArrowException, OSError) as error:
             raise KavaError(f"{self.path} cannot be read ({error}). {REMAKE}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import stat
@@ -22,9 +21,6 @@ from kava_core.errors import KavaError
 from kava_core.rotary import Rotary
 from kava_core.store.checksum import checksum, file_checksum
 from kava_core.store.layout import (
-    CALIBRATION_FILE,
-    CODE_BITS,
-    INDEX_FILE,
     MANIFEST_FILE,
     Codec,
     Count,
@@ -34,6 +30,8 @@ from kava_core.store.layout import (
     StrictModel,
     shard_name,
 )
+from kava_core.store.manifest_checks import REMAKE, check_counts, check_numbers, check_rotary
+from kava_core.store.url import StorePath
 
 # The one version that is written and read. Version 1, never published, had SHA-256 checksums.
 FORMAT_VERSION = 3
@@ -43,8 +41,6 @@ SOFTWARE = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
 # Bytes that a manifest may have, and for each file of the folder: it is read whole, and reading it
 # must cost a hostile one neither time nor memory.
 LARGEST, LARGEST_PER_FILE = 1 << 20, 1 << 10
-# Positions are turned by an angle each: one more than a whole turn says nothing.
-LARGEST_ANGLE, LARGEST_SCALING = 2 * math.pi, 100.0
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -170,7 +166,7 @@ class Expectation:
     teacher: str
     tokenizer: str
 
-    def check(self, manifest: Manifest, path: Path) -> None:
+    def check(self, manifest: Manifest, path: StorePath) -> None:
         """KavaError naming both values where the store at `path` is not what is expected."""
         for name, expected in vars(self).items():
             found = manifest.fingerprints.get(name)
@@ -212,7 +208,18 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     if not path.is_dir():
         raise KavaError(f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}.")
     check_inside(path, MANIFEST_FILE)
-    plain = read_json(file, LARGEST + LARGEST_PER_FILE * len(_lengths(path)))
+    plain = read_json(file, largest_manifest(len(_lengths(path))))
+    return check_manifest(path, plain, kind)
+
+
+def largest_manifest(files: int) -> int:
+    """Bytes that the manifest of a store of so many files may have."""
+    return LARGEST + LARGEST_PER_FILE * files
+
+
+def check_manifest(path: StorePath, plain: Any, kind: str | None = None) -> Manifest:
+    """The manifest that is written as the JSON `plain` in the store at `path`."""
+    file = path / MANIFEST_FILE
     try:
         digest = manifest_digest(plain) if isinstance(plain, dict) else None
     except (ValueError, RecursionError) as error:  # half a character
@@ -241,13 +248,10 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "(top level)"
         raise KavaError(f"{file}: {where:.200}: {first['msg']:.200}. {REMAKE}") from None
-    _check_counts(file, manifest)
-    _check_rotary(file, manifest)
-    _check_numbers(file, manifest)
+    check_counts(file, manifest)
+    check_rotary(file, manifest)
+    check_numbers(file, manifest)
     return manifest
-
-
-REMAKE = "Fetch the store again, or run the stage that makes it."
 
 
 def check_file(path: Path, name: str, expected: int) -> None:
@@ -318,7 +322,7 @@ def check_inside(path: Path, name: str) -> None:
         )
 
 
-def _check_version(file: Path, found: Any) -> None:
+def _check_version(file: StorePath, found: Any) -> None:
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise KavaError(f"{file} has no valid format_version (found {found!r:.60}). {REMAKE}")
     if found > FORMAT_VERSION:
@@ -335,94 +339,9 @@ def _check_version(file: Path, found: Any) -> None:
         )
 
 
-def _check_name(file: Path, name: str) -> None:
+def _check_name(file: StorePath, name: str) -> None:
     if not PLAIN_NAME.fullmatch(name):
         raise KavaError(
             f"{file} names the file {name!r:.100}; only plain names inside the store's folder are "
             f"allowed. Do not trust this store. {REMAKE}"
-        )
-
-
-def _check_counts(file: Path, manifest: Manifest) -> None:
-    expected = {*manifest.shard_files(), INDEX_FILE}
-    if manifest.codec.calibrated:
-        expected.add(CALIBRATION_FILE)
-    wrong = expected ^ manifest.files.keys()
-    if wrong:
-        raise KavaError(
-            f"{file}: files lists wrongly or leaves out {sorted(wrong)[0]:.100}. {REMAKE}"
-        )
-    if sum(manifest.shards) != manifest.records:
-        raise KavaError(
-            f"{file}: the shards have {sum(manifest.shards)} records, records says "
-            f"{manifest.records}. {REMAKE}"
-        )
-    geometry = manifest.geometry
-    if (geometry.slots == 0) != (manifest.kind == "teacher_kv"):
-        raise KavaError(f"{file}: {manifest.kind} cannot have {geometry.slots} slots. {REMAKE}")
-    rows, levels = len(geometry.rows), geometry.model_layers + 1
-    statistics = manifest.statistics
-    lengths = [len(statistics.keys_std), len(statistics.values_std), len(statistics.endpoint_std)]
-    if lengths != [rows, rows, levels]:
-        raise KavaError(
-            f"{file}: statistics have {lengths} entries, expected {[rows, rows, levels]}. {REMAKE}"
-        )
-    drift, quantised = (
-        manifest.drift,
-        {manifest.codec.keys, manifest.codec.values} & CODE_BITS.keys(),
-    )
-    if (drift is not None) != bool(quantised):
-        raise KavaError(
-            f"{file}: drift must be there exactly if keys or values are in codes. {REMAKE}"
-        )
-    for name, values in drift or ():
-        if len(values) != rows or min(values) < 0 or ("changed" in name and max(values) > 1):
-            raise KavaError(
-                f"{file}: drift.{name} must be {rows} numbers, none negative, and no share above "
-                f"1. {REMAKE}"
-            )
-    if min(statistics.keys_std + statistics.values_std + statistics.endpoint_std) < 0:
-        raise KavaError(f"{file}: a standard deviation is negative. {REMAKE}")
-
-
-def _check_rotary(file: Path, manifest: Manifest) -> None:
-    """A rotation of all layers or of none, of no more dimensions than there are."""
-    rotary, geometry = manifest.rotary, manifest.geometry
-    layers = geometry.model_layers if rotary.scaling or rotary.inv_freq else 0
-    halves = {len(row) for row in rotary.inv_freq}
-    right = (
-        len(rotary.scaling) == len(rotary.inv_freq) == layers
-        and len(halves) <= 1
-        and all(2 * half <= geometry.head_dim for half in halves)
-        and all(0 <= angle <= LARGEST_ANGLE for row in rotary.inv_freq for angle in row)
-        and all(0 < factor <= LARGEST_SCALING for factor in rotary.scaling)
-    )
-    if not right:
-        raise KavaError(
-            f"{file}: rotary must have, for each of the {geometry.model_layers} layers, up to "
-            f"{geometry.head_dim // 2} angles from 0 to {LARGEST_ANGLE:.2f} and a scaling above 0 "
-            f"and at most {LARGEST_SCALING:g}, or none for any. {REMAKE}"
-        )
-
-
-def _check_numbers(file: Path, manifest: Manifest) -> None:
-    """What the settings say of the content, and how many tokens there can be."""
-    evict, phase = manifest.settings.get("evict"), manifest.rotary.phase
-    if isinstance(evict, dict) and evict.get("phase", phase) != phase:
-        raise KavaError(
-            f"{file}: settings.evict.phase is {evict['phase']!r:.60}, and rotary.phase is {phase}. "
-            f"{REMAKE}"
-        )
-    fraction = manifest.settings.get("latent_fraction", 1)
-    if type(fraction) not in (int, float) or not 0 < fraction <= 1:
-        raise KavaError(
-            f"{file}: settings.latent_fraction must be above 0 and at most 1, found "
-            f"{fraction!r:.60}. {REMAKE}"
-        )
-    # Every token of a trace takes four bytes of the index.
-    most = manifest.files[INDEX_FILE].bytes // 4
-    if not manifest.records <= manifest.trace_tokens <= most:
-        raise KavaError(
-            f"{file}: trace_tokens must be from {manifest.records} to {most}, by the records and "
-            f"the length of the index, found {manifest.trace_tokens}. {REMAKE}"
         )

@@ -10,276 +10,33 @@ is used again: the process's own memory does not grow with the store.
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kava_core.errors import KavaError
-from kava_core.record import Record
-from kava_core.store.codec import EncodedTensor, spread
-from kava_core.store.index import Index
+from kava_core.store.base import Store
+from kava_core.store.batch import Buffer, TargetsBatch, TeacherShard
+from kava_core.store.codec import EncodedTensor
 from kava_core.store.layout import (
-    CALIBRATION_FILE,
-    Codec,
-    Geometry,
     TensorSpec,
-    calibration_layout,
     right_slots,
     shard_layout,
     shard_name,
 )
-from kava_core.store.manifest import (
-    REMAKE,
-    Expectation,
-    Manifest,
-    check_content,
-    check_file,
-    load_manifest,
-    unless_made_anew,
-)
+from kava_core.store.manifest import REMAKE, Manifest
+from kava_core.store.place import Place
 from kava_core.store.statistics import Sums, row_sums
-from kava_core.store.tensor_file import read_header
 
 OPEN_FILES = 128
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class TeacherShard:
-    """One shard of a teacher store, memory-mapped.
-
-    records: N. offsets: [N+1] int64, record n owns tokens offsets[n] … offsets[n+1]. Encoded are
-    keys, values [ΣN_C, L', H, D] and endpoint [N, L+1, E]; importance: [ΣN_C, L', H] float32.
-    Cut keys and values before decoding them (`shard.keys[a:b].dequantise(device)`).
-    """
-
-    records: list[Record]
-    offsets: Tensor
-    keys: EncodedTensor
-    values: EncodedTensor
-    importance: Tensor
-    endpoint: EncodedTensor
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-
-@dataclass(frozen=True)
-class TargetTensors:
-    """A batch of targets as numbers: keys, values [B, L', H, M, D], endpoint [B, L+1, E].
-
-    slot_counts: [B, L', H] int32; slot_positions: [B, L', H, M] int32, −1 = none; slot_mask:
-    [B, L', H, M] bool, true where a slot holds a target.
-    """
-
-    keys: Tensor
-    values: Tensor
-    endpoint: Tensor
-    slot_counts: Tensor
-    slot_positions: Tensor
-    slot_mask: Tensor
-
-
-@dataclass(frozen=True)
-class TargetsBatch:
-    """A batch of targets as it is stored; B records.
-
-    indices: their places in the store. Encoded are keys, values [B, L', H, M, D] and endpoint
-    [B, L+1, E]; slot_counts [B, L', H] and slot_positions [B, L', H, M] int32.
-    """
-
-    indices: list[int]
-    keys: EncodedTensor
-    values: EncodedTensor
-    endpoint: EncodedTensor
-    slot_counts: Tensor
-    slot_positions: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TargetsBatch:
-        """The same, still encoded, on `device`."""
-        return replace(
-            self,
-            keys=self.keys.to(device, non_blocking),
-            values=self.values.to(device, non_blocking),
-            endpoint=self.endpoint.to(device, non_blocking),
-            slot_counts=self.slot_counts.to(device, non_blocking=non_blocking),
-            slot_positions=self.slot_positions.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> TargetsBatch:
-        """The same in pinned memory.
-
-        torch's DataLoader calls it with `pin_memory=True`; its worker processes are what reads
-        ahead.
-        """
-        return replace(
-            self,
-            keys=self.keys.pin_memory(),
-            values=self.values.pin_memory(),
-            endpoint=self.endpoint.pin_memory(),
-            slot_counts=self.slot_counts.pin_memory(),
-            slot_positions=self.slot_positions.pin_memory(),
-        )
-
-    def dequantise(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = torch.float32
-    ) -> TargetTensors:
-        """The targets as numbers on `device`: codes are moved first and worked out there.
-
-        dtype: of keys, values and endpoint; None leaves stored floats as they are.
-        """
-        here = self if device is None else self.to(device, non_blocking=True)
-        return TargetTensors(
-            keys=here.keys.dequantise(dtype=dtype),
-            values=here.values.dequantise(dtype=dtype),
-            endpoint=here.endpoint.dequantise(dtype=dtype),
-            slot_counts=here.slot_counts,
-            slot_positions=here.slot_positions,
-            slot_mask=here.slot_positions >= 0,
-        )
-
-
-class _Store(ABC):
-    """What both kinds have: folder, manifest, index."""
-
-    kind: str
-
-    def __init__(self, path: Path, manifest: Manifest, *, checksums: bool) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.checksums = checksums
-        self.index = Index(path, manifest)
-        self._checked: dict[str, tuple[int, ...]] = {}  # file → what it was when it was checked
-        self._calibration: dict[str, Tensor] | None = None
-
-    @classmethod
-    def open(
-        cls, path: str | Path, expect: Expectation | None = None, *, checksums: bool = True
-    ) -> Self:
-        """Open the store in folder `path`; milliseconds, whatever its size.
-
-        expect: what this run needs it to be. checksums: check each file's content the first time it
-        is read (once per process); False trusts the disk, but for the index.
-
-        KavaError for another kind, a newer format, a store that is not what is expected, a damaged
-        manifest, and a file that is missing, of another length, or outside the folder.
-        """
-        folder = Path(path)
-        manifest = load_manifest(folder, cls.kind)
-        if expect is not None:
-            expect.check(manifest, folder)
-        return cls(folder, manifest, checksums=checksums)
-
-    def __len__(self) -> int:
-        return self.manifest.records
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.manifest.geometry
-
-    @property
-    def codec(self) -> Codec:
-        return self.manifest.codec
-
-    @property
-    def layer_map(self) -> dict[int, int]:
-        """Teacher layer → row of keys, values and slots that stands for it."""
-        return self.geometry.layer_map
-
-    @abstractmethod
-    def check_shard(self, shard: int) -> None:
-        """KavaError if a shard is damaged or disagrees with the manifest or the index."""
-
-    @abstractmethod
-    def sums(self, shard: int) -> dict[str, Sums]:
-        """Sums over a shard's keys, values and endpoint states, as they are read, row by row.
-
-        Over valid slots, or tokens.
-        """
-
-    def check_calibration(self) -> None:
-        """KavaError if the calibration file is damaged."""
-        self._shared()
-
-    def check_content(self, name: str) -> None:
-        """Once per file: KavaError unless it is there, whole, and has the content it should.
-
-        Once more if it is another file by now: a store may be made anew while it is read.
-        """
-        with unless_made_anew(self.path, self.manifest):
-            check_file(self.path, name, self.manifest.files[name].bytes)
-            now = _identity(self.path / name)
-            before = self._checked.get(name)
-            if now == before:
-                return
-            if self.checksums or before is not None:
-                check_content(self.path / name, self.manifest)
-            self._checked[name] = now
-
-    def _opened(
-        self, name: str, layout: dict[str, TensorSpec], opener: Callable[[Path], T]
-    ) -> tuple[T, dict[str, tuple[int, int]]]:
-        """What `opener` makes of a checked file, and where the tensors in it are.
-
-        The header is checked first: a file of many empty gigabytes is not read through.
-        """
-        file = self.path / name
-        with unless_made_anew(self.path, self.manifest):
-            check_file(self.path, name, self.manifest.files[name].bytes)
-            spans = read_header(file, layout)
-            self.check_content(name)
-            try:
-                opened = opener(file)
-                same = _identity(file) == self._checked[name]
-            except (SafetensorError, OSError) as error:
-                raise KavaError(f"{file} cannot be read ({error}). {REMAKE}") from None
-            if not same:  # what was opened may not be what was checked
-                raise KavaError(f"{file} was changed while it was read. {REMAKE}")
-        return opened, spans
-
-    def _tensors(self, name: str, layout: dict[str, TensorSpec]) -> dict[str, Tensor]:
-        """All tensors of a file, memory-mapped."""
-
-        def read(file: Path) -> dict[str, Tensor]:
-            with safe_open(file, framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in layout}
-
-        return self._opened(name, layout, read)[0]
-
-    def _shared(self) -> dict[str, Tensor]:
-        """Scale and zero of the calibration file; empty if every token has its own."""
-        if self._calibration is None:
-            layout = calibration_layout(self.geometry, self.codec)
-            self._calibration = self._tensors(CALIBRATION_FILE, layout) if layout else {}
-        return self._calibration
-
-    def _encoded(self, name: str, tensors: dict[str, Tensor], length: int) -> EncodedTensor:
-        encoding = getattr(self.codec, name)
-        codes, scale, zero = tensors[name], tensors.get(f"{name}_scale"), None
-        shared = name in self.codec.calibrated
-        if shared:
-            scale, zero = (spread(self._shared()[f"{name}_{p}"], codes.ndim) for p in PARTS)
-        elif scale is not None:
-            scale, zero = scale[..., None], tensors[f"{name}_zero"][..., None]
-        return EncodedTensor(codes, encoding, length, scale, zero, shared)
-
-
-PARTS = ("scale", "zero")
-
-
-class TeacherStore(_Store):
+class TeacherStore(Store):
     """A teacher's caches, read shard by shard."""
 
     kind = "teacher_kv"
@@ -294,12 +51,8 @@ class TeacherStore(_Store):
 
         KavaError for a damaged shard and for one that disagrees with the index.
         """
-        lengths = self.index.shard(shard)["n_cot"]
-        records, geometry = self.manifest.shards[shard], self.geometry
-        layout = shard_layout(
-            self.kind, geometry, self.codec, records=records, tokens=int(lengths.sum())
-        )
-        tensors = self._tensors(shard_name(shard), layout)
+        lengths, geometry = self.index.shard(shard)["n_cot"], self.geometry
+        tensors = self._tensors(shard_name(shard), self._layout(shard))
         offsets = tensors["offsets"]
         if offsets[0] != 0 or not np.array_equal(offsets.diff().numpy(), lengths):
             raise KavaError(
@@ -318,6 +71,11 @@ class TeacherStore(_Store):
     def check_shard(self, shard: int) -> None:
         self.shard(shard)
 
+    def _layout(self, shard: int) -> dict[str, TensorSpec]:
+        tokens = int(self.index.shard(shard)["n_cot"].sum())
+        records = self.manifest.shards[shard]
+        return shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=tokens)
+
     def sums(self, shard: int) -> dict[str, Sums]:
         content = self.shard(shard)
         size = int(content.offsets[-1]) * self.geometry.kv_heads * self.geometry.head_dim
@@ -328,18 +86,7 @@ class TeacherStore(_Store):
         }
 
 
-@dataclass
-class Buffer:
-    """Memory for a batch, used again and again: a batch read into it replaces the one before."""
-
-    tensors: dict[str, Tensor]
-    slots: list[list[np.ndarray]] = field(repr=False)  # per record, its bytes in each tensor
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-class TargetsStore(_Store):
+class TargetsStore(Store):
     """Targets, read by record in any order; what the trainer streams from.
 
     May be used from several threads and processes: it pickles as its path.
@@ -347,15 +94,15 @@ class TargetsStore(_Store):
 
     kind = "kv_targets"
 
-    def __init__(self, path: Path, manifest: Manifest, *, checksums: bool) -> None:
-        super().__init__(path, manifest, checksums=checksums)
+    def __init__(self, place: Place, manifest: Manifest, *, checksums: bool) -> None:
+        super().__init__(place, manifest, checksums=checksums)
         # per shard, the bytes of each tensor [N, …], in the order of `shard_layout`
         self._maps: OrderedDict[int, list[np.ndarray]] = OrderedDict()
         self._agreed: set[int] = set()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.manifest, self.checksums)
+        return _reopen, (self.place, self.manifest, self.checksums)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -438,18 +185,25 @@ class TargetsStore(_Store):
         if maps is not None:
             self._maps.move_to_end(shard)
             return maps
-        name = shard_name(shard)
-        records = self.manifest.shards[shard]
-        layout = shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
-        whole, spans = self._opened(name, layout, _map)
+        records, layout = self.manifest.shards[shard], self._layout(shard)
+        whole, spans = self._opened(shard_name(shard), layout, _map)
         tensors = {key: whole[slice(*spans[key])].reshape(records, -1) for key in layout}
         if shard not in self._agreed:
             self._check_slots(shard, tensors["slot_counts"], tensors["slot_positions"])
             self._agreed.add(shard)
+        for other in [k for k in self._maps if not self._is_kept(k)]:
+            del self._maps[other]
         self._maps[shard] = list(tensors.values())
         if len(self._maps) > OPEN_FILES:
             self._maps.popitem(last=False)
         return self._maps[shard]
+
+    def _layout(self, shard: int) -> dict[str, TensorSpec]:
+        records = self.manifest.shards[shard]
+        return shard_layout(self.kind, self.geometry, self.codec, records=records, tokens=0)
+
+    def _is_kept(self, shard: int) -> bool:
+        return self.place.has_opened(self.manifest, shard_name(shard))
 
     def _check_slots(self, shard: int, counts: np.ndarray, positions: np.ndarray) -> None:
         """The slots of a shard fit the trace lengths in the index."""
@@ -473,17 +227,8 @@ def _map(file: Path) -> np.ndarray:
     return np.asarray(np.memmap(file, np.uint8, "r"))
 
 
-def _identity(file: Path) -> tuple[int, ...]:
-    """Another one if another file stands under the name, none does, or it was written to."""
-    try:
-        status = file.stat()
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _reopen(path: str, manifest: Manifest, checksums: bool) -> TargetsStore:
-    return TargetsStore(Path(path), manifest, checksums=checksums)
+def _reopen(place: Place, manifest: Manifest, checksums: bool) -> TargetsStore:
+    return TargetsStore(place, manifest, checksums=checksums)
 
 
 def _rows(x: Tensor) -> list[np.ndarray]:

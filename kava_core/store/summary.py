@@ -14,6 +14,7 @@ from kava_core.findings.eviction import EvictionFindings
 from kava_core.store.identity import identity_explained
 from kava_core.store.layout import CODE_BITS
 from kava_core.store.manifest import KIND_NAMES, Manifest
+from kava_core.store.place import Folder
 from kava_core.store.read import TargetsStore, TeacherStore
 
 BARS = 10
@@ -157,9 +158,7 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
     ]
     if isinstance(store, TargetsStore):
         facts.append(("slots (M)", str(geometry.slots)))
-        found = eviction_findings(store)
-        engaged = f"on {found.engaged_percent:.1f} % of (record, layer, head)"
-        facts += [("eviction engaged", engaged), *found.identity]
+        facts += _eviction_facts(store)
     if quantised:
         facts.append(("one scale per", codec.granularity))
     facts += drift_facts(manifest)
@@ -168,6 +167,15 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
     shown = {name: value for name, value in manifest.settings.items() if name != QUARANTINED}
     facts += [(f"setting {name}", str(value)) for name, value in shown.items()]
     return facts
+
+
+def _eviction_facts(store: TargetsStore) -> list[tuple[str, str]]:
+    """What eviction did; of a remote store nobody fetches every shard to be told."""
+    if not isinstance(store.place, Folder):
+        return [("eviction", "counted where the store is a folder")]
+    found = eviction_findings(store)
+    engaged = f"on {found.engaged_percent:.1f} % of (record, layer, head)"
+    return [("eviction engaged", engaged), *found.identity]
 
 
 def drift_facts(manifest: Manifest) -> list[tuple[str, str]]:

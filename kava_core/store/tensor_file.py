@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from kava_core.artefacts import disk_errors, sync
 from kava_core.errors import KavaError
 from kava_core.store.layout import TensorSpec, describe
-from kava_core.store.manifest import REMAKE
+from kava_core.store.manifest_checks import REMAKE
+from kava_core.store.url import StorePath
 
 MAX_HEADER = 1 << 20
 ALIGNMENT = 8
@@ -70,18 +72,32 @@ def flush(path: Path) -> None:
         sync(path)
 
 
-def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+def read_header(
+    file: Path, layout: dict[str, TensorSpec], path: StorePath
+) -> dict[str, tuple[int, int]]:
     """Where each tensor of a safetensors file begins and ends (bytes from the file's start).
 
-    KavaError unless the file holds exactly the tensors of `layout`, and no byte more or less.
+    path: as messages name it. KavaError unless the file holds exactly the tensors of `layout`, and
+    no byte more or less.
     """
     try:
         with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(size, MAX_HEADER):
-                raise ValueError("its header is too long")
-            header = json.loads(opened.read(length))
+            return check_header(opened, os.fstat(opened.fileno()).st_size, layout, path)
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing, but the manifest lists it. {REMAKE}") from None
+    except OSError as error:
+        raise _unexpected(path, error) from None
+
+
+def check_header(
+    opened: BinaryIO, size: int, layout: dict[str, TensorSpec], file: StorePath
+) -> dict[str, tuple[int, int]]:
+    """`read_header` of what is opened: the beginning, at least, of a file of `size` bytes."""
+    try:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > min(size, MAX_HEADER):
+            raise ValueError("its header is too long")
+        header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         found, spans = {}, {}
         for name, entry in header.items():
@@ -90,14 +106,8 @@ def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[in
                 raise ValueError(f"shape or place of {name} is not of integers")
             found[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(shape))
             spans[name] = (begin, stop)
-    except FileNotFoundError:
-        raise KavaError(f"{file} is missing, but the manifest lists it. {REMAKE}") from None
-    except (
-        ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError, struct.error
-    ) as error:  # fmt: skip
-        raise KavaError(
-            f"{file} is not a safetensors file as expected ({error}). {REMAKE}"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise _unexpected(file, error) from None
     if found != layout:
         name = next(n for n in sorted({*found, *layout}) if found.get(n) != layout.get(n))
         has = describe(found[name]) if name in found else "none"
@@ -114,3 +124,7 @@ def read_header(file: Path, layout: dict[str, TensorSpec]) -> dict[str, tuple[in
     if 8 + length + end != size:
         raise KavaError(f"{file} has {size} bytes, its header says {8 + length + end}. {REMAKE}")
     return {name: (8 + length + begin, 8 + length + stop) for name, (begin, stop) in spans.items()}
+
+
+def _unexpected(file: StorePath, error: Exception) -> KavaError:
+    return KavaError(f"{file} is not a safetensors file as expected ({error}). {REMAKE}")

@@ -15,6 +15,7 @@ from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Resources
 from kava_core.store import (
     Ranges,
+    StorePath,
     StoreSpec,
     TeacherStore,
     calibrate,
@@ -26,12 +27,14 @@ from kava_core.targets.build import Build, ShardCounts, build_store
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
 
+AHEAD = 3  # shards of a remote store: workers that share a cache take turns with them
+
 
 @dataclass(frozen=True)
 class EvictJob:
     """Shard k of the teacher store → shard k of the targets, in `folder`."""
 
-    teacher_kv: Path
+    teacher_kv: StorePath
     folder: Path
     plan: Plan
     spec: StoreSpec
@@ -44,6 +47,7 @@ class EvictJob:
         store = TeacherStore.open(self.teacher_kv)
 
         def work(number: int) -> ShardCounts:
+            store.fetch_ahead([number], range(number + 1, min(number + AHEAD, store.shards)))
             shard = store.shard(number)
             targets = self.plan.cut(cache_batch(store, number))
             write_targets_shard(
@@ -63,9 +67,10 @@ class EvictJob:
 
 
 def build_kv_targets(
-    teacher_kv: Path, settings: Evict, output: Path, resources: Resources
+    teacher_kv: StorePath, settings: Evict, output: Path, resources: Resources
 ) -> Build:
-    """Cut the caches of a teacher store; the targets are built in the work of `output`.
+    """Cut the caches of a teacher store, in a folder or at a URL; the targets are built in the work
+    of `output`.
 
     KavaError names the setting that cannot be met by this teacher's layers.
     """

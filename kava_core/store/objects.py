@@ -1,0 +1,237 @@
+"""Objects on object storage, read and written through fsspec; asked for again where it stumbles.
+
+What a service or a library says of a failure may repeat a URL with a secret in it, so that nothing
+of it is passed on but a status and the name of the error.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kava_core.errors import KavaError
+from kava_core.store.url import CREDENTIALS, INSTALL, Url
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+PART = 16 << 20  # bytes asked for at a time: what a slow line takes in seconds
+ATTEMPTS, FIRST_WAIT = 5, 0.5  # the wait doubles: 7.5 s in all
+CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
+
+DENIED = (401, 403)
+PASSING = (408, 425, 429)  # the only 4xx that the same request may outlive
+NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+    "RefreshError",
+)
+FULL = ("QuotaExceeded", "XMinioStorageFull", "StorageFull", "507")
+OUR_MISTAKES = (TypeError, AttributeError, NameError)
+
+T = TypeVar("T")
+
+# A forked process shares its parent's event queue: were it to close what it inherited, the parent
+# would not hear of its own connections any more. So it keeps all of that, unused, to its end.
+_in_use: weakref.WeakValueDictionary[int, AbstractFileSystem] = weakref.WeakValueDictionary()
+_inherited: list[AbstractFileSystem] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_in_use.values()))
+
+
+class Missing(KavaError):
+    """There is no such object."""
+
+
+class Objects:
+    """The objects of one service, that of `url`; may be pickled, and used in any thread."""
+
+    def __init__(self, url: Url) -> None:
+        self.url = url
+        self._filesystem: tuple[int, AbstractFileSystem] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Objects, (self.url,)
+
+    def size(self, url: Url) -> int | None:
+        """Bytes of an object; None where the service does not say."""
+        found = self._ask(url, lambda: self._open().info(url.whole)["size"])
+        return None if found is None else int(found)
+
+    def lengths(self) -> dict[str, int] | None:
+        """Bytes of each object in the folder; None where a service lists none (http)."""
+        if self.url.scheme in ("https", "http"):
+            return None
+        prefix = self.url.whole.rstrip("/")
+        entries = self._ask(self.url, lambda: self._open().ls(prefix, detail=True, refresh=True))
+        files = (entry for entry in entries if entry["type"] == "file")
+        return {str(entry["name"]).rpartition("/")[2]: int(entry["size"]) for entry in files}
+
+    def read(self, url: Url, most: int) -> bytes:
+        """The whole of a small object; KavaError if it has more than `most` bytes."""
+        size = self.size(url)
+        if size is not None and size > most:
+            raise KavaError(
+                f"{url} cannot be read: expected at most {most:,} bytes, found {size:,}. Make it "
+                "again."
+            )
+        return bytes(self._ask(url, partial(self._whole, url, size))[: most + 1])
+
+    def head(self, url: Url, length: int) -> bytes:
+        """The first `length` bytes of an object."""
+        return self._ask(url, partial(self._range, url, 0, length))[:length]
+
+    def pieces(self, url: Url, length: int) -> Iterator[bytes]:
+        """An object of `length` bytes, piece by piece, each as long as it should be."""
+        for start in range(0, length, PART):
+            stop = min(start + PART, length)
+            piece = self._ask(url, partial(self._range, url, start, stop))
+            if len(piece) > stop - start:  # a server that knows no ranges sends everything
+                yield piece[start:]
+                return
+            yield piece
+
+    def write(self, url: Url, content: bytes) -> None:
+        """Put a small object."""
+        self._ask(url, lambda: self._open().pipe_file(url.whole, content), "written")
+
+    def upload(self, url: Url, file: str) -> None:
+        """Put a file of this machine."""
+        self._ask(url, lambda: self._open().put_file(file, url.whole), "written")
+
+    def remove(self, url: Url) -> None:
+        """Remove an object, if it is there."""
+        try:
+            self._ask(url, lambda: self._open().rm_file(url.whole), "removed")
+        except Missing:
+            return
+
+    def _whole(self, url: Url, length: int | None) -> bytes:
+        content: bytes = self._open().cat_file(url.whole)
+        if length is not None and len(content) < length:
+            raise EOFError(f"{len(content)} of {length} bytes")
+        return content
+
+    def _range(self, url: Url, start: int, stop: int) -> bytes:
+        piece: bytes = self._open().cat_file(url.whole, start=start, end=stop)
+        if len(piece) < stop - start:
+            raise EOFError(f"{len(piece)} of {stop - start} bytes")
+        return piece
+
+    def _ask(self, url: Url, call: Callable[[], T], what: str = "read") -> T:
+        """The result of `call`, repeated where that may help."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return call()
+            except KavaError:
+                raise
+            except OUR_MISTAKES:
+                raise
+            except Exception as error:
+                if (final := _explained(error, url, what)) is not None:
+                    raise final from None
+                if attempt == ATTEMPTS - 1:
+                    raise KavaError(
+                        f"{url} cannot be {what}: asked {ATTEMPTS} times, the last time "
+                        f"{_said(error)}. Check the network and the service, and run this again."
+                    ) from None
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25))
+        raise AssertionError
+
+    def _open(self) -> AbstractFileSystem:
+        """The service, asked by this process; what was set up before a fork is of no use."""
+        if self._filesystem is None or self._filesystem[0] != os.getpid():
+            self._filesystem = os.getpid(), _filesystem(self.url)
+            _in_use[id(self._filesystem[1])] = self._filesystem[1]
+        return self._filesystem[1]
+
+
+def _filesystem(url: Url) -> AbstractFileSystem:
+    """fsspec's view of a service, with credentials and settings from the environment.
+
+    Its own retries are left to `Objects._ask`.
+    """
+    import fsspec
+
+    scheme = url.scheme
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme == "s3":
+        options["config_kwargs"] = {
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": SILENT_SECONDS,
+            "retries": {"total_max_attempts": 1},
+        }
+    try:
+        if scheme in ("https", "http"):
+            import aiohttp
+
+            limits = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+            options["client_kwargs"] = {"timeout": limits}
+            options["encoded"] = True
+        filesystem = fsspec.filesystem(scheme, **options)
+    except ImportError:
+        raise KavaError(
+            f"{url} cannot be read: what reads {scheme}:// is not installed. Run `pip install "
+            f"{INSTALL[scheme]}`."
+        ) from None
+    if scheme == "s3":
+        filesystem.retries = 1
+    return filesystem
+
+
+def _explained(error: Exception, url: Url, what: str) -> KavaError | None:
+    """What a person can mend; None for what the same request may outlive."""
+    status, code = _status(error), _code(error)
+    if code in FULL or status == 507:
+        return KavaError(
+            f"{url} cannot be {what}: its bucket is full ({code or status}). Free some space "
+            "there, or have its quota raised; what was written is kept, and the same command goes "
+            "on."
+        )
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return Missing(f"{url} is not there. Check the address, or put the store there again.")
+    denied = isinstance(error, PermissionError) or status in DENIED
+    if denied or any(kind.__name__ in NO_CREDENTIALS for kind in type(error).__mro__):
+        found = "access was denied" if denied else "no credentials were found"
+        return KavaError(f"{url} cannot be {what}: {found}. {CREDENTIALS[url.scheme]}.")
+    if status is not None and 400 <= status < 500 and status not in PASSING:
+        return KavaError(
+            f"{url} cannot be {what}: the service answered {_said(error)}. Check the address."
+        )
+    return None
+
+
+def _said(error: Exception) -> str:
+    """A failure in a few words that hold no secret."""
+    if isinstance(error, EOFError):
+        return f"only {error} came"
+    status = _status(error)
+    return f"with status {status}" if status is not None else f"with {type(error).__name__}"
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of a library's error, if it has one."""
+    found = getattr(error, "status", None) or getattr(error, "code", None)
+    for each in (error, error.__cause__):  # s3fs makes errors of its own of botocore's
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif response is not None:
+            found = getattr(response, "status_code", found)
+    return found if isinstance(found, int) and 100 <= found < 600 else None
+
+
+def _code(error: BaseException) -> str | None:
+    """The error code of an S3 service, if it has one."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+    return None

@@ -13,13 +13,17 @@ those of the settings, whichever they are: DVC makes its stages of them itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kava_core.errors import KavaError
-from kava_core.settings import Pipeline
+from kava_core.settings import Imported, Pipeline
+from kava_core.settings.prepare import Prepare
+from kava_core.settings.student import Student
 from kava_core.versions import VERSIONS
 
 FOLDER = Path("pipelines")
@@ -37,40 +41,18 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Stage = dict[str, Any]
 
 
-def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
+def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
     """The content of `pipelines/<name>/dvc.yaml`."""
+    if isinstance(settings, Imported):
+        return _imported_file(name, settings)
     data = f"data/{name}"
-
-    def stage(
-        command: str,
-        section: str,
-        deps: list[str],
-        outs: list[Any],
-        *,
-        also: tuple[str, ...] = (),
-        metrics: list[str] | None = None,
-    ) -> Stage:
-        """Paths are those below data/<name> unless they are the user's own."""
-        number = command.split(maxsplit=1)[0]
-        sections = [f"pipelines.{name}.{each}" for each in (section, *also)]
-        return {
-            "wdir": "../..",
-            "cmd": f"kava {command} --pipeline {name}",
-            "deps": deps,
-            "params": [{"pipelines.yaml": sections}, {VERSIONS_FILE.as_posix(): [number]}],
-            "outs": outs,
-            **({"metrics": metrics} if metrics else {}),
-        }
-
-    def made(*names: str) -> list[str]:
-        return [f"{data}/{each}" for each in names]
-
+    stage, made = partial(_stage, name), partial(_made, name)
     caches = f"{data}/teacher_kv"
     asks_test = settings.fidelity is not None and settings.fidelity.split == "test"
     students = stage(
         "distill ${key}",
         "students.${key}",
-        [*made("${item.reads}", "teacher"), *_local_models(settings)],
+        [*made("${item.reads}", "teacher"), *_local_models(settings.students)],
         made("students/${key}", "curves/students/${key}"),
     )
     keeps_caches = settings.generate.keep == "caches"
@@ -79,7 +61,7 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
     results += ["fidelity"] if settings.fidelity else []
     stages = {
         "prepare": stage(
-            "prepare", "prepare", _local_problems(settings), made("problems", "test_sets")
+            "prepare", "prepare", _local_problems(settings.prepare), made("problems", "test_sets")
         ),
         "teacher": stage(
             "teacher",
@@ -139,23 +121,103 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         tracked = stages["generate"]["params"][1]
         tracked[VERSIONS_FILE.as_posix()].append("evict")
         del stages["evict"]
-    for each in stages.values():
-        if each.get("deps") == []:
-            del each["deps"]
-    below = f"../../{data}"
+    shown = ("teacher/metrics.json", "evaluation/summary.json", "report/summary.json")
+    plots = _plots(f"../../{data}", compressed=settings.fidelity is not None)
+    return _file(name, stages, shown, plots=plots)
+
+
+def _imported_file(name: str, settings: Imported) -> dict[str, Any]:
+    """That of a pipeline which imports its targets: there is nothing before its students but
+    problems of its own, and without these nothing behind them."""
+    stage, made = partial(_stage, name), partial(_made, name)
+    imports = settings.imports
+    targets, teacher = (
+        str(Path(elsewhere).expanduser()) if elsewhere else made(own)[0]
+        for own, elsewhere in (("kv_targets", imports.targets), ("teacher", imports.teacher))
+    )
+    students = f"pipelines.{name}.students"
+    # Which of its two sources a student reads is known to DVC only where both have their own place.
+    if imports.targets is None:
+        source = made("${item.reads}")
+    else:
+        source = [targets, *(made("problems") if settings.prepare else [])]
+    distill = stage(
+        "distill ${key}",
+        "students.${key}",
+        [*source, teacher, *_local_models(settings.students)],
+        made("students/${key}", "curves/students/${key}"),
+    )
+    stages: dict[str, Stage] = {"distill": {"foreach": f"${{{students}}}", "do": distill}}
+    if settings.prepare is None:
+        return _file(name, stages, (), plots=[])
+    problems = made("problems", "test_sets")
+    stages = {
+        "prepare": stage("prepare", "prepare", _local_problems(settings.prepare), problems),
+        **stages,
+        "evaluate": stage(
+            "evaluate",
+            "evaluate",
+            [*made("test_sets"), teacher, targets, *made("students")],
+            made("evaluation"),
+            also=("students",),
+            metrics=made("measured/evaluation.json"),
+        ),
+        "report": stage(
+            "report",
+            "report",
+            [*problems, teacher, targets, *made("students", "evaluation", "curves")],
+            made("report", "costs"),
+        ),
+    }
+    metrics = ("evaluation/summary.json", "report/summary.json")
+    return _file(name, stages, metrics, plots=_plots(f"../../data/{name}", compressed=False))
+
+
+def _stage(
+    name: str,
+    command: str,
+    section: str,
+    deps: list[str],
+    outs: list[Any],
+    *,
+    also: tuple[str, ...] = (),
+    metrics: list[str] | None = None,
+) -> Stage:
+    """A stage of the pipeline `name`. Paths are those below data/<name> unless they are the user's
+    own."""
+    number = command.split(maxsplit=1)[0]
+    sections = [f"pipelines.{name}.{each}" for each in (section, *also)]
     return {
-        "vars": ["../../pipelines.yaml:pipelines"],
-        "stages": stages,
-        "metrics": [
-            f"{below}/{file}"
-            for file in ("teacher/metrics.json", "evaluation/summary.json", "report/summary.json")
-        ],
-        "plots": _plots(below, settings),
+        "wdir": "../..",
+        "cmd": f"kava {command} --pipeline {name}",
+        "deps": deps,
+        "params": [{"pipelines.yaml": sections}, {VERSIONS_FILE.as_posix(): [number]}],
+        "outs": outs,
+        **({"metrics": metrics} if metrics else {}),
     }
 
 
-def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
-    """What `dvc plots` draws: files that the stages write for whatever students there are."""
+def _made(name: str, *artefacts: str) -> list[str]:
+    return [f"data/{name}/{each}" for each in artefacts]
+
+
+def _file(
+    name: str, stages: dict[str, Stage], metrics: tuple[str, ...], *, plots: list[dict[str, Any]]
+) -> dict[str, Any]:
+    for each in stages.values():
+        if each.get("deps") == []:
+            del each["deps"]
+    return {
+        "vars": ["../../pipelines.yaml:pipelines"],
+        "stages": stages,
+        "metrics": [f"../../data/{name}/{file}" for file in metrics],
+        "plots": plots,
+    }
+
+
+def _plots(below: str, *, compressed: bool) -> list[dict[str, Any]]:
+    """What `dvc plots` draws: files that the stages write for whatever students there are, and
+    those of compressed caches, where there is a stage fidelity."""
 
     def plot(title: str, file: str, x: str, y: str, template: str, **labels: str) -> dict[str, Any]:
         return {title: {"x": x, "y": {f"{below}/{file}": y}, **labels, "template": template}}
@@ -187,7 +249,7 @@ def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
             y_label="cross-entropy of the answer, nats",
         ),
     ]
-    if settings.fidelity:
+    if compressed:
         found += [
             plot(
                 "exact match of compressed caches",
@@ -207,14 +269,13 @@ def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
     return found
 
 
-def _local_problems(settings: Pipeline) -> list[str]:
-    prepare = settings.prepare
+def _local_problems(prepare: Prepare) -> list[str]:
     sources = [prepare.path, prepare.tokenizer, *(s.path for s in prepare.test_sets.values())]
     return _local(*sources)
 
 
-def _local_models(settings: Pipeline) -> list[str]:
-    return _local(*(student.model for student in settings.students.values()))
+def _local_models(students: dict[str, Student]) -> list[str]:
+    return _local(*(student.model for student in students.values()))
 
 
 def _local(*paths: str | None) -> list[str]:
@@ -250,7 +311,7 @@ def as_yaml(content: Any, header: str) -> str:
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
-def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
+def project_files(pipelines: Mapping[str, Pipeline | Imported]) -> dict[Path, str]:
     """Every file that follows from the settings: path below the project → text."""
     files = {Path("dvc.yaml"): as_yaml(top_file(), TOP)}
     for name, settings in pipelines.items():
@@ -260,7 +321,7 @@ def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
     return files
 
 
-def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> None:
+def check_tracked(project: Path, name: str, settings: Pipeline | Imported, stage: str) -> None:
     """KavaError if DVC would miss a change that matters to this stage.
 
     project: the folder of pipelines.yaml. A pipeline without a dvc.yaml is not tracked at all, and

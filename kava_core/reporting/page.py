@@ -103,7 +103,7 @@ def write_report(
         settings=_settings(findings, settings),
         fingerprints=_fingerprints(findings),
         seeds=_seeds(findings, settings),
-        commands=_commands(pipeline, findings),
+        commands=_commands(pipeline, findings, imported="imports" in settings),
         looks=looks_of(s.name for c in comparisons for s in c.systems),
     )
     groups = [*figures.values(), *looked.values(), *(c.figures for c in comparisons)]
@@ -291,8 +291,10 @@ def _seeds(findings: PipelineFindings, settings: dict[str, Any]) -> list[tuple[s
     return [(name, seed) for name, seed in seeds if seed is not None]
 
 
-def _commands(pipeline: str, findings: PipelineFindings) -> list[str]:
+def _commands(pipeline: str, findings: PipelineFindings, *, imported: bool) -> list[str]:
     first = [stage for stage in STAGES[:5] if stage != "fidelity" or findings.grid]
+    if imported:
+        first = ["prepare"]
     stages = [*first, *(f"distill {name}" for name in findings.students), *STAGES[5:]]
     return [f"kava {stage} --pipeline {pipeline}" for stage in stages]
 

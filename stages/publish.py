@@ -116,13 +116,12 @@ publish_group.add_command(store)
 @contextmanager
 def _place(dest: str, kind: Kind, public: bool) -> Iterator[Path]:
     """The folder to write into, which is uploaded afterwards if `dest` is an address."""
-    from kava_core.sharing.hub import Repository, check_secrets, upload
+    from kava_core.sharing.hub import Repository, upload
 
     if not dest.startswith("hf://"):
         if public:
             raise KavaError("--public belongs to an upload (hf://OWNER/NAME). Leave it out.")
         yield Path(dest)
-        check_secrets(Path(dest))
         kept = " --repo-type dataset" if kind == "dataset" else ""
         click.echo(f"{dest} is written. Upload it with `hf upload OWNER/NAME {dest}{kept}`.")
         return

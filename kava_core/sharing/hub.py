@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Literal, Self
 
 from kava_core.errors import KavaError
+from kava_core.store.export import check_secrets
 
 Kind = Literal["dataset", "model"]
 _ADDRESS = re.compile(r"hf://(datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-# Access tokens of the Hub and of others, private keys, passwords in addresses.
-SECRETS = re.compile(
-    rb"hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{32,}|AKIA[A-Z0-9]{16}"
-    rb"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@\"]+:[^/\s:@\"]+@"
-)
-TEXTS = {".json", ".jinja", ".txt", ".md", ".py", ".yaml"}
 
 
 @dataclass(frozen=True)
@@ -92,17 +87,6 @@ def upload(folder: Path, repository: Repository, *, public: bool) -> str:
             "that."
         ) from None
     return str(made)
-
-
-def check_secrets(folder: Path) -> None:
-    """KavaError names a text file of the folder with something in it that looks like a secret."""
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in TEXTS and (found := SECRETS.search(file.read_bytes())):
-            raise KavaError(
-                f"{file.relative_to(folder)} holds what looks like a secret "
-                f"({found[0][:6].decode(errors='replace')}…). Take it out where it came from, and "
-                "make that secret invalid."
-            )
 
 
 def _reason(error: Exception) -> str:

@@ -15,8 +15,14 @@ from kava_core.findings.base import read_finding
 from kava_core.findings.evaluation import COMPARISONS, INSIGHTS, METRICS, Differences, Score, Scores
 from kava_core.findings.latents import Changed, Insights, InterventionScores
 from kava_core.settings import Student
-from kava_core.sharing.hub import check_secrets
-from kava_core.store.export import building, check_limits, check_new, copy_model, table
+from kava_core.store.export import (
+    building,
+    check_limits,
+    check_new,
+    check_secrets,
+    copy_model,
+    table,
+)
 from kava_core.store.manifest import Manifest
 from kava_core.store.provenance import CARD, DataFacts, TeacherFacts, data_rows, teacher_rows
 

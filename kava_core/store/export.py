@@ -9,6 +9,7 @@ DEST/teacher/        if asked for: the teacher's weights and tokenizer
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,13 @@ LARGEST_FILE, MOST_FILES = 20 * 10**9, 10_000
 # What a model's folder is made of; anything else in it stays at home.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
+# Access tokens of the Hub and of others, private keys, passwords in addresses.
+SECRETS = re.compile(
+    rb"hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{32,}|AKIA[A-Z0-9]{16}"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@\"]+:[^/\s:@\"]+@"
+)
+TEXTS = {".json", ".jinja", ".txt", ".md", ".py", ".yaml"}
+
 
 def export(
     path: Path,
@@ -44,8 +52,9 @@ def export(
     destination: a folder that does not exist yet, or an empty one; it appears once it is complete.
     provenance: what the card says of data and teacher; None: that nothing is known. teacher: a
     folder whose weights and tokenizer go along. KavaError if the destination is neither, lies in
-    the store or cannot be written, if the Hub would not take a file or a folder, or if the store is
-    damaged (every checksum is checked: a damaged store must not be passed on).
+    the store or cannot be written, if the Hub would not take a file or a folder, if something looks
+    like a secret, or if the store is damaged (every checksum is checked: a damaged store must not
+    be passed on).
     """
     if destination.absolute().is_relative_to(path.absolute()):
         raise KavaError(f"{destination} lies in the store itself. Choose a folder outside of it.")
@@ -66,6 +75,7 @@ def export(
         text = dataset_card(inside, about, with_teacher=teacher is not None)
         (folder / CARD).write_text(text, encoding="utf-8")
         check_limits(folder)
+        check_secrets(folder)
 
 
 def check_new(destination: Path) -> None:
@@ -119,6 +129,17 @@ def check_limits(folder: Path) -> None:
                     f"{LARGEST_FILE / 1e9:.0f}. Make the store again with a smaller "
                     "`generate.shard_size`, or save the model in several files."
                 )
+
+
+def check_secrets(folder: Path) -> None:
+    """KavaError names a text file of the folder with something in it that looks like a secret."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in TEXTS and (found := SECRETS.search(file.read_bytes())):
+            raise KavaError(
+                f"{file.relative_to(folder)} holds what looks like a secret "
+                f"({found[0][:6].decode(errors='replace')}…). Take it out where it came from, and "
+                "make that secret invalid."
+            )
 
 
 def _write_index(store: Path, path: Path) -> None:

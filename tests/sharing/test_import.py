@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 
 from kava_core.errors import KavaError
+from kava_core.models.loading import load_model
 from kava_core.settings import Imported, load_any_pipeline, load_pipeline
 from kava_core.store.verify import verify
 from stages.graph import check_tracked, project_files
@@ -120,6 +121,18 @@ def test_a_foreign_teacher_or_tokenizer_is_refused(received: Path, other: Team) 
     with pytest.raises(KavaError, match=r"was made with the tokenizer .*, this run has"):
         other.kava("store", "import", str(received))
     assert not other.data("kv_targets").exists()
+
+
+def test_the_same_teacher_in_other_files_is_the_same(
+    made: Team, received: Path, other: Team
+) -> None:
+    model = load_model(str(received / "teacher"))
+    (received / "teacher/model.safetensors").unlink()
+    model.save_pretrained(received / "teacher", max_shard_size="20KB")
+    other.kava("store", "import", str(received))
+    assert len(list(other.data("teacher").glob("model-*.safetensors"))) > 1
+    other.kava("distill", "kava")
+    assert same_student(made, other)
 
 
 def test_a_damaged_store_is_refused(received: Path, other: Team) -> None:

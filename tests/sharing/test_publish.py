@@ -19,10 +19,10 @@ from kava_core import LatentReasoner
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.findings.latents import InterventionScores
-from kava_core.sharing.hub import Repository, check_secrets, download, upload
+from kava_core.sharing.hub import Repository, download, upload
 from kava_core.sharing.student import _changed_table
 from kava_core.store import TargetsStore
-from kava_core.store.export import check_limits
+from kava_core.store.export import check_limits, check_secrets
 from tests.sharing.conftest import KAVA, Team
 from tests.sharing.fake_hub import FakeHub
 from tests.stages.project import ROOT

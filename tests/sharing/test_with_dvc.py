@@ -19,6 +19,7 @@ def test_dvc_trains_from_folders_of_another_project(
     project = Project(team.path)
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
         project.run(*command)
+    project.run("git", "commit", "-q", "-m", "Start")  # DVCLive wants one
     project.run("kava", "sync")
     file = "pipelines/ours/dvc.yaml"
     assert ran(project.run("dvc", "repro", file)) == {"distill@kava"}

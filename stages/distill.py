@@ -50,7 +50,7 @@ def distill(run: AnyRun, student: str, targets: Path | None, teacher: Path | Non
         settings,
         run.settings.evict if isinstance(run.settings, Pipeline) else None,
         teacher=run.path("teacher"),
-        source=run.path(settings.reads),
+        source=run.taught if settings.reads == "problems" else run.path(settings.reads),
     )
     cadence, resources = run.settings.cadence, run.settings.resources
     job = train_student(student, settings, inputs, output, cadence, resources)

@@ -22,7 +22,7 @@ def generate(run: Run) -> None:
 
     if run.settings.generate.keep == "targets":
         built = build_targets_alone(
-            run.path("problems"),
+            run.taught,
             run.path("teacher"),
             run.settings.generate,
             run.settings.evict,
@@ -33,7 +33,7 @@ def generate(run: Run) -> None:
         return
     output = run.path("teacher_kv")
     built = build_teacher_kv(
-        run.path("problems"),
+        run.taught,
         run.path("teacher"),
         run.settings.generate,
         output,

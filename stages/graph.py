@@ -30,7 +30,8 @@ FOLDER = Path("pipelines")
 VERSIONS_FILE = FOLDER / "versions.yaml"
 HEADER = (
     "# Written by `kava sync` from pipelines.yaml: change the settings there, and run it again\n"
-    "# after adding or removing a local path or the section `fidelity`, or changing push_caches.\n"
+    "# after adding or removing a local path, a section `traces` or `fidelity`, or changing\n"
+    "# push_caches.\n"
 )
 TOP = (
     "# `dvc repro` does the active pipeline of pipelines.yaml and shows its results.\n"
@@ -48,17 +49,20 @@ def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
     data = f"data/{name}"
     stage, made = partial(_stage, name), partial(_made, name)
     caches = f"{data}/teacher_kv"
+    written = [] if settings.traces is None else made("traces")
+    taught = written or made("problems")
     asks_test = settings.fidelity is not None and settings.fidelity.split == "test"
     students = stage(
         "distill ${key}",
         "students.${key}",
-        [*made("${item.reads}", "teacher"), *_local_models(settings.students)],
+        [*made("${item.reads}", "teacher"), *written, *_local_models(settings.students)],
         made("students/${key}", "curves/students/${key}"),
     )
     keeps_caches = settings.generate.keep == "caches"
     results = ["problems", "test_sets", "teacher"]
     results += ["teacher_kv", "kv_targets"] if keeps_caches else ["kv_targets"]
     results += ["fidelity"] if settings.fidelity else []
+    results += ["traces"] if settings.traces else []
     stages = {
         "prepare": stage(
             "prepare", "prepare", _local_problems(settings.prepare), made("problems", "test_sets")
@@ -69,17 +73,18 @@ def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
             [*made("problems"), *_local(settings.teacher.model)],
             made("teacher", "curves/teacher"),
         ),
+        "traces": stage("traces", "traces", made("problems", "teacher"), made("traces")),
         "generate": stage(
             "generate",
             "generate",
-            made("problems", "teacher"),
+            [*taught, *made("teacher")],
             [caches if settings.resources.push_caches else {caches: {"push": False}}],
         )
         if keeps_caches
         else stage(
             "generate",
             "generate",
-            made("problems", "teacher"),
+            [*taught, *made("teacher")],
             made("kv_targets"),
             also=("evict",),
             metrics=made("eviction.json"),
@@ -114,6 +119,8 @@ def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
             made("report", "costs"),
         ),
     }
+    if settings.traces is None:
+        del stages["traces"]
     if settings.fidelity is None:
         del stages["fidelity"]
     if not keeps_caches:

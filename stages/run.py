@@ -46,6 +46,12 @@ class AnyRun:
             start = self.project / elsewhere
         return start.joinpath(*rest).absolute()
 
+    @property
+    def taught(self) -> Path:
+        """The problems with the chains of thought that are taught: the teacher's own, or given."""
+        written = isinstance(self.settings, Pipeline) and self.settings.traces is not None
+        return self.path("traces" if written else "problems")
+
     def imported(self, artefact: str) -> Path | None:
         """Where the settings say that `kv_targets` or `teacher` is; None: in its own place."""
         if not isinstance(self.settings, Imported):

@@ -15,6 +15,7 @@ from kava_core.settings.prepare import Prepare, TestSet
 from kava_core.settings.student import Student
 from kava_core.settings.study import Study, load_study
 from kava_core.settings.teacher import Scratch, Teacher
+from kava_core.settings.traces import Traces
 from kava_core.settings.training import HeldOut, LoRA, Training
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Study",
     "Teacher",
     "TestSet",
+    "Traces",
     "Training",
     "load_any_pipeline",
     "load_pipeline",

@@ -29,9 +29,10 @@ from kava_core.settings.generate import Generate
 from kava_core.settings.prepare import Prepare
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
+from kava_core.settings.traces import Traces
 
 # The sections that make targets, and what belongs to them.
-MAKING = ("teacher", "generate", "evict", "fidelity")
+MAKING = ("teacher", "generate", "evict", "traces", "fidelity")
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
 
@@ -78,10 +79,11 @@ class Cadence(Section):
 
 
 class Pipeline(Section):
-    """A named pipeline, complete. Without a section `fidelity` there is no such stage."""
+    """A named pipeline, complete. Without a section `traces` or `fidelity` it has no such stage."""
 
     prepare: Prepare
     teacher: Teacher
+    traces: Traces | None = None
     generate: Generate
     evict: Evict
     fidelity: Fidelity | None = None

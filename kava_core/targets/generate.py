@@ -64,7 +64,7 @@ class Reading:
         """Load the teacher; what is returned reads a shard: its traces, and their caches."""
         settings = self.settings
         source = open_problems(self.problems)
-        problems = source.load("train")
+        problems = source.open("train")
         encoder = trace_encoder(source, self.teacher, settings)
         model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
         teacher = TeacherPass(model)
@@ -246,14 +246,14 @@ class _Caches:
     @classmethod
     def of(cls, problems: Path, teacher: Path, settings: Generate) -> Self:
         source = open_problems(problems)
-        examples = source.load("train")
+        examples = source.open("train")
         if not examples:
             raise KavaError(f"{problems} has no training problems. Ask `prepare` for some.")
         check_prompt(source.prompt, teacher, "teacher.json", "kava teacher")
         encoder = trace_encoder(source, teacher, settings)
-        traces = encoder.encode_all(examples)
         model = load_model(str(teacher))
-        check_lengths(traces, model.config.get_text_config())
+        for traces in encoder.encode_parts(examples):
+            check_lengths(traces, model.config.get_text_config())
         fraction = settings.latent_fraction
         return cls(
             Reading(problems, teacher, settings),

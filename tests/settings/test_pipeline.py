@@ -331,6 +331,8 @@ def test_a_setting_that_would_mean_nothing_is_an_error(
 
 def test_a_pipeline_without_fidelity_has_no_such_stage(tmp_path: Path) -> None:
     assert load(tmp_path, SMALL).fidelity is None
+    assert load(tmp_path, SMALL).traces is None
+    assert load(tmp_path, changed("traces", {})).traces is not None
     assert load(tmp_path, changed("fidelity", {})).fidelity is not None
 
 

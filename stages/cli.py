@@ -54,7 +54,8 @@ COMMANDS = {
     "init": (".init", "init", "Make a project of your own in an empty folder."),
     "recipe": (".recipe", "recipe", "Recipe: take published settings over."),
     "sync": (".sync", "sync", "Tell DVC what pipelines.yaml says."),
-    "store": (".store", "store_group", "Inspect, verify and export stores."),
+    "store": (".store", "store_group", "Inspect, verify, export and import stores."),
+    "publish": (".publish", "publish_group", "Publish a student or a store on the Hub."),
     "clean": (".clean", "clean", "Remove unfinished work that nobody goes on with."),
 }
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import progress, say, warn
 
-from .run import Run, stage
+from .run import AnyRun, any_stage
 
 
-@stage
-def evaluate(run: Run) -> None:
+@any_stage
+def evaluate(run: AnyRun) -> None:
     """Ask every system the problems of every test set.
 
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
@@ -40,6 +40,8 @@ def evaluate(run: Run) -> None:
     from kava_core.targets.plan import Plan
     from kava_core.targets.specs import latent_fraction
 
+    run.check_asks()
+    run.check_imports()
     settings, students = run.settings.evaluate, run.settings.students
     check_own_gpu(run.settings.resources.device, run.settings.resources.gpus_per_worker)
     _name_strays(run)
@@ -96,7 +98,7 @@ def evaluate(run: Run) -> None:
             say(f"{name:>18}: {entry.exact_match:5.1f} %")
 
 
-def _name_strays(run: Run) -> None:
+def _name_strays(run: AnyRun) -> None:
     """Folders of students that the settings no longer name are left alone, and out."""
     folder = run.path("students")
     there = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()

@@ -14,6 +14,8 @@ those of the settings, whichever they are: DVC makes its stages of them itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ import yaml
 from kava_core.errors import KavaError
 from kava_core.eviction.policies import REGISTRY as POLICIES
 from kava_core.problems.sources import REGISTRY as SOURCES
-from kava_core.settings import Pipeline
+from kava_core.settings import Imported, Pipeline
 from kava_core.settings.choice import packages_of
+from kava_core.settings.prepare import Prepare
+from kava_core.settings.student import Student
 from kava_core.versions import VERSIONS
 
 FOLDER = Path("pipelines")
@@ -43,37 +47,12 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Stage = dict[str, Any]
 
 
-def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
+def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
     """The content of `pipelines/<name>/dvc.yaml`."""
+    if isinstance(settings, Imported):
+        return _imported_file(name, settings)
     data = f"data/{name}"
-
-    def stage(
-        command: str,
-        section: str,
-        deps: list[str],
-        outs: list[Any],
-        *,
-        also: tuple[str, ...] = (),
-        metrics: list[str] | None = None,
-    ) -> Stage:
-        """Paths are those below data/<name> unless they are the user's own."""
-        number = command.split(maxsplit=1)[0]
-        sections = [f"pipelines.{name}.{each}" for each in (section, *also)]
-        return {
-            "wdir": "../..",
-            "cmd": f"kava {command} --pipeline {name}",
-            "deps": deps,
-            "params": [
-                {"pipelines.yaml": sections},
-                {VERSIONS_FILE.as_posix(): [number, *_tracked_packages(settings, number, *also)]},
-            ],
-            "outs": outs,
-            **({"metrics": metrics} if metrics else {}),
-        }
-
-    def made(*names: str) -> list[str]:
-        return [f"{data}/{each}" for each in names]
-
+    stage, made = partial(_stage, name, settings), partial(_made, name)
     caches = f"{data}/teacher_kv"
     written = [] if settings.traces is None else made("traces")
     taught = written or made("problems")
@@ -81,7 +60,7 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
     students = stage(
         "distill ${key}",
         "students.${key}",
-        [*made("${item.reads}", "teacher"), *written, *_local_models(settings)],
+        [*made("${item.reads}", "teacher"), *written, *_local_models(settings.students)],
         made("students/${key}", "curves/students/${key}"),
     )
     keeps_caches = settings.generate.keep == "caches"
@@ -91,7 +70,7 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
     results += ["traces"] if settings.traces else []
     stages = {
         "prepare": stage(
-            "prepare", "prepare", _local_problems(settings), made("problems", "test_sets")
+            "prepare", "prepare", _local_problems(settings.prepare), made("problems", "test_sets")
         ),
         "teacher": stage(
             "teacher",
@@ -157,26 +136,99 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         tracked = stages["generate"]["params"][1]
         tracked[VERSIONS_FILE.as_posix()].append("evict")
         del stages["evict"]
-    for each in stages.values():
-        if each.get("deps") == []:
-            del each["deps"]
-    below = f"../../{data}"
+    shown = ("teacher/metrics.json", "evaluation/summary.json", "report/summary.json")
+    plots = _plots(f"../../{data}", compressed=settings.fidelity is not None)
+    return _file(name, stages, shown, plots=plots)
+
+
+def _imported_file(name: str, settings: Imported) -> dict[str, Any]:
+    """That of a pipeline which imports its targets: there is nothing before its students but
+    problems of its own, and without these nothing behind them."""
+    stage, made = partial(_stage, name, settings), partial(_made, name)
+    imports = settings.imports
+    targets, teacher = (
+        str(Path(elsewhere).expanduser()) if elsewhere else made(own)[0]
+        for own, elsewhere in (("kv_targets", imports.targets), ("teacher", imports.teacher))
+    )
+    students = f"pipelines.{name}.students"
+    # Which of its two sources a student reads is known to DVC only where both have their own place.
+    if imports.targets is None:
+        source = made("${item.reads}")
+    else:
+        source = [targets, *(made("problems") if settings.prepare else [])]
+    distill = stage(
+        "distill ${key}",
+        "students.${key}",
+        [*source, teacher, *_local_models(settings.students)],
+        made("students/${key}", "curves/students/${key}"),
+    )
+    stages: dict[str, Stage] = {"distill": {"foreach": f"${{{students}}}", "do": distill}}
+    if settings.prepare is None:
+        return _file(name, stages, (), plots=[])
+    problems = made("problems", "test_sets")
+    stages = {
+        "prepare": stage("prepare", "prepare", _local_problems(settings.prepare), problems),
+        **stages,
+        "evaluate": stage(
+            "evaluate",
+            "evaluate",
+            [
+                *made("test_sets"),
+                teacher,
+                targets,
+                *made("students"),
+                *_local(*settings.evaluate.others.values()),
+            ],
+            made("evaluation"),
+            also=("students",),
+            metrics=made("measured/evaluation.json"),
+        ),
+        "report": stage(
+            "report",
+            "report",
+            [*problems, teacher, targets, *made("students", "evaluation", "curves")],
+            made("report", "costs"),
+        ),
+    }
+    metrics = ("evaluation/summary.json", "report/summary.json")
+    return _file(name, stages, metrics, plots=_plots(f"../../data/{name}", compressed=False))
+
+
+def _stage(
+    name: str,
+    settings: Pipeline | Imported,
+    command: str,
+    section: str,
+    deps: list[str],
+    outs: list[Any],
+    *,
+    also: tuple[str, ...] = (),
+    metrics: list[str] | None = None,
+) -> Stage:
+    """A stage of the pipeline `name`. Paths are those below data/<name> unless they are the user's
+    own."""
+    number = command.split(maxsplit=1)[0]
+    sections = [f"pipelines.{name}.{each}" for each in (section, *also)]
     return {
-        "vars": ["../../pipelines.yaml:pipelines"],
-        "stages": stages,
-        "metrics": [
-            f"{below}/{file}"
-            for file in ("teacher/metrics.json", "evaluation/summary.json", "report/summary.json")
+        "wdir": "../..",
+        "cmd": f"kava {command} --pipeline {name}",
+        "deps": deps,
+        "params": [
+            {"pipelines.yaml": sections},
+            {VERSIONS_FILE.as_posix(): [number, *_tracked_packages(settings, number, *also)]},
         ],
-        "plots": _plots(below, settings),
+        "outs": outs,
+        **({"metrics": metrics} if metrics else {}),
     }
 
 
-def _packages(settings: Pipeline, stage: str) -> dict[str, str]:
+def _packages(settings: Pipeline | Imported, stage: str) -> dict[str, str]:
     """Package → version of those whose policies or sources a stage computes with."""
-    if stage == "prepare":
+    if stage == "prepare" and settings.prepare is not None:
         asked = [more.source for more in settings.prepare.test_sets.values()]
         return packages_of(SOURCES, settings.prepare.source, *asked)
+    if isinstance(settings, Imported):
+        return {}
     if stage == "evict":
         return packages_of(POLICIES, settings.evict.policy)
     if stage == "fidelity" and settings.fidelity is not None:
@@ -184,19 +236,38 @@ def _packages(settings: Pipeline, stage: str) -> dict[str, str]:
     return {}
 
 
-def _tracked_packages(settings: Pipeline, *stages: str) -> list[str]:
+def _tracked_packages(settings: Pipeline | Imported, *stages: str) -> list[str]:
     """Keys of versions.yaml."""
     names = {name for stage in stages for name in _packages(settings, stage)}
     return [f"{PACKAGES}.{name}" for name in sorted(names)]
 
 
-def _all_packages(settings: Pipeline) -> dict[str, str]:
+def _all_packages(settings: Pipeline | Imported) -> dict[str, str]:
     stages = ("prepare", "evict", "fidelity")
     return {name: of for stage in stages for name, of in _packages(settings, stage).items()}
 
 
-def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
-    """What `dvc plots` draws: files that the stages write for whatever students there are."""
+def _made(name: str, *artefacts: str) -> list[str]:
+    return [f"data/{name}/{each}" for each in artefacts]
+
+
+def _file(
+    name: str, stages: dict[str, Stage], metrics: tuple[str, ...], *, plots: list[dict[str, Any]]
+) -> dict[str, Any]:
+    for each in stages.values():
+        if each.get("deps") == []:
+            del each["deps"]
+    return {
+        "vars": ["../../pipelines.yaml:pipelines"],
+        "stages": stages,
+        "metrics": [f"../../data/{name}/{file}" for file in metrics],
+        "plots": plots,
+    }
+
+
+def _plots(below: str, *, compressed: bool) -> list[dict[str, Any]]:
+    """What `dvc plots` draws: files that the stages write for whatever students there are, and
+    those of compressed caches, where there is a stage fidelity."""
 
     def plot(title: str, file: str, x: str, y: str, template: str, **labels: str) -> dict[str, Any]:
         return {title: {"x": x, "y": {f"{below}/{file}": y}, **labels, "template": template}}
@@ -228,7 +299,7 @@ def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
             y_label="cross-entropy of the answer, nats",
         ),
     ]
-    if settings.fidelity:
+    if compressed:
         found += [
             plot(
                 "exact match of compressed caches",
@@ -248,14 +319,13 @@ def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
     return found
 
 
-def _local_problems(settings: Pipeline) -> list[str]:
-    prepare = settings.prepare
+def _local_problems(prepare: Prepare) -> list[str]:
     sources = [prepare.path, prepare.tokenizer, *(s.path for s in prepare.test_sets.values())]
     return _local(*sources)
 
 
-def _local_models(settings: Pipeline) -> list[str]:
-    return _local(*(student.model for student in settings.students.values()))
+def _local_models(students: dict[str, Student]) -> list[str]:
+    return _local(*(student.model for student in students.values()))
 
 
 def _local(*paths: str | None) -> list[str]:
@@ -291,7 +361,7 @@ def as_yaml(content: Any, header: str) -> str:
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
-def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
+def project_files(pipelines: Mapping[str, Pipeline | Imported]) -> dict[Path, str]:
     """Every file that follows from the settings: path below the project → text."""
     files = {Path("dvc.yaml"): as_yaml(top_file(), TOP)}
     for name, settings in pipelines.items():
@@ -305,7 +375,7 @@ def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
     return files
 
 
-def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> None:
+def check_tracked(project: Path, name: str, settings: Pipeline | Imported, stage: str) -> None:
     """KavaError if DVC would miss a change that matters to this stage.
 
     project: the folder of pipelines.yaml. A pipeline without a dvc.yaml is not tracked at all, and

@@ -8,7 +8,7 @@ from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import say
 from kava_core.settings.prepare import Prepare
 
-from .run import Run, stage
+from .run import AnyRun, any_stage
 
 if TYPE_CHECKING:
     from kava_core.problems.folder import Measure
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 ASKED = {"test", "test_sets", "allow_leakage"}  # settings that are of no concern to what is taught
 
 
-@stage
-def prepare(run: Run) -> None:
+@any_stage
+def prepare(run: AnyRun) -> None:
     """Generate or read problems and split them.
 
     Writes problems/{train,validation}.parquet, what is taught, and test_sets/{test,NAME}.parquet,
@@ -31,6 +31,8 @@ def prepare(run: Run) -> None:
     from kava_core.problems.readers import Location
 
     settings = run.settings.prepare
+    run.check_asks()
+    assert settings is not None
     tokens = _measure(settings)
     path, hub_config, revision = settings.path, settings.hub_config, settings.revision
     limits = Limits(

@@ -14,9 +14,10 @@ import yaml
 
 from kava_core.console import console, say
 from kava_core.errors import KavaError
-from kava_core.settings import Pipeline, load_pipeline, read_document
+from kava_core.settings import Imported, Pipeline, load_any_pipeline, read_document
 
 from .cli import COMMANDS, kava
+from .run import AnyRun
 
 if TYPE_CHECKING:
     from kava_core.planning.forecast import Forecast
@@ -32,10 +33,27 @@ def check_pipelines(pipelines: Path, names: tuple[str, ...], data: Path) -> None
     from .plan import show
 
     for name in names or tuple(read_document(pipelines)["pipelines"]):
-        _, settings = load_pipeline(pipelines, name)
+        _, settings = load_any_pipeline(pipelines, name)
+        if isinstance(settings, Imported):
+            check_imported(AnyRun(name, settings, pipelines.parent, data))
+            say(f"{name}: checked; its targets and teacher belong together")
+            continue
         show(planned(name, settings, data / name))
         rehearse(name, settings, data / name)
         say(f"{name}: checked; two steps of every stage run")
+
+
+def check_imported(run: AnyRun) -> None:
+    """KavaError unless targets and teacher are there, belong together, and serve every student
+    that reads them."""
+    from kava_core.distill.inputs import StudentInputs
+
+    with _named(run.name):
+        run.check_imports()
+        teacher, source = run.path("teacher"), run.path("kv_targets")
+        for name, student in run.settings.students.items():
+            if student.reads == "kv_targets":
+                StudentInputs.checked(name, student, None, teacher=teacher, source=source)
 
 
 def planned(name: str, settings: Pipeline, folder: Path) -> Forecast:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from kava_core.artefacts import fresh_folder, publish, work_folder
 from kava_core.console import say
+from kava_core.settings import Imported
 
-from .run import Run, stage
+from .run import AnyRun, any_stage
 
 
-@stage
-def report(run: Run) -> None:
+@any_stage
+def report(run: AnyRun) -> None:
     """Compare the systems: one HTML page, its figures as PNGs, and a table.
 
     Writes report/index.html, which needs no network, table.txt for the terminal, summary.json and
@@ -21,9 +22,15 @@ def report(run: Run) -> None:
     from kava_core.reporting.page import compare, write_report
     from kava_core.reporting.terminal import write_comparison
 
+    run.check_asks()
     settings, students = run.settings, list(run.settings.students)
     title = settings.report.title
-    findings = read_findings(run.path(), students)
+    findings = read_findings(
+        run.path(),
+        students,
+        teacher=run.path("teacher"),
+        kv_targets=run.path("kv_targets") if isinstance(settings, Imported) else None,
+    )
     costs = read_costs(run.path(), students, run.data / ".runs" / f"{run.name}.jsonl")
     comparisons = compare(findings)
     plain = settings.model_dump(mode="json", by_alias=True)

@@ -6,11 +6,11 @@ import click
 
 from kava_core.artefacts import read_text
 
-from .run import Run, tool
+from .run import AnyRun, tool
 
 
 @tool
-def show(run: Run) -> None:
+def show(run: AnyRun) -> None:
     """Print the tables of a pipeline's report, and where its pages are."""
     for name in ("report", "costs"):
         click.echo(read_text(run.path(name, "table.txt")).rstrip())

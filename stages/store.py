@@ -1,4 +1,4 @@
-"""`kava store`: look at a store, check it, pass it on."""
+"""`kava store`: look at a store, check it, pass it on, take one over."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from pathlib import Path
 
 import click
 
+from kava_core.errors import KavaError
+
+from .run import AnyRun, tool
+
 STORE = click.argument("path")
 
 
 @click.group("store")
 def store_group() -> None:
-    """Look at a KV store, check it, or pass it on.
+    """Look at a KV store, check it, pass it on, or take one over.
 
     PATH is a folder, or a URL on object storage: s3://, gs://, hf:// or https://.
     """
@@ -70,6 +74,9 @@ def verify(path: str, full: bool) -> None:
     click.echo(f"{store} is whole: {checked} of {files} files checked.")
 
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
 @store_group.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("url")
@@ -106,13 +113,72 @@ def link(url: str, folder: Path) -> None:
 @store_group.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
-def export(path: Path, destination: Path) -> None:
+@click.option("--teacher", type=FOLDER, help="Take this teacher's weights and tokenizer along.")
+@click.option("--license", "licence", help="Of the data, as the Hub writes it: mit, cc-by-4.0 …")
+def export(path: Path, destination: Path, teacher: Path | None, licence: str | None) -> None:
     """Write the store in folder PATH as a dataset folder for the Hugging Face Hub.
 
-    DESTINATION gets a dataset card, an index in Parquet that `datasets.load_dataset` opens, and the
-    store itself.
+    DESTINATION gets a dataset card, an index in Parquet that `datasets.load_dataset` opens, the
+    store itself and, with --teacher, what students are trained from beside it. The card names data,
+    licence, base model and training, as far as they lie beside the store and it was made from them.
     """
-    from kava_core.store.export import export as write_export
+    export_store(path, destination, teacher=teacher, licence=licence)
+    click.echo(
+        f"{destination} is written. Upload it with `hf upload OWNER/NAME {destination} --repo-type "
+        "dataset`."
+    )
 
-    write_export(path, destination)
-    click.echo(f"{destination} is written. Upload it with `hf upload REPOSITORY {destination}`.")
+
+def export_store(
+    path: Path, destination: Path, *, teacher: Path | None, licence: str | None
+) -> None:
+    """KavaErrors as of `kava_core.store.export`, and for a teacher that the store was not made
+    with."""
+    from kava_core.sharing.describe import check_teacher, describe
+    from kava_core.store.export import check_new
+    from kava_core.store.export import export as write_export
+    from kava_core.store.manifest import read_manifest
+
+    check_new(destination)
+    beside = path.absolute().parent
+    about = describe(
+        path, teacher=teacher or beside / "teacher", problems=beside / "problems", licence=licence
+    )
+    if teacher is not None:
+        check_teacher(teacher, read_manifest(path), path)
+    write_export(path, destination, about, teacher)
+
+
+@tool
+@click.argument("source")
+@click.option("--teacher", type=FOLDER, help="The teacher's folder, if SOURCE does not hold it.")
+def import_(run: AnyRun, source: str, teacher: Path | None) -> None:
+    """Take the targets store SOURCE and its teacher into a pipeline that imports its targets.
+
+    SOURCE is a store, an exported one, or hf://datasets/OWNER/NAME[@REVISION]. Checks every
+    checksum, whether card and manifest agree, and whether the teacher is the one that the store was
+    made with. Writes kv_targets/ and teacher/ of the pipeline, and imported.json, what the card
+    says of both.
+    """
+    from kava_core.settings import Imported
+    from kava_core.sharing.importing import import_store
+
+    settings = run.settings
+    if not isinstance(settings, Imported):
+        raise KavaError(
+            f"pipeline {run.name} makes its own targets. Name one that has students alone with "
+            "--pipeline."
+        )
+    if named := settings.imports.model_dump(exclude_none=True):
+        raise KavaError(
+            f"pipeline {run.name} reads its {' and '.join(named)} where `imports` says, and would "
+            "not read what is imported. Leave `imports` out."
+        )
+    manifest = import_store(source, teacher, run.path())
+    click.echo(
+        f"{run.path('kv_targets')}: {manifest.records:,} records, whole; train from it with "
+        f"`kava distill STUDENT --pipeline {run.name}`."
+    )
+
+
+store_group.add_command(import_, "import")

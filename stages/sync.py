@@ -16,7 +16,8 @@ def sync(check: bool) -> None:
     """Write pipelines/NAME/dvc.yaml for every pipeline of pipelines.yaml.
 
     Students are DVC's to find; run this after adding or removing a pipeline, a local path or
-    a section `traces` or `fidelity`, after changing `generate.keep` or `resources.push_caches`,
+    a section `traces` or `fidelity`, after changing `imports`, `generate.keep` or
+    `resources.push_caches`,
     and after installing another version. Does nothing where nothing changed.
     """
     write_project(Path("pipelines.yaml"), check=check)
@@ -28,13 +29,13 @@ def write_project(settings_file: Path, *, check: bool = False) -> None:
     check: write nothing; KavaError names what would be.
     """
     from kava_core.artefacts import atomic_path
-    from kava_core.settings import load_pipeline, read_document
+    from kava_core.settings import load_any_pipeline, read_document
 
     from .graph import FOLDER, project_files
 
     project = settings_file.parent
     names = list(read_document(settings_file)["pipelines"])
-    files = project_files({name: load_pipeline(settings_file, name)[1] for name in names})
+    files = project_files({name: load_any_pipeline(settings_file, name)[1] for name in names})
     stale = [path for path, text in files.items() if _text(project / path) != text]
     gone = [
         path.parent

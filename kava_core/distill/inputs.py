@@ -39,9 +39,9 @@ class StudentInputs:
 
     @classmethod
     def checked(
-        cls, name: str, settings: Student, evict: Evict, *, teacher: Path, source: Path
+        cls, name: str, settings: Student, evict: Evict | None, *, teacher: Path, source: Path
     ) -> Self:
-        """Those of the student called `name`.
+        """Those of the student called `name`. evict: None for targets that were made elsewhere.
 
         KavaError if the targets were made with another teacher, or have another number of slots
         than `evict` makes; if the model has another tokenizer than the teacher.
@@ -68,7 +68,8 @@ class StudentInputs:
         if settings.reads == "kv_targets":
             expected = Expectation(fingerprints["teacher"], fingerprints["tokenizer"])
             store = TargetsStore.open(source, expected)
-            _check_budget(store, evict)
+            if evict is not None:
+                _check_budget(store, evict)
             if settings.taught("alpha_readout"):
                 _check_slot_tokens(name, store)
             fingerprints["kv_targets"] = store.manifest.digest

@@ -36,6 +36,7 @@ from kava_core.artefacts import file_digest, fingerprint, read_json
 from kava_core.errors import KavaError
 from kava_core.models.adapted import Base, adapters_fingerprint, adapters_in, put_on
 from kava_core.models.context import no_decoder
+from kava_core.models.sharding import joined_digest
 
 Model = TypeVar("Model", bound=nn.Module)
 NAMED = 4  # names in a message before "and n more"
@@ -347,8 +348,8 @@ def save_model(
 def model_fingerprint(path: str, revision: str | None = None) -> str:
     """A hash of what the model computes: its weight files and its configuration.
 
-    A Hub id is hashed by its resolved local files, so that the same weights have the same name
-    wherever they came from.
+    A Hub id is hashed by its resolved local files, and weights in several files as if they were in
+    one, so that the same weights have the same name wherever they came from.
     """
     folder = _local_folder(path, revision)
     adapter = adapters_in(str(folder))
@@ -357,7 +358,12 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
         held = adapters_fingerprint(adapter)
     else:
         _check_folder(folder)
-        held = {file.name: file_digest(file) for file in sorted(folder.glob("*.safetensors"))}
+        files = sorted(folder.glob("*.safetensors"))
+        whole = folder / "model.safetensors"
+        if not whole.exists() and (folder / "model.safetensors.index.json").exists():
+            held = {whole.name: joined_digest(files)}
+        else:
+            held = {file.name: file_digest(file) for file in files}
     config: dict[str, Any] = load_config(path, revision).to_dict()
     # Where a model was loaded from and by which version says nothing about what it computes.
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):

@@ -13,7 +13,7 @@ from kava_core.findings.base import read_finding
 from kava_core.findings.evaluation import MEASURED, EvaluationCosts, Score, Scores, SystemCost
 from kava_core.reporting.inputs import read_scores
 from kava_core.reporting.style import MUTED, SERIES, Drawing, canvas, finish, looks_of
-from kava_core.settings import load_pipeline
+from kava_core.settings import load_any_pipeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def _find(name: str, data: Path) -> Path:
     given = Path(name)
     places = [data / name / "evaluation", given, given / "evaluation"]
     if (given / "pipelines.yaml").is_file():
-        active, _ = load_pipeline(given / "pipelines.yaml")
+        active, _ = load_any_pipeline(given / "pipelines.yaml")
         places.append(given / "data" / active / "evaluation")
     for place in places:
         if (place / "metrics.json").is_file():

@@ -29,6 +29,7 @@ from kava_core.findings.tables import read_table
 from kava_core.reporting.truncation import BudgetGrid, read_grid
 from kava_core.settings.student import KVParts, Share
 from kava_core.store import Manifest, TargetsStore, load_manifest
+from kava_core.store.summary import eviction_findings
 
 STAGES = ("prepare", "teacher", "traces", "generate", "evict", "fidelity", "evaluate", "report")
 
@@ -207,17 +208,24 @@ class PipelineCosts:
         return next((r.seconds for r in self.runs if r.stage == f"distill {student}"), None)
 
 
-def read_findings(folder: Path, students: Sequence[str]) -> PipelineFindings:
+def read_findings(
+    folder: Path,
+    students: Sequence[str],
+    *,
+    teacher: Path | None = None,
+    kv_targets: Path | None = None,
+) -> PipelineFindings:
     """Read the artefacts of the pipeline in `folder` and of its `students`.
 
-    KavaError names a missing or wrong file and the stage that makes it, and students that were made
-    from other targets.
+    teacher, kv_targets: of a pipeline that imports them, where they are. KavaError names a missing
+    or wrong file and the stage that makes it, and students that were made from other targets.
     """
     results = folder / "evaluation"
     scores = read_scores(results)
     similarity = read_finding(Similarities, results / evaluation.SIMILARITY, "evaluate")
     looked = results / evaluation.INSIGHTS
-    targets = _read_targets(folder)
+    targets = _read_targets(folder, kv_targets)
+    teacher = teacher or folder / "teacher"
     found = {name: _read_student(folder, name) for name in students}
     _check_targets(found, targets.manifest)
     teacher_kv = folder / "teacher_kv"
@@ -231,8 +239,8 @@ def read_findings(folder: Path, students: Sequence[str]) -> PipelineFindings:
         predictions=read_table(Prediction, results / evaluation.PREDICTIONS, "evaluate"),
         similarity=similarity,
         students=found,
-        teacher_metrics=read_finding(TeacherMetrics, folder / "teacher/metrics.json", "teacher"),
-        teacher_training=_read_teacher(folder).training,
+        teacher_metrics=read_finding(TeacherMetrics, teacher / "metrics.json", "teacher"),
+        teacher_training=_read_teacher(teacher).training,
         teacher_curves=_read_curves(folder / "curves/teacher"),
         targets=targets,
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
@@ -266,7 +274,7 @@ def read_scores(results: Path) -> Scores:
 
 
 def _read_teacher(folder: Path) -> TeacherSettings:
-    path = folder / "teacher/teacher.json"
+    path = folder / "teacher.json"
     about = read_finding(TeacherFile, path, "teacher")
     return check_finding(TeacherSettings, _with_steps(about), path, "teacher")
 
@@ -323,8 +331,8 @@ def _read_curve(path: Path) -> Curve:
     return Curve(steps, values)
 
 
-def _read_targets(folder: Path) -> TargetsOverview:
-    path = folder / "kv_targets"
+def _read_targets(folder: Path, imported: Path | None) -> TargetsOverview:
+    path = imported or folder / "kv_targets"
     if not path.exists():
         raise KavaError(f"{path} is missing. Run `kava evict` first.")
     store = TargetsStore.open(path, checksums=False)  # slot counts are a small part of the files
@@ -335,7 +343,9 @@ def _read_targets(folder: Path) -> TargetsOverview:
         lengths=store.index.column("n_cot"),
         smallest=int(budgets.min()),
         largest=int(budgets.max()),
-        eviction=read_finding(EvictionFindings, folder / eviction.FILE, "evict"),
+        eviction=eviction_findings(store)
+        if imported
+        else read_finding(EvictionFindings, folder / eviction.FILE, "evict"),
     )
 
 

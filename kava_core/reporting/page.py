@@ -297,6 +297,8 @@ def _seeds(findings: PipelineFindings, settings: dict[str, Any]) -> list[tuple[s
 def _commands(pipeline: str, findings: PipelineFindings, settings: dict[str, Any]) -> list[str]:
     there = {"traces": settings.get("traces"), "fidelity": findings.grid}
     first = [stage for stage in STAGES[:6] if there.get(stage, True)]
+    if "imports" in settings:
+        first = ["prepare"]
     stages = [*first, *(f"distill {name}" for name in findings.students), *STAGES[6:]]
     return [f"kava {stage} --pipeline {pipeline}" for stage in stages]
 

@@ -9,6 +9,7 @@ from kava_core.settings.evaluate import Evaluate, Report
 from kava_core.settings.evict import EveryLayer, Evict, LastLayers
 from kava_core.settings.fidelity import Fidelity, FidelityBits
 from kava_core.settings.generate import Generate
+from kava_core.settings.imported import Imported, Imports, load_any_pipeline
 from kava_core.settings.pipeline import Cadence, Pipeline, Resources, load_pipeline, read_document
 from kava_core.settings.prepare import Prepare, TestSet
 from kava_core.settings.student import Student
@@ -26,6 +27,8 @@ __all__ = [
     "FidelityBits",
     "Generate",
     "HeldOut",
+    "Imported",
+    "Imports",
     "LastLayers",
     "LoRA",
     "Pipeline",
@@ -39,6 +42,7 @@ __all__ = [
     "TestSet",
     "Traces",
     "Training",
+    "load_any_pipeline",
     "load_pipeline",
     "load_study",
     "read_document",

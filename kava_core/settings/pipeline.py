@@ -31,6 +31,8 @@ from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
 from kava_core.settings.traces import Traces
 
+# The sections that make targets, and what belongs to them.
+MAKING = ("teacher", "generate", "evict", "traces", "fidelity")
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
 
@@ -136,11 +138,9 @@ def read_document(path: Path) -> dict[str, Any]:
     return {**document, "pipelines": {str(key): value for key, value in pipelines.items()}}
 
 
-def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
-    """The pipeline `name` of the file, or the one its `pipeline:` key names, validated.
-
-    Raises KavaError with the key path of every wrong setting.
-    """
+def find_pipeline(path: Path, name: str | None = None) -> tuple[str, Any]:
+    """Name and settings, as they stand in the file, of the pipeline `name`, or of the one that the
+    key `pipeline:` names."""
     document = read_document(path)
     pipelines = document["pipelines"]
     name = str(name or document.get("pipeline"))
@@ -152,8 +152,32 @@ def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
             f"{path}: pipeline name {shown(name)} must be of at most 100 letters, digits, - and _ "
             "only: it names a folder, and DVC reads a dot as a path. Rename it."
         )
+    return name, pipelines[name]
+
+
+def is_imported(plain: Any) -> bool:
+    """Whether the settings of a pipeline, as they stand in the file, are of one that imports its
+    targets (`kava_core.settings.imported`): it says so, or has students and makes no targets."""
+    return isinstance(plain, dict) and (
+        "imports" in plain or ("students" in plain and not plain.keys() & set(MAKING))
+    )
+
+
+def load_pipeline(path: Path, name: str | None = None) -> tuple[str, Pipeline]:
+    """The pipeline `name` of the file, or the one its `pipeline:` key names, validated.
+
+    Raises KavaError with the key path of every wrong setting, and for a pipeline that imports its
+    targets.
+    """
+    name, plain = find_pipeline(path, name)
+    if is_imported(plain):
+        raise KavaError(
+            f"pipeline {name} of {path} imports its targets: it has the stages distill and, with a "
+            "section `prepare`, prepare, evaluate and report, and nothing else. Name another "
+            f"pipeline, or give it the sections {', '.join(MAKING[:3])}."
+        )
     try:
-        return name, Pipeline.model_validate(pipelines[name])
+        return name, Pipeline.model_validate(plain)
     except ValidationError as error:
         raise KavaError(explain(path, f"pipelines.{name}", error)) from None
 

@@ -3,12 +3,16 @@
 DEST/README.md       the dataset card
 DEST/index.parquet   the index, which `datasets.load_dataset(DEST)` opens
 DEST/store/          the store itself, unchanged
+DEST/teacher/        if asked for: the teacher's weights and tokenizer
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,62 +22,145 @@ from kava_core.errors import KavaError
 from kava_core.store.index import SCHEMA
 from kava_core.store.layout import INDEX_FILE, MANIFEST_FILE
 from kava_core.store.manifest import KIND_NAMES, read_manifest
+from kava_core.store.provenance import CARD, KEY, Provenance
 from kava_core.store.summary import describe_store
 from kava_core.store.verify import open_store, verify
 
 READERS = {"teacher_kv": "TeacherStore", "kv_targets": "TargetsStore"}
+STORE, TEACHER = "store", "teacher"
+# What the Hub takes: bytes of a file, files of a folder.
+LARGEST_FILE, MOST_FILES = 20 * 10**9, 10_000
+# What a model's folder is made of; anything else in it stays at home.
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+# Access tokens of the Hub and of others, private keys, passwords in addresses.
+SECRETS = re.compile(
+    rb"hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{32,}|AKIA[A-Z0-9]{16}"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@\"]+:[^/\s:@\"]+@"
+)
+TEXTS = {".json", ".jinja", ".txt", ".md", ".py", ".yaml"}
 
 
-def export(path: Path, destination: Path) -> None:
+def export(
+    path: Path,
+    destination: Path,
+    provenance: Provenance | None = None,
+    teacher: Path | None = None,
+) -> None:
     """Write the store in folder `path` as a Hub-style dataset folder.
 
     destination: a folder that does not exist yet, or an empty one; it appears once it is complete.
-    KavaError if it is neither, lies in the store or cannot be written, or if the store is damaged
-    (every checksum is checked: a damaged store must not be passed on).
+    provenance: what the card says of data and teacher; None: that nothing is known. teacher: a
+    folder whose weights and tokenizer go along. KavaError if the destination is neither, lies in
+    the store or cannot be written, if the Hub would not take a file or a folder, if something looks
+    like a secret, or if the store is damaged (every checksum is checked: a damaged store must not
+    be passed on).
     """
-    destination = destination.absolute()
-    if destination.is_relative_to(path.absolute()):
+    if destination.absolute().is_relative_to(path.absolute()):
         raise KavaError(f"{destination} lies in the store itself. Choose a folder outside of it.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise KavaError(f"{destination} exists already. Choose a new folder, or empty it.")
+    check_new(destination)
     problems = verify(path, full=True)
     if problems:
         raise KavaError(problems[0])
-    building = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    manifest = read_manifest(path)
+    with building(destination) as folder:
+        inside = folder / STORE
+        inside.mkdir(parents=True)
+        for name in [*manifest.files, MANIFEST_FILE]:
+            shutil.copyfile(path / name, inside / name)
+        _write_index(inside, folder / "index.parquet")
+        if teacher is not None:
+            copy_model(teacher, folder / TEACHER)
+        about = provenance or Provenance.of(manifest, None, None)
+        text = dataset_card(inside, about, with_teacher=teacher is not None)
+        (folder / CARD).write_text(text, encoding="utf-8")
+        check_limits(folder)
+        check_secrets(folder)
+
+
+def check_new(destination: Path) -> None:
+    """KavaError unless the folder is not there yet, or empty."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise KavaError(f"{destination} exists already. Choose a new folder, or empty it.")
+
+
+@contextmanager
+def building(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` that takes its place once it is complete; what the disk refuses
+    is a KavaError."""
+    destination = destination.absolute()
+    folder = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
-        _build(path, building)
-        building.replace(destination)
+        folder.mkdir(parents=True)
+        yield folder
+        folder.replace(destination)
     except OSError as error:
         raise KavaError(
             f"{destination} cannot be written ({error.strerror}). Free some space on that disk, or "
             "choose a folder that may be written to."
         ) from None
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(path: Path, folder: Path) -> None:
-    inside = folder / "store"
-    inside.mkdir(parents=True)
-    for name in [*read_manifest(path).files, MANIFEST_FILE]:
-        shutil.copyfile(path / name, inside / name)
+def copy_model(source: Path, destination: Path) -> None:
+    """The files that a model's folder is made of, adapters included."""
+    for folder in (source, source / "adapter"):
+        found = sorted(file for kind in MODEL_FILES for file in folder.glob(kind))
+        for file in found:
+            place = destination / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+def check_limits(folder: Path) -> None:
+    """KavaError names a file that is larger than the Hub takes, or a folder that holds more."""
+    for root, _, names in os.walk(folder):
+        place = Path(root).relative_to(folder)
+        if len(names) >= MOST_FILES:
+            raise KavaError(
+                f"{place}/ would have {len(names):,} files, and a folder on the Hub may have fewer "
+                f"than {MOST_FILES:,}. Make the store again with a larger `generate.shard_size`."
+            )
+        for name in names:
+            if (size := (Path(root) / name).stat().st_size) > LARGEST_FILE:
+                raise KavaError(
+                    f"{place / name} has {size / 1e9:.1f} GB, and a file on the Hub may have "
+                    f"{LARGEST_FILE / 1e9:.0f}. Make the store again with a smaller "
+                    "`generate.shard_size`, or save the model in several files."
+                )
+
+
+def check_secrets(folder: Path) -> None:
+    """KavaError names a text file of the folder with something in it that looks like a secret."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in TEXTS and (found := SECRETS.search(file.read_bytes())):
+            raise KavaError(
+                f"{file.relative_to(folder)} holds what looks like a secret "
+                f"({found[0][:6].decode(errors='replace')}…). Take it out where it came from, and "
+                "make that secret invalid."
+            )
+
+
+def _write_index(store: Path, path: Path) -> None:
     with (
-        pa.memory_map(str(inside / INDEX_FILE)) as source,
-        pq.ParquetWriter(folder / "index.parquet", SCHEMA) as writer,
+        pa.memory_map(str(store / INDEX_FILE)) as source,
+        pq.ParquetWriter(path, SCHEMA) as writer,
     ):
         reader = pa.ipc.open_file(source)
         for shard in range(reader.num_record_batches):
             writer.write_batch(reader.get_batch(shard))
-    (folder / "README.md").write_text(dataset_card(inside), encoding="utf-8")
 
 
-def dataset_card(path: Path) -> str:
+def dataset_card(path: Path, provenance: Provenance, *, with_teacher: bool) -> str:
     """The README of an exported store: YAML for the Hub, then text for people."""
     from huggingface_hub import DatasetCardData
 
     store = open_store(path, checksums=False)
     manifest = store.manifest
+    licence = provenance.data.licence if provenance.data else None
     data = DatasetCardData(
+        license=licence,
         pretty_name=f"{manifest.kind} store",
         tags=["kv-cache", "latent-reasoning", "distillation", manifest.kind],
         size_categories=[_size_category(manifest.records)],
@@ -84,8 +171,10 @@ def dataset_card(path: Path) -> str:
             }
         ],
     )
-    cells = [(name, value.replace("|", "\\|")) for name, value in describe_store(store)]
-    facts = "\n".join(f"| {name} | {value} |" for name, value in cells)
+    setattr(data, KEY, provenance.model_dump(mode="json"))
+    beside = ""
+    if with_teacher:
+        beside = " `teacher/` holds the teacher's weights and tokenizer."
     reader = READERS[manifest.kind]
     return f"""---
 {data.to_yaml()}
@@ -95,11 +184,9 @@ def dataset_card(path: Path) -> str:
 
 Made for distilling a teacher's written chain of thought into latent tokens, offline. The folder
 `store/` holds the tensors and a manifest with a checksum for each file; `index.parquet` has one row
-per record with its token ids, lengths, source and topic.
+per record with its token ids, lengths, source and topic.{beside}
 
-| | |
-|---|---|
-{facts}
+{table([*provenance.facts(), *describe_store(store)])}
 
 ```python
 import datasets
@@ -109,8 +196,15 @@ index = datasets.load_dataset("PATH_OF_THIS_FOLDER", split="train")
 store = {reader}.open("PATH_OF_THIS_FOLDER/store")
 ```
 
-`kava store verify PATH_OF_THIS_FOLDER/store --full` checks every checksum.
+`kava store verify PATH_OF_THIS_FOLDER/store --full` checks every checksum, and `kava store import
+PATH_OF_THIS_FOLDER` takes it into a project, where students are trained from it.
 """
+
+
+def table(facts: Sequence[tuple[str, str]]) -> str:
+    """Names and values as a table without a heading, in Markdown."""
+    cells = [(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in facts]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
 def _size_category(records: int) -> str:

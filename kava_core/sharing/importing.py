@@ -1,0 +1,65 @@
+"""A targets store and its teacher, taken into a project from another one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from kava_core.artefacts import disk_errors, publish, write_json
+from kava_core.errors import KavaError
+from kava_core.sharing.describe import check_teacher
+from kava_core.sharing.hub import Repository, download
+from kava_core.store.export import STORE, TEACHER, copy_model
+from kava_core.store.layout import MANIFEST_FILE
+from kava_core.store.manifest import Manifest, read_manifest
+from kava_core.store.provenance import Provenance, read_card
+from kava_core.store.verify import verify
+
+IMPORTED = "imported.json"  # beside the artefacts: what the card of an imported store said
+
+
+def import_store(source: str, teacher: Path | None, folder: Path) -> Manifest:
+    """Put a targets store into `folder`/kv_targets and its teacher into `folder`/teacher.
+
+    source: the folder of a store or of an exported one, or `hf://datasets/OWNER/NAME[@REVISION]`.
+    teacher: its folder, if it does not lie beside the exported store. Everything is checked before
+    anything is replaced; KavaError for a damaged store or one of another kind, a card that tells of
+    another store, a teacher that is missing, and one, or a tokenizer, that the store was not made
+    with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".import-") as place:
+        work = Path(place)
+        given = Path(source).expanduser()
+        if source.startswith("hf://"):
+            given = download(Repository.parse(source, "dataset"), work / "download")
+        store, provenance = _opened(given)
+        manifest = read_manifest(store, "kv_targets")
+        if provenance is not None:
+            provenance.check(manifest, given)
+        beside = given / TEACHER
+        if teacher is None and not beside.is_dir():
+            raise KavaError(
+                f"{source} holds no teacher, and its targets teach nothing without one. Name the "
+                "teacher's folder with --teacher."
+            )
+        check_teacher(teacher or beside, manifest, store)
+        built = work / "kv_targets"
+        built.mkdir()
+        for name in [*manifest.files, MANIFEST_FILE]:
+            shutil.copyfile(store / name, built / name)
+        if problems := verify(built, full=True):
+            raise KavaError(problems[0].replace(str(built), str(store)))
+        copy_model(teacher or beside, work / "teacher")
+        about = provenance or Provenance.of(manifest, None, None)
+        publish((built, folder / "kv_targets"), (work / "teacher", folder / "teacher"))
+        write_json(folder / IMPORTED, about.model_dump(mode="json"))
+    return manifest
+
+
+def _opened(given: Path) -> tuple[Path, Provenance | None]:
+    """The store in a folder, and what its card says if it was exported with one."""
+    if (given / STORE / MANIFEST_FILE).is_file():
+        return given / STORE, read_card(given)
+    return given, None

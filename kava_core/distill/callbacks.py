@@ -28,6 +28,14 @@ FOLLOW_SECONDS = 0.5
 LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "gradient_share", "weight")
 
 
+class _Files(Live):
+    """The files of a Live, without its look at repositories: it would make a DVC repository of any
+    git repository around, and end in an error in one without a commit."""
+
+    def _init_dvc(self) -> None:
+        pass
+
+
 class Epochs(TrainerCallback):
     """Tells the sampler its epoch. Accelerate does too, but does not reach it in a continued run of
     several processes, whose epochs would all be the first one."""
@@ -164,7 +172,7 @@ class Curves(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.live = Live(str(self.folder), save_dvc_exp=False, dvcyaml=None)
+        self.live = _Files(str(self.folder), save_dvc_exp=False, dvcyaml=None)
         for entry in state.log_history:
             self._write(entry, int(entry["step"]))
 

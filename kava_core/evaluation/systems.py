@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kava_core.artefacts import read_json
+import torch
+
+from kava_core.artefacts import fingerprint, folder_fingerprint, read_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint
@@ -35,15 +37,15 @@ class Systems:
     def of(cls, teacher: Path, students: Mapping[str, Path], targets: Path) -> Systems:
         """KavaError names a student that is not there, was made from another teacher, or reasons
         in another number of latents than `targets`, a store, has slots."""
-        fingerprint = model_fingerprint(str(teacher))
+        own = model_fingerprint(str(teacher))
         native = set()
         for name, folder in students.items():
             about = read_json(folder / "student.json")
             made_from = about["fingerprints"]["teacher"]
-            if made_from != fingerprint:
+            if made_from != own:
                 raise KavaError(
                     f"student {name} was made from the teacher {made_from[:12]}…, and the one in "
-                    f"{teacher} is {fingerprint[:12]}…. Run `kava distill {name}` again."
+                    f"{teacher} is {own[:12]}…. Run `kava distill {name}` again."
                 )
             latents = read_json(folder / SETTINGS_FILE)["latents"]
             if not latents:
@@ -76,10 +78,21 @@ class Systems:
         """The teacher with its chain of thought, the teacher asked at once, the students."""
         return [TEACHER_COT, TEACHER_NO_COT, *self.students]
 
-    def open(self, name: str, encoder: TraceEncoder) -> LatentReasoner:
+    def fingerprint(self, name: str) -> str:
+        """Names all that the system's answers come from but the problems: for a teacher its
+        weights, for a student its whole folder."""
+        if name not in self.students:
+            return fingerprint([name, model_fingerprint(str(self.teacher))])
+        folder = self.students[name]
+        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        return folder_fingerprint(folder, files)
+
+    def open(
+        self, name: str, encoder: TraceEncoder, dtype: torch.dtype = torch.float32
+    ) -> LatentReasoner:
         """The system, on the CPU."""
         if name in self.students:
-            return open_student(self.students[name])
+            return open_student(self.students[name], dtype=dtype)
         prompt = [] if name == TEACHER_COT else encoder.answer_prompt_ids
-        model = load_model(str(self.teacher))
+        model = load_model(str(self.teacher), dtype)
         return LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 
-from kava_core.settings.base import NotNegative, Positive, Section
+from kava_core.settings.base import Dtype, NotNegative, Positive, Section
 
 
 class Evaluate(Section):
     """Accuracy and cost of every system on the first `limit` problems of each test set.
 
-    limit: null asks all of them. batch_size: peak memory is that of one batch. interpret_records:
-    test problems over which latents are looked into; intervention_problems: those that are asked
-    again with latents changed. 0 turns either off; without records there is neither.
+    split: `test`, or `validation` for the validation problems in place of all test sets, which are
+    then not looked at. limit: null asks all of them. batch_size: peak memory is that of one batch.
+    interpret_records: test problems over which latents are looked into; intervention_problems:
+    those that are asked again with latents changed. 0 turns either off; without records there is
+    neither. model_dtype: of the systems' weights.
     """
 
+    split: Literal["validation", "test"] = "test"
     limit: Positive | None = None
     batch_size: Positive = 128
     max_new_tokens: Positive = 256
     similarity_records: Positive = 256
     interpret_records: NotNegative = 64
     intervention_problems: NotNegative = 200
+    model_dtype: Dtype = "float32"
     threads: Positive = 2
 
     @model_validator(mode="after")

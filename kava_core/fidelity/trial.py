@@ -41,7 +41,7 @@ def answer(
 ) -> Part:
     """The answers to a batch from one kind of cache; reference: those from the full one."""
     make, tokens, size = _cache(grid, cell, examiner, batch)
-    outcome = examiner.examine(batch, make, reference.log_probs)
+    outcome = examiner.examine(batch, make, reference)
     answers = []
     for i, trace in enumerate(batch.traces):
         text = str(encoder.tokenizer.decode(outcome.written[i], skip_special_tokens=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kava_core.artefacts import disk_errors
 from kava_core.evaluation.examination import Examiner
 from kava_core.evaluation.parts import Asked, Material, Memory, Part, Plan, Scored
 from kava_core.evaluation.perplexity import Forced
@@ -58,7 +59,9 @@ class EvaluateJob:
 
         def work(number: int) -> int:
             part = self.plan.parts[number]
-            write_finding(part.file, bench.make(part), spaced=False)
+            made = bench.make(part)
+            with disk_errors(part.file):
+                write_finding(part.file, made, spaced=False)
             return number
 
         return work

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from kava_core.artefacts import clear
+from kava_core.artefacts import clear, disk_errors
 from kava_core.console import say
 from kava_core.errors import KavaError
 from kava_core.fidelity.examiner import Batch, Examiner, Layers, Outcome, alike
@@ -156,7 +156,8 @@ class FidelityJob:
                         read.batch,
                         read.reference,
                     )
-                    write_finding(self.file(number, cell), part)
+                    with disk_errors(self.work):
+                        write_finding(self.file(number, cell), part)
                     made += 1
             return made
 

@@ -117,7 +117,9 @@ class Asking(TrainerCallback):
         step = state.global_step
         if step % self.settings.every and step < state.max_steps:
             return
+        due = control.should_log  # by the losses of this step, and a log says that it is done
         self.trainer.log({EXACT_MATCH: self._measure(args)})
+        control.should_log = due
         if self.settings.keep == "best" and best_step(state.log_history) == step:
             self.trainer.write_weights(self._place(step))
 

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
 from kava_core import POLICIES
+from stages.cli import COMMANDS, kava
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,7 +80,7 @@ def test_the_picture_is_of_the_results(picture: ModuleType) -> None:
 
 def test_the_picture_shows_every_system(picture: ModuleType) -> None:
     systems = picture.read_systems(RESULTS)
-    assert len(systems) == 8
+    assert len(systems) == 10
     drawn = picture.draw(systems, 0)
     for system in systems:
         assert f"{system.name}: {system.accuracy:.1f}" in drawn
@@ -132,6 +134,48 @@ def test_no_question_is_shown_without_its_answer() -> None:
         text = page.read_text(encoding="utf-8")
         questions = re.findall(r'"[^"\n]*counter at [^"\n]*"', text)
         assert len(questions) == len(re.findall(r'^\$ kava ask \S+ "', text, re.M)), page
+
+
+def named_commands(page: str) -> list[tuple[str, str]]:
+    """Every `kava COMMAND …` of a page, in blocks and in the text: the command and what follows."""
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", page, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", page)
+    found = [
+        re.match(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*kava ([a-z][a-z-]*)(.*)$", line.partition("#")[0])
+        for line in lines
+    ]
+    return [(match[1], match[2]) for match in found if match]
+
+
+def test_every_command_shown_is_there_with_its_options() -> None:
+    context = click.Context(kava)
+    seen = set()
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for name, rest in named_commands(page.read_text(encoding="utf-8")):
+            command, words = kava.get_command(context, name), rest.split()
+            assert command is not None, (page.name, name)
+            while isinstance(command, click.Group) and words:
+                inner = command.get_command(context, words.pop(0))
+                assert inner is not None, (page.name, name, rest)
+                command = inner
+            known = {option for each in command.params for option in each.opts} | {"--help"}
+            named = set(re.findall(r"(?<!\S)--[a-z-]+", rest))
+            assert named <= known, (page.name, name, named - known)
+            seen.add(name)
+    assert seen >= set(COMMANDS) - {"show"}, set(COMMANDS) - seen
+
+
+def test_a_shell_can_complete_the_command() -> None:
+    asked = {"COMP_WORDS": "kava ev", "COMP_CWORD": "1", "_KAVA_COMPLETE": "bash_complete"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kava")],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["plain,evict", "plain,evaluate"]
 
 
 def test_links_to_the_repository_lead_somewhere() -> None:

@@ -74,7 +74,7 @@ def test_any_setting_can_be_changed_alone(file: str, tmp_path: Path) -> None:
         if isinstance(value, str):
             continue
         path.write_text(before)
-        apply_overrides(path, [f"{name}=7"])
+        apply_overrides(path, [f"{name}={7 if value != 7 else 8}"])
         lines = changed_lines(before, path.read_text())
         assert [line[0] for line in lines] == ["-", "+"], (name, lines)
 

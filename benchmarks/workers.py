@@ -30,6 +30,8 @@ from rich.table import Table
 from kava_core.evaluation.job import EvaluateJob
 from kava_core.evaluation.parts import Material, Plan
 from kava_core.evaluation.systems import Systems
+from kava_core.eviction.policies.crop import Crop
+from kava_core.eviction.policies.rkv import RKV
 from kava_core.fidelity.job import FidelityJob, open_source
 from kava_core.fidelity.job import Material as FidelityMaterial
 from kava_core.models.latent import LatentReasoner
@@ -132,6 +134,7 @@ def benches(home: Path) -> dict[str, Bench]:
     grid = Fidelity(
         split="test",
         limit=None,
+        policies=(RKV(), Crop()),
         budgets=(4, 16),
         bits=(FidelityBits(keys=16, values=16),),
         **sizes,

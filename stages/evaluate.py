@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kava_core.artefacts import fresh_folder, publish, work_folder
-from kava_core.console import say
+from kava_core.console import say, warn
 
 from .run import Run, stage
 
@@ -13,7 +15,8 @@ def evaluate(run: Run) -> None:
     """Ask every system the problems of every test set.
 
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
-    answer at once (teacher-no-cot) and every student of the pipeline. Writes evaluation/: metrics
+    answer at once (teacher-no-cot), every student of the pipeline, and those of
+    `evaluate.others`. Writes evaluation/: metrics
     and comparisons per test set and system, predictions.parquet with all that was generated, what
     `dvc metrics` and `dvc plots` show, lm_eval.json, the accuracy by another harness' rules,
     similarity.json, the cosine similarity of each student's latents to its targets, and
@@ -41,7 +44,10 @@ def evaluate(run: Run) -> None:
         run.path(name) for name in ("problems", "test_sets", "kv_targets")
     )
     systems = Systems.of(
-        run.path("teacher"), {name: run.path("students", name) for name in students}, targets
+        run.path("teacher"),
+        {name: run.path("students", name) for name in students},
+        targets,
+        {name: Path(folder).expanduser().absolute() for name, folder in settings.others.items()},
     )
     material = Material.open(systems.teacher, problems, test_sets, settings)
     systems.check_prompts(material.encoder.prompt)
@@ -50,7 +56,9 @@ def evaluate(run: Run) -> None:
     found = compare_systems(job, material, run.settings.resources)
     work = work_folder(output, "evaluate", {"settings": settings.model_dump(mode="json")})
     built = fresh_folder(work / "output")
-    scores = write_results(built, list(material.test_sets.values()), found, list(students))
+    scores = write_results(
+        built, list(material.test_sets.values()), found, [*students, *settings.others]
+    )
     write_finding(run.path("measured", MEASURED), costs_of(found.examinations, hardware()))
     publish((built, output))
     keep_only(output, "evaluate", plan.folders)
@@ -65,4 +73,4 @@ def _name_strays(run: Run) -> None:
     folder = run.path("students")
     there = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
     for name in sorted(there - run.settings.students.keys()):
-        say(f"evaluate: {folder / name} is no student of the settings, and is left out")
+        warn(f"evaluate: {folder / name} is no student of the settings, and is left out")

@@ -42,7 +42,7 @@ def publish_targets(run: Run, built: Build) -> None:
     from kava_core.findings.base import write_finding
     from kava_core.findings.eviction import FILE
     from kava_core.store import TargetsStore
-    from kava_core.store.summary import eviction_findings
+    from kava_core.store.summary import eviction_findings, quarantine_facts
 
     output = run.path("kv_targets")
     publish((built.folder, output))
@@ -53,3 +53,5 @@ def publish_targets(run: Run, built: Build) -> None:
         f"kv_targets: {built.manifest.records} records, {found.megabytes:.1f} MB; eviction "
         f"engaged on {found.engaged_percent:.1f} % of (record, layer, head); {identity}"
     )
+    for name, value in quarantine_facts(built.manifest):
+        say(f"kv_targets: {name} {value}")

@@ -18,11 +18,12 @@ def generate(run: Run) -> None:
     run again, it redoes only the shards that were not finished. At `generate.keep: targets` it
     writes kv_targets/ and eviction.json instead, as `evict` would.
     """
+    from kava_core.store.summary import quarantine_facts
     from kava_core.targets.generate import build_targets_alone, build_teacher_kv
 
     if run.settings.generate.keep == "targets":
         built = build_targets_alone(
-            run.path("problems"),
+            run.taught,
             run.path("teacher"),
             run.settings.generate,
             run.settings.evict,
@@ -33,7 +34,7 @@ def generate(run: Run) -> None:
         return
     output = run.path("teacher_kv")
     built = build_teacher_kv(
-        run.path("problems"),
+        run.taught,
         run.path("teacher"),
         run.settings.generate,
         output,
@@ -45,3 +46,5 @@ def generate(run: Run) -> None:
         f"teacher_kv: {manifest.records} records, {manifest.trace_tokens} CoT tokens in "
         f"{len(manifest.shards)} shards; {built.rate}"
     )
+    for name, value in quarantine_facts(manifest):
+        say(f"teacher_kv: {name} {value}")

@@ -6,7 +6,8 @@ and the lock that DVC keeps beside it; so a team has any number of pipelines rep
 one stage, which shows the active pipeline's results and thereby runs what they need.
 
 A stage depends on exactly its own section of settings, on the artefacts and local files that it
-reads, and on its version (`kava_core.versions`), never on the text of the code. The students are
+reads, on its version (`kava_core.versions`), and on the versions of the packages whose policies and
+sources its settings name, never on the text of the code. The students are
 those of the settings, whichever they are: DVC makes its stages of them itself.
 """
 
@@ -19,14 +20,19 @@ from typing import Any
 import yaml
 
 from kava_core.errors import KavaError
+from kava_core.eviction.policies import REGISTRY as POLICIES
+from kava_core.problems.sources import REGISTRY as SOURCES
 from kava_core.settings import Pipeline
+from kava_core.settings.choice import packages_of
 from kava_core.versions import VERSIONS
 
 FOLDER = Path("pipelines")
 VERSIONS_FILE = FOLDER / "versions.yaml"
+PACKAGES = "packages"  # in it: package → version of those whose policies or sources are named
 HEADER = (
     "# Written by `kava sync` from pipelines.yaml: change the settings there, and run it again\n"
-    "# after adding or removing a local path or the section `fidelity`, or changing push_caches.\n"
+    "# after adding or removing a local path, a section `traces` or `fidelity`, or changing\n"
+    "# push_caches.\n"
 )
 TOP = (
     "# `dvc repro` does the active pipeline of pipelines.yaml and shows its results.\n"
@@ -57,7 +63,10 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
             "wdir": "../..",
             "cmd": f"kava {command} --pipeline {name}",
             "deps": deps,
-            "params": [{"pipelines.yaml": sections}, {VERSIONS_FILE.as_posix(): [number]}],
+            "params": [
+                {"pipelines.yaml": sections},
+                {VERSIONS_FILE.as_posix(): [number, *_tracked_packages(settings, number, *also)]},
+            ],
             "outs": outs,
             **({"metrics": metrics} if metrics else {}),
         }
@@ -66,17 +75,20 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         return [f"{data}/{each}" for each in names]
 
     caches = f"{data}/teacher_kv"
+    written = [] if settings.traces is None else made("traces")
+    taught = written or made("problems")
     asks_test = settings.fidelity is not None and settings.fidelity.split == "test"
     students = stage(
         "distill ${key}",
         "students.${key}",
-        [*made("${item.reads}", "teacher"), *_local_models(settings)],
+        [*made("${item.reads}", "teacher"), *written, *_local_models(settings)],
         made("students/${key}", "curves/students/${key}"),
     )
     keeps_caches = settings.generate.keep == "caches"
     results = ["problems", "test_sets", "teacher"]
     results += ["teacher_kv", "kv_targets"] if keeps_caches else ["kv_targets"]
     results += ["fidelity"] if settings.fidelity else []
+    results += ["traces"] if settings.traces else []
     stages = {
         "prepare": stage(
             "prepare", "prepare", _local_problems(settings), made("problems", "test_sets")
@@ -87,17 +99,18 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
             [*made("problems"), *_local(settings.teacher.model)],
             made("teacher", "curves/teacher"),
         ),
+        "traces": stage("traces", "traces", made("problems", "teacher"), made("traces")),
         "generate": stage(
             "generate",
             "generate",
-            made("problems", "teacher"),
+            [*taught, *made("teacher")],
             [caches if settings.resources.push_caches else {caches: {"push": False}}],
         )
         if keeps_caches
         else stage(
             "generate",
             "generate",
-            made("problems", "teacher"),
+            [*taught, *made("teacher")],
             made("kv_targets"),
             also=("evict",),
             metrics=made("eviction.json"),
@@ -119,7 +132,10 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         "evaluate": stage(
             "evaluate",
             "evaluate",
-            made("problems", "test_sets", "teacher", "kv_targets", "students"),
+            [
+                *made("problems", "test_sets", "teacher", "kv_targets", "students"),
+                *_local(*settings.evaluate.others.values()),
+            ],
             made("evaluation"),
             also=("students",),
             metrics=made("measured/evaluation.json"),
@@ -132,6 +148,8 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
             made("report", "costs"),
         ),
     }
+    if settings.traces is None:
+        del stages["traces"]
     if settings.fidelity is None:
         del stages["fidelity"]
     if not keeps_caches:
@@ -152,6 +170,29 @@ def dvc_file(name: str, settings: Pipeline) -> dict[str, Any]:
         ],
         "plots": _plots(below, settings),
     }
+
+
+def _packages(settings: Pipeline, stage: str) -> dict[str, str]:
+    """Package → version of those whose policies or sources a stage computes with."""
+    if stage == "prepare":
+        asked = [more.source for more in settings.prepare.test_sets.values()]
+        return packages_of(SOURCES, settings.prepare.source, *asked)
+    if stage == "evict":
+        return packages_of(POLICIES, settings.evict.policy)
+    if stage == "fidelity" and settings.fidelity is not None:
+        return packages_of(POLICIES, *settings.fidelity.policies)
+    return {}
+
+
+def _tracked_packages(settings: Pipeline, *stages: str) -> list[str]:
+    """Keys of versions.yaml."""
+    names = {name for stage in stages for name in _packages(settings, stage)}
+    return [f"{PACKAGES}.{name}" for name in sorted(names)]
+
+
+def _all_packages(settings: Pipeline) -> dict[str, str]:
+    stages = ("prepare", "evict", "fidelity")
+    return {name: of for stage in stages for name, of in _packages(settings, stage).items()}
 
 
 def _plots(below: str, settings: Pipeline) -> list[dict[str, Any]]:
@@ -256,7 +297,11 @@ def project_files(pipelines: dict[str, Pipeline]) -> dict[Path, str]:
     for name, settings in pipelines.items():
         files[FOLDER / name / "dvc.yaml"] = as_yaml(dvc_file(name, settings), HEADER)
     versions = "# What each stage computes (kava_core/versions.py). Written by `kava sync`.\n"
-    files[VERSIONS_FILE] = as_yaml(VERSIONS, versions)
+    others: dict[str, str] = {}
+    for settings in pipelines.values():
+        others |= _all_packages(settings)
+    noted = {PACKAGES: dict(sorted(others.items()))} if others else {}
+    files[VERSIONS_FILE] = as_yaml({**VERSIONS, **noted}, versions)
     return files
 
 
@@ -276,7 +321,15 @@ def check_tracked(project: Path, name: str, settings: Pipeline, stage: str) -> N
     versions = _read(project / VERSIONS_FILE) if (project / VERSIONS_FILE).is_file() else {}
     tracked = wanted.get("do", wanted)["params"][1][VERSIONS_FILE.as_posix()]
     wrong += [
-        f"version {VERSIONS[each]}" for each in tracked if versions.get(each) != VERSIONS[each]
+        f"version {VERSIONS[each]}"
+        for each in tracked
+        if each in VERSIONS and versions.get(each) != VERSIONS[each]
+    ]
+    noted = versions.get(PACKAGES) or {}
+    wrong += [
+        f"{package} {version}"
+        for package, version in _all_packages(settings).items()
+        if f"{PACKAGES}.{package}" in tracked and noted.get(package) != version
     ]
     if wrong:
         raise KavaError(

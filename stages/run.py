@@ -40,6 +40,11 @@ class Run:
         """data/<pipeline>/<parts…>, absolute."""
         return (self.data / self.name).joinpath(*parts).absolute()
 
+    @property
+    def taught(self) -> Path:
+        """The problems with the chains of thought that are taught: the teacher's own, or given."""
+        return self.path("problems" if self.settings.traces is None else "traces")
+
 
 pipelines_option = click.option(
     "--pipelines",
@@ -68,7 +73,7 @@ def stage(function: Callable[..., None]) -> click.Command:
     def logged(run: Run, **options: Any) -> None:
         check_tracked(run.project, run.name, run.settings, function.__name__)
         what = " ".join([function.__name__, *map(str, options.values())])
-        with _alone(run, what), reporting(f"{run.name}, {what}"), _logged(run, what):
+        with _alone(run, what), reporting(run.name, what), _logged(run, what):
             function(run, **options)
 
     return tool(logged)

@@ -108,7 +108,7 @@ class Bench:
         say(f"study {self.plan.name}: {len(cells)} cells, {len(missing)} to do")
         self._say_asked_before()
         stages = self.plan.pieces(missing)
-        students = stages.pop("distill")
+        students = stages.pop("distill", ())
         for pieces in stages.values():
             _together(jobs, self._make, pieces)
         for cell in missing:

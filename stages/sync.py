@@ -16,8 +16,8 @@ def sync(check: bool) -> None:
     """Write pipelines/NAME/dvc.yaml for every pipeline of pipelines.yaml.
 
     Students are DVC's to find; run this after adding or removing a pipeline, a local path or
-    the section `fidelity`, after changing `generate.keep` or `resources.push_caches`, and after
-    installing another version. Does nothing where nothing changed.
+    a section `traces` or `fidelity`, after changing `generate.keep` or `resources.push_caches`,
+    and after installing another version. Does nothing where nothing changed.
     """
     write_project(Path("pipelines.yaml"), check=check)
 

@@ -124,7 +124,10 @@ def test_every_question_shown_is_answered_and_rightly() -> None:
             r'^\$ kava ask \S+ "(.+)"\n(.+)$', page.read_text(encoding="utf-8"), re.M
         )
     ]
-    assert {"README.md", "evaluation.md"} <= {name for name, _, _ in shown}
+    served = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    asked = re.findall(r'"content": "(.+?)".+?^```text\n +(\d+)$', served, re.M | re.S)
+    shown += [("serving.md", *found) for found in asked]
+    assert {"README.md", "evaluation.md", "serving.md"} <= {name for name, _, _ in shown}
     for name, question, answer in shown:
         assert int(answer) == solve(question), (name, question)
 
@@ -133,7 +136,8 @@ def test_no_question_is_shown_without_its_answer() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         questions = re.findall(r'"[^"\n]*counter at [^"\n]*"', text)
-        assert len(questions) == len(re.findall(r'^\$ kava ask \S+ "', text, re.M)), page
+        asked = re.findall(r'^\$ kava ask \S+ "|"content": "counter at ', text, re.M)
+        assert len(questions) == len(asked), page
 
 
 def named_commands(page: str) -> list[tuple[str, str]]:

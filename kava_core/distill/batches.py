@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kava_core.models.batching import pad
+from kava_core.problems.encoded import EncodedTraces
 from kava_core.record import Record
 from kava_core.store import TargetsStore
 
@@ -71,11 +72,11 @@ class AnswerDataset(Dataset[dict[str, Any]]):
 
     def lengths(self) -> Lengths:
         """Of all records."""
-        return Lengths(
-            np.array([len(t.question_ids) for t in self.traces]),
-            np.array([len(t.cot_ids) for t in self.traces]),
-            np.array([len(t.answer_prompt_ids) + len(t.answer_ids) for t in self.traces]),
+        question, chain, prompt, answer = (
+            _counts(self.traces, name)
+            for name in ("question_ids", "cot_ids", "answer_prompt_ids", "answer_ids")
         )
+        return Lengths(question, chain, prompt + answer)
 
     def record(self, index: int) -> Record:
         """One record."""
@@ -84,6 +85,13 @@ class AnswerDataset(Dataset[dict[str, Any]]):
     def name(self, index: int) -> str:
         """The id of a record."""
         return self.traces[index].id
+
+
+def _counts(traces: Sequence[Record], name: str) -> np.ndarray:
+    """[N]: how many tokens the field has in each record."""
+    if isinstance(traces, EncodedTraces):
+        return traces.counts(name)
+    return np.array([len(getattr(trace, name)) for trace in traces])
 
 
 def writes_rest(store: TargetsStore) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from kava_core.artefacts import clear, read_json
-from kava_core.console import say
+from kava_core.console import warn
 from kava_core.errors import KavaError
 
 STATE, WEIGHTS = "trainer_state.json", "*.safetensors"
@@ -34,7 +34,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for checkpoint in sorted(found, key=step_of, reverse=True):
         if _is_whole(checkpoint):
             return checkpoint
-        say(f"{checkpoint} is damaged, and is not continued from")
+        warn(f"{checkpoint} is damaged, and is not continued from")
         clear(checkpoint)
     return None
 

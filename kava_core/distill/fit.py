@@ -35,6 +35,7 @@ from kava_core.distill.callbacks import (
 from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
 from kava_core.distill.exact_match import Asking, Questions
 from kava_core.distill.terms import Batch, Terms
+from kava_core.distill.tracking import Tracking
 from kava_core.distill.trainer import TermsTrainer
 from kava_core.errors import KavaError
 from kava_core.models.recompute import recomputed
@@ -74,6 +75,7 @@ def fit(
     held_out: Sequence[int] = (),
     balance: Balance | None = None,
     questions: Questions | None = None,
+    tracking: Tracking | None = None,
 ) -> None:
     """Train `model` in place.
 
@@ -85,6 +87,7 @@ def fit(
     DVCLive's format. held_out: indices of the dataset that the sampler leaves out, on which the
     terms are measured every `training.held_out.every` steps. balance: what the terms are multiplied
     with; None: nothing. questions: what is asked every `training.exact_match.every` steps.
+    tracking: who else is told of the run; None: nobody.
 
     A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
@@ -119,7 +122,8 @@ def fit(
         dataloader_drop_last=True,
         remove_unused_columns=False,
         label_names=[],
-        report_to=[],
+        report_to=[],  # ours are told by callbacks of ours
+        run_name=tracking.name if tracking else None,
         disable_tqdm=True,
         optim="adamw_torch",
     )
@@ -133,6 +137,7 @@ def fit(
         callbacks: list[TrainerCallback] = [Epochs(sampler, training), window, stop]
         if group.rank() == 0:
             callbacks += [ProgressBar(display, task), Curves(curves)]
+            callbacks += tracking.callbacks() if tracking else []
         trainer = TermsTrainer(
             terms=terms,
             balance=balance or Balance(),

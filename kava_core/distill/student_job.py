@@ -22,6 +22,8 @@ from kava_core.distill.objective import objective_of
 from kava_core.distill.projectors import add_projectors, drop_projectors
 from kava_core.distill.start import check_records, start_student
 from kava_core.distill.terms import Terms, student_terms
+from kava_core.distill.traces import encoded_traces
+from kava_core.distill.tracking import Tracking
 from kava_core.models.adapted import Base
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer
@@ -46,6 +48,7 @@ class StudentJob:
     work: Path
     cadence: Cadence
     loader_workers: int = 0
+    tracking: Tracking | None = None
 
     @property
     def folder(self) -> Path:
@@ -64,7 +67,7 @@ class StudentJob:
     def __call__(self) -> None:
         settings, training = self.settings, self.settings.training
         tokenizer = load_tokenizer(str(self.inputs.teacher))
-        material = _Material.of(settings, self.inputs.source, tokenizer)
+        material = _Material.of(settings, self.inputs.source, tokenizer, self.work)
         taught, held_out = hold_out(material.sizes, training, f"students.{self.name}.training")
         with torch_threads(training.threads):
             model = load_model(self.inputs.model, revision=settings.revision)
@@ -96,6 +99,7 @@ class StudentJob:
                 held_out=held_out,
                 balance=Balance.of(settings),
                 questions=material.questions(training, held_out, tokenizer),
+                tracking=self.tracking,
             )
             if group.rank() > 0:
                 return
@@ -161,7 +165,9 @@ class _Material:
     prompt: Prompt
 
     @classmethod
-    def of(cls, settings: Student, source: Path, tokenizer: PreTrainedTokenizerBase) -> _Material:
+    def of(
+        cls, settings: Student, source: Path, tokenizer: PreTrainedTokenizerBase, work: Path
+    ) -> _Material:
         chains = settings.taught("w_cot")
         if settings.reads == "kv_targets":
             store = TargetsStore.open(source)
@@ -171,7 +177,7 @@ class _Material:
             return cls(store, dataset, list(store.sizes), str(made["traces"]), prompt)
         problems = open_problems(source)
         encoder = TraceEncoder(tokenizer, problems.traces, prompt=problems.prompt)
-        records = encoder.encode_all(problems.load("train"))
+        records = encoded_traces(work, encoder, problems)
         dataset_of_answers = AnswerDataset(records, chains)
         return cls(None, dataset_of_answers, [len(records)], problems.traces, problems.prompt)
 
@@ -198,10 +204,11 @@ def train_student(
     Repeated after a kill, it goes on from its last checkpoint. KavaErrors are those of `fit` and
     of what it starts from.
     """
+    tracking = Tracking.of(cadence, output)
     plain = settings.model_dump(mode="json", by_alias=True)
     key = {"settings": plain, "inputs": inputs.fingerprints}
     work = work_folder(output, "distill", key)
-    job = StudentJob(name, settings, inputs, work, cadence, resources.loader_workers)
+    job = StudentJob(name, settings, inputs, work, cadence, resources.loader_workers, tracking)
     run_training(
         job,
         name,
@@ -218,7 +225,7 @@ def _steps(settings: Student, source: Path) -> int:
     if settings.reads == "kv_targets":
         records = len(TargetsStore.open(source, checksums=False))
     else:
-        records = len(open_problems(source).load("train"))
+        records = open_problems(source).count("train")
     held_out = settings.training.held_out
     return settings.training.total_steps(records - (held_out.records if held_out else 0))
 

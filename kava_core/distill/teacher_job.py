@@ -17,6 +17,8 @@ from kava_core.distill.held_out import hold_out
 from kava_core.distill.job import run_training
 from kava_core.distill.start import check_teacher, start_teacher
 from kava_core.distill.terms import chain_terms
+from kava_core.distill.traces import encoded_traces
+from kava_core.distill.tracking import Tracking
 from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
 from kava_core.models.loading import (
@@ -28,7 +30,6 @@ from kava_core.models.loading import (
     to_device,
     tokenizer_fingerprint,
 )
-from kava_core.models.teacher_pass import check_lengths
 from kava_core.parallel import group
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import ProblemFolder, open_problems
@@ -51,6 +52,7 @@ class TeacherJob:
     about: dict[str, Any]
     cadence: Cadence
     loader_workers: int
+    tracking: Tracking | None = None
 
     @property
     def folder(self) -> Path:
@@ -92,8 +94,7 @@ class TeacherJob:
         adapters = None
         if training.lora is not None:
             adapters = add_lora(model, training.lora, seed=training.seed, path="teacher.training")
-        traces = encoder.encode_all(problems.load("train"))
-        check_lengths(traces, model.config.get_text_config())
+        traces = encoded_traces(self.work, encoder, problems, model.config.get_text_config())
         taught, held_out = hold_out([len(traces)], training, "teacher.training")
         fit(
             model,
@@ -114,6 +115,7 @@ class TeacherJob:
                 encoder.tokenizer,
                 encoder.prompt.answer,
             ),
+            tracking=self.tracking,
         )
         if adapters is None or training.lora is None or group.rank() > 0:
             return model
@@ -159,7 +161,13 @@ def train_teacher(
     about = _made_from(settings, problems)
     work = work_folder(output, "teacher", about)
     job = TeacherJob(
-        settings, problems.path.absolute(), work, about, cadence, resources.loader_workers
+        settings,
+        problems.path.absolute(),
+        work,
+        about,
+        cadence,
+        resources.loader_workers,
+        None if settings.training is None else Tracking.of(cadence, output),
     )
     fresh_folder(job.folder)
     ensure_folder(job.curves)
@@ -167,7 +175,7 @@ def train_teacher(
     if training is None:
         job()
     else:
-        records = len(problems.load("train"))
+        records = problems.count("train")
         held_out = training.held_out.records if training.held_out else 0
         steps = training.total_steps(records - held_out)
         run_training(job, "teacher", training, settings.processes, resources, steps=lambda: steps)

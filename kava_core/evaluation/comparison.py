@@ -104,7 +104,10 @@ def _together(job: EvaluateJob, material: Material) -> Comparison:
     for name, test_set in material.test_sets.items():
         for system in job.systems.names:
             found.examinations[name][system] = job.plan.examination(
-                system, test_set, material.encoder, job.settings.batch_size
+                system,
+                test_set,
+                job.systems.encoder(system, material.encoder),
+                job.settings.batch_size,
             )
     for part in job.plan.parts:
         if part.kind == "similarity":

@@ -76,6 +76,7 @@ class _Bench:
         self.material = job.material()
         self.name = ""
         self.system: LatentReasoner
+        self.encoder: TraceEncoder  # of the open system
         self.examiners: dict[str, Examiner] = {}
         self.forced: dict[str, Forced] = {}
 
@@ -129,13 +130,14 @@ class _Bench:
         dtype = DTYPES[self.settings.model_dtype]
         self.system = to_device(self.job.systems.open(name, self.material.encoder, dtype))
         self.name = name
+        self.encoder = self.job.systems.encoder(name, self.material.encoder)
         self._examiner(self.material.own.name).warm_up()
 
     def _examiner(self, test_set: str) -> Examiner:
         if test_set not in self.examiners:
             self.examiners[test_set] = Examiner(
                 self.system,
-                self.material.encoder,
+                self.encoder,
                 self.material.test_sets[test_set],
                 batch_size=self.settings.batch_size,
                 max_new_tokens=self.settings.max_new_tokens,
@@ -147,7 +149,7 @@ class _Bench:
             replies = self.job.plan.replies(
                 self.name,
                 self.material.test_sets[test_set],
-                self.material.encoder,
+                self.encoder,
                 self.settings.batch_size,
             )
             self.forced[test_set] = self._examiner(test_set).forced(replies)

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from kava_core.artefacts import clear, fingerprint, kept_folder
-from kava_core.console import say
+from kava_core.console import warn
 from kava_core.errors import KavaError
 from kava_core.evaluation.asking import Reply
 from kava_core.evaluation.examination import Examination, ProblemSet
@@ -84,7 +84,7 @@ class Part:
         try:
             self.read(KINDS[self.kind])
         except KavaError:
-            say(f"evaluate: {self.file} is damaged, and is made again")
+            warn(f"evaluate: {self.file} is damaged, and is made again")
             clear(self.file)
             return False
         return True

@@ -1,9 +1,9 @@
-"""The systems of a pipeline: its teacher, asked in two ways, and its students."""
+"""The systems of a pipeline: its teacher, asked in two ways, its students, and others' students."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint
 from kava_core.models.students import open_student
 from kava_core.models.thinking import SETTINGS_FILE
-from kava_core.problems.prompt import Prompt, check_prompt
+from kava_core.problems.prompt import PLAIN, Prompt, check_prompt, prompt_in
 from kava_core.problems.traces import TraceEncoder, chat_fingerprint
 from kava_core.store import TargetsStore
 
@@ -26,17 +26,26 @@ class Systems:
     """Folders of the teacher and of the students by name; each is opened when it is asked.
 
     native: the students whose latents are comparable with the targets: they have latents, and did
-    not begin as another model, whose slots have their own basis.
+    not begin as another model, whose slots have their own basis. others: students from elsewhere,
+    which have nothing in common with this teacher, and are asked in their own tokens.
     """
 
     teacher: Path
     students: Mapping[str, Path]
     native: frozenset[str]
+    others: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, teacher: Path, students: Mapping[str, Path], targets: Path) -> Systems:
+    def of(
+        cls,
+        teacher: Path,
+        students: Mapping[str, Path],
+        targets: Path,
+        others: Mapping[str, Path] | None = None,
+    ) -> Systems:
         """KavaError names a student that is not there, was made from another teacher, or reasons
-        in another number of latents than `targets`, a store, has slots."""
+        in another number of latents than `targets`, a store, has slots; and one of the others
+        that is no student."""
         own = model_fingerprint(str(teacher))
         native = set()
         for name, folder in students.items():
@@ -58,7 +67,13 @@ class Systems:
                 )
             if about["settings"].get("model") is None:
                 native.add(name)
-        return cls(teacher, students, frozenset(native))
+        for name, folder in (others or {}).items():
+            if not (folder / SETTINGS_FILE).is_file():
+                raise KavaError(
+                    f"evaluate.others.{name}: {folder} is no student: expected {SETTINGS_FILE} in "
+                    "it, found none. Make one with `kava import-student`, or name another."
+                )
+        return cls(teacher, students, frozenset(native), others or {})
 
     def check_prompts(self, prompt: Prompt) -> None:
         """KavaError if one of them learnt other prompts than this one, or from a chat template that
@@ -75,15 +90,24 @@ class Systems:
 
     @property
     def names(self) -> list[str]:
-        """The teacher with its chain of thought, the teacher asked at once, the students."""
-        return [TEACHER_COT, TEACHER_NO_COT, *self.students]
+        """The teacher with its chain of thought, the teacher asked at once, the students, others'
+        students."""
+        return [TEACHER_COT, TEACHER_NO_COT, *self.students, *self.others]
+
+    def encoder(self, name: str, encoder: TraceEncoder) -> TraceEncoder:
+        """What the system is asked with: `encoder`, or one of its own."""
+        if name not in self.others:
+            return encoder
+        folder = self.others[name]
+        prompt = prompt_in(folder / "student.json") or PLAIN
+        return TraceEncoder(load_tokenizer(str(folder)), encoder.traces, prompt=prompt)
 
     def fingerprint(self, name: str) -> str:
         """Names all that the system's answers come from but the problems: for a teacher its
         weights, for a student its whole folder."""
-        if name not in self.students:
+        folder = self.students.get(name) or self.others.get(name)
+        if folder is None:
             return fingerprint([name, model_fingerprint(str(self.teacher))])
-        folder = self.students[name]
         files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         return folder_fingerprint(folder, files)
 
@@ -91,8 +115,9 @@ class Systems:
         self, name: str, encoder: TraceEncoder, dtype: torch.dtype = torch.float32
     ) -> LatentReasoner:
         """The system, on the CPU."""
-        if name in self.students:
-            return open_student(self.students[name], dtype=dtype)
+        for folders in (self.students, self.others):
+            if name in folders:
+                return open_student(folders[name], dtype=dtype)
         prompt = [] if name == TEACHER_COT else encoder.answer_prompt_ids
         model = load_model(str(self.teacher), dtype)
         return LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos)

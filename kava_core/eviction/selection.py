@@ -16,8 +16,16 @@ SELECT_ELEMENTS = 1 << 24  # scores ranked at a time
 
 
 def score_all(policy: Policy, batch: CacheBatch) -> Tensor:
-    """Scores of a batch, [T, L', H] float32; KavaError naming a record with a score not finite."""
+    """Scores of a batch, [T, L', H] float32.
+
+    KavaError for scores of another shape or type, and one naming a record with a score not finite.
+    """
     scores = policy.score(batch)
+    if scores.shape != batch.shape or scores.dtype != torch.float32:
+        raise KavaError(
+            f"expected scores [T, L', H] = {list(batch.shape)} of float32 from {policy}, found "
+            f"{list(scores.shape)} of {scores.dtype}. Mend the policy."
+        )
     broken = (~torch.isfinite(scores)).flatten(1).any(1)
     if broken.any():
         token = int(broken.nonzero()[0])

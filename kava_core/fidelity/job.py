@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from kava_core.artefacts import clear, disk_errors
-from kava_core.console import say
+from kava_core.console import warn
 from kava_core.errors import KavaError
 from kava_core.fidelity.examiner import Batch, Examiner, Layers, Outcome, alike
 from kava_core.fidelity.grid import Grid
@@ -123,7 +123,7 @@ class FidelityJob:
                 return True
         except KavaError:
             pass
-        say(f"fidelity: {file} is damaged, and is made again")
+        warn(f"fidelity: {file} is damaged, and is made again")
         clear(file)
         return False
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Annotated
+
+from pydantic import Field
+
 from kava_core.findings.base import Finding
 from kava_core.findings.scores import Percent
 
@@ -23,7 +28,8 @@ class EvictionFindings(Finding):
     fill a slot, those that are the most common one of their record's slot over all rows and heads.
     result_percent: of the tokens that fill a slot, those that state a step's result; None where no
     record says which these are. identity_explained: of the targets' variance, by slot and position.
-    megabytes: of the store's files.
+    megabytes: of the store's files. quarantined_records: problems that the teacher's store names
+    and lacks (`generate.on_error`), written where there are any.
     """
 
     engaged_percent: Percent
@@ -32,6 +38,7 @@ class EvictionFindings(Finding):
     result_percent: Percent | None
     identity_explained: Explained
     megabytes: float
+    quarantined_records: Annotated[int, Field(exclude_if=operator.not_)] = 0
 
     @property
     def identity(self) -> list[tuple[str, str]]:

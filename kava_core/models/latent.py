@@ -75,6 +75,8 @@ class LatentReasonerConfig(PreTrainedConfig):
         per_position: bool = True,
         stride: int = 1,
         answer_prompt_ids: list[int] | None = None,
+        projection_size: int = 0,
+        residual: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -85,6 +87,8 @@ class LatentReasonerConfig(PreTrainedConfig):
         self.per_position = per_position
         self.stride = stride
         self.answer_prompt_ids = answer_prompt_ids or []
+        self.projection_size = projection_size
+        self.residual = residual
 
 
 @dataclass
@@ -268,8 +272,8 @@ class LatentReasoner(PreTrainedModel):
             else:
                 save_model(folder, self.decoder, None, weights=False)
         names = LatentSettings.__dataclass_fields__
-        settings = {name: getattr(self.config, name) for name in names}
-        write_json(folder / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings})
+        settings = LatentSettings(**{name: getattr(self.config, name) for name in names})
+        write_json(folder / SETTINGS_FILE, {"format_version": FORMAT_VERSION, **settings.written()})
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
         weights = folder / WEIGHTS_FILE
         weights.unlink(missing_ok=True)

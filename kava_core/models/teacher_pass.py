@@ -7,7 +7,7 @@ tokens (the end of sequence is one of them).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kava_core.errors import KavaError
 from kava_core.models.batching import by_length, pad
 from kava_core.models.capture import AttentionCall, recording, teacher_forced
-from kava_core.models.context import attention_windows, check_context
+from kava_core.models.context import attention_windows, check_context, context_of
 from kava_core.models.proofs import prove_capture
 from kava_core.record import Record
 from kava_core.rotary import Rotary, unrotate
@@ -41,27 +41,46 @@ class TeacherCache:
     offsets: Tensor
 
 
+class TooLong(KavaError):
+    """A trace that a model cannot hold. reason: the same words for all that exceed the same."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def check_lengths(traces: Sequence[Record], config: Any) -> None:
     """Refuse traces that the model cannot hold: past its context, or past a sliding window."""
-    windows = attention_windows(config)
+    for _, error in too_long(traces, config):
+        raise error
+
+
+def too_long(traces: Sequence[Record], config: Any) -> Iterator[tuple[int, TooLong]]:
+    """The traces that the model cannot hold: their places in `traces`, and why."""
+    windows, context = attention_windows(config), context_of(config)
     narrowest = min(windows.values(), default=None)
-    for trace in traces:
+    for place, trace in enumerate(traces):
         total = _length(trace)
-        check_context(
-            config,
-            total,
-            what=f"problem {trace.id}",
-            including="its trace and answer",
-            remedy="Drop long problems in `prepare` or use a model with a longer context.",
-        )
         reach = total - len(trace.question_ids)
+        try:
+            check_context(
+                config,
+                total,
+                what=f"problem {trace.id}",
+                including="its trace and answer",
+                remedy="Drop long problems in `prepare` or use a model with a longer context.",
+            )
+        except KavaError as error:
+            yield place, TooLong(str(error), f"longer than the context of {context} tokens")
+            continue
         if narrowest is not None and reach > narrowest:
             layer = next(i for i, w in windows.items() if w == narrowest)
-            raise KavaError(
+            message = (
                 f"the CoT and answer of problem {trace.id} span {reach} tokens, more than the "
                 f"sliding window of {narrowest} in layer {layer}: the answer cannot see the whole "
                 "trace there. Drop long traces in `prepare` or use another teacher."
             )
+            yield place, TooLong(message, f"longer than the sliding window of {narrowest} tokens")
 
 
 class TeacherPass:
@@ -120,14 +139,27 @@ def over(teacher: TeacherPass, traces: Sequence[Record], batch_size: int) -> Tea
     for chosen in by_length([_length(t) for t in traces], batch_size):
         cache = teacher([traces[i] for i in chosen])
         for row, i in enumerate(chosen):
-            span = slice(int(cache.offsets[row]), int(cache.offsets[row + 1]))
-            pieces[i] = TeacherCache(
-                cache.keys[span],
-                cache.values[span],
-                cache.importance[span],
-                cache.endpoint[row : row + 1],
-                cache.offsets[:2],
-            )
+            pieces[i] = _one(cache, row)
+    return _joined(pieces)
+
+
+def chosen_records(cache: TeacherCache, rows: Sequence[int]) -> TeacherCache:
+    """What the cache has of these records, in this order."""
+    return _joined([_one(cache, row) for row in rows])
+
+
+def _one(cache: TeacherCache, row: int) -> TeacherCache:
+    span = slice(int(cache.offsets[row]), int(cache.offsets[row + 1]))
+    return TeacherCache(
+        cache.keys[span],
+        cache.values[span],
+        cache.importance[span],
+        cache.endpoint[row : row + 1],
+        cache.offsets[:2],
+    )
+
+
+def _joined(pieces: Sequence[TeacherCache]) -> TeacherCache:
     sizes = torch.tensor([0, *(len(p.keys) for p in pieces)])
     return TeacherCache(
         keys=torch.cat([p.keys for p in pieces]),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -59,6 +59,8 @@ class Settings(Protocol):
     per_position: bool
     stride: int
     answer_prompt_ids: list[int]
+    projection_size: int
+    residual: bool
 
 
 class Parameters(Protocol):
@@ -78,7 +80,9 @@ class LatentSettings:
     "sequential"; projection: whether hidden states pass a small MLP before they become latents;
     per_position: one learned initial latent per position, or one for all; stride: how many
     positions lie from one latent to the next; answer_prompt_ids: what is read behind the latents,
-    before the answer is written.
+    before the answer is written. Of the projections of others' students, and in the file only where
+    they are not as ours: projection_size: its width, 0: that of the hidden states; residual:
+    whether it adds what it makes of a hidden state to it.
     """
 
     latents: int
@@ -88,6 +92,13 @@ class LatentSettings:
     per_position: bool
     stride: int
     answer_prompt_ids: list[int]
+    projection_size: int = 0
+    residual: bool = True
+
+    def written(self) -> dict[str, Any]:
+        """What latents.json says, without what is at its default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in asdict(self).items() if v != defaults[k]}
 
     @classmethod
     def read(cls, path: Path) -> LatentSettings:
@@ -102,15 +113,14 @@ class LatentSettings:
                 f"{path}: expected format_version {FORMAT_VERSION}, found {version}. Use the "
                 "version of the library that wrote it."
             )
-        types = {"reasoning": str, "projection": bool, "per_position": bool}
-        names = [field.name for field in fields(cls)]
-        if found.keys() != set(names):
+        types = {"reasoning": str, "projection": bool, "per_position": bool, "residual": bool}
+        names = [field.name for field in fields(cls) if field.default is MISSING]
+        if found.keys() - {field.name for field in fields(cls)} or set(names) - found.keys():
             raise Refused(
                 f"{path}: expected {', '.join(names)}, found {', '.join(sorted(found))}. Copy or "
                 "make it again."
             )
-        for name in names:
-            value = found[name]
+        for name, value in found.items():
             if name == "answer_prompt_ids":
                 right = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
             elif name in types:
@@ -130,7 +140,9 @@ def add_latents(module: nn.Module, size: int, settings: Settings) -> None:
     rows = settings.latents if settings.per_position else 1
     for name, shape in (("bot", (size,)), ("eot", (size,)), ("initial_latents", (rows, size))):
         module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-    module.add_module("projection", Projection(size) if settings.projection else nn.Identity())
+    width = settings.projection_size or size
+    projection = Projection(size, width, settings.residual) if settings.projection else None
+    module.add_module("projection", projection or nn.Identity())
 
 
 def load_latents(module: nn.Module, path: Path, like: Tensor) -> None:
@@ -161,16 +173,21 @@ def load_latents(module: nn.Module, path: Path, like: Tensor) -> None:
 
 
 class Projection(nn.Module):
-    """Hidden state → latent: LayerNorm(h + Linear(GELU(Linear(h)))), [..., E] → [..., E]."""
+    """Hidden state → latent: LayerNorm(h + Linear(GELU(Linear(h)))), [..., E] → [..., E].
 
-    def __init__(self, size: int) -> None:
+    width: of what is between the two; residual: False for a sum without h.
+    """
+
+    def __init__(self, size: int, width: int, residual: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(size, size)
-        self.down = nn.Linear(size, size)
+        self.up = nn.Linear(size, width)
+        self.down = nn.Linear(width, size)
         self.norm = nn.LayerNorm(size)
+        self.residual = residual
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(hidden + self.down(nn.functional.gelu(self.up(hidden))))
+        made = self.down(nn.functional.gelu(self.up(hidden)))
+        return self.norm(hidden + made if self.residual else made)
 
 
 # --- thinking -----------------------------------------------------------------------------------

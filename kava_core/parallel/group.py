@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from kava_core.errors import KavaError
+
 Value = TypeVar("Value")
 
 
@@ -48,12 +50,19 @@ def gather(value: Value) -> list[Value]:
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """What `make` gives in the first process, which alone calls it."""
+    """What `make` gives in the first process, which alone calls it; a KavaError is everybody's."""
     if size() == 1:
         return make()
-    values: list[Any] = [make() if rank() == 0 else None]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
+    outcome: list[Any] = [None]
+    if rank() == 0:
+        try:
+            outcome = [make()]
+        except KavaError as error:
+            outcome = [error]
+    distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], KavaError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def wait() -> None:

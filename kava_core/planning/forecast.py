@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from kava_core.planning.sizes import (
     model_bytes,
     teacher_kv_size,
 )
-from kava_core.settings import EveryLayer, Pipeline, Student, Training
+from kava_core.settings import EveryLayer, Pipeline, Student, Traces, Training
 from kava_core.targets.plan import Plan
 
 _PROMPT = 4  # tokens of "The answer is:"
@@ -114,7 +114,8 @@ def forecast(
     for what is not known here (the model's shapes, the problems), and for a setting that this
     teacher cannot meet.
     """
-    lengths = lengths_of(settings, folder)
+    given = lengths_of(settings, folder)
+    lengths = _taught(given, settings.traces)
     shapes = Shapes.of(settings, lengths)
     caches, targets = _stores(settings, shapes.teacher, lengths)
     disk = _disk(settings, shapes, caches, targets)
@@ -133,9 +134,17 @@ def forecast(
         kv_targets=targets,
         disk=disk,
         free=_free(folder),
-        stages=tuple(_Stages(settings, shapes, lengths, caches, targets, clock).all()),
+        stages=tuple(_Stages(settings, shapes, given, lengths, caches, targets, clock).all()),
         cheaper=_cheaper(settings, shapes, lengths, sum(disk.values())),
     )
+
+
+def _taught(given: Lengths, traces: Traces | None) -> Lengths:
+    """Of what is stored and taught; how many chains of the teacher's are kept nobody knows yet."""
+    if traces is None:
+        return given
+    origin = f"{given.origin}; as many as `traces` keeps at most"
+    return replace(given, problems=given.problems * traces.samples, origin=origin)
 
 
 @dataclass(frozen=True)
@@ -231,10 +240,12 @@ def _free(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class _Stages:
-    """The cost of every stage that computes something."""
+    """The cost of every stage that computes something. given: of the problems; lengths: of what is
+    stored and taught."""
 
     settings: Pipeline
     shapes: Shapes
+    given: Lengths
     lengths: Lengths
     caches: StoreSize | None
     targets: StoreSize
@@ -242,7 +253,10 @@ class _Stages:
 
     def all(self) -> Iterator[StageCost]:
         if self.settings.teacher.training is not None:
-            yield self._teacher(self.settings.teacher.training)
+            given = replace(self, lengths=self.given)
+            yield given._teacher(self.settings.teacher.training)
+        if self.settings.traces is not None:
+            yield self._traces(self.settings.traces)
         yield self._generate()
         if self.caches is not None:
             yield self._evict(self.caches)
@@ -280,6 +294,20 @@ class _Stages:
         calls = taken * len(learn) + asked * sum(map(len, answers))
         memory = trainer_bytes(a, share, learn, "teacher.training", pieced=True)
         return StageCost("teacher", calls, work, memory, seconds)
+
+    def _traces(self, traces: Traces) -> StageCost:
+        a, rows = self.shapes.teacher, min(traces.batch_size, self.lengths.problems)
+        whole = self.lengths.trace + self.lengths.prompt + self.lengths.answer
+        tokens = min(traces.max_new_tokens, math.ceil(longest(whole, rows)))
+        answers = answering_calls(None, self.targets.slots, self.lengths, rows, tokens)
+        rounds = batches(self.lengths.problems, rows)
+        seconds = None
+        if self.clock is not None:
+            each = self.clock.answer(a, answers, rows, traces.threads)
+            seconds = rounds * each / self._workers()
+            seconds += self.clock.start(self.settings.resources.workers != 0)
+        calls, work = rounds * len(answers), rounds * flops(a, answers, None)
+        return StageCost("traces", calls, work, None, seconds)
 
     def _generate(self) -> StageCost:
         settings, a = self.settings, self.shapes.teacher

@@ -12,7 +12,12 @@ from typing import Any, get_args
 
 from kava_core.artefacts import fingerprint, folder_fingerprint, read_json, write_json
 from kava_core.errors import KavaError
-from kava_core.problems.parquet import load_problems, save_problems
+from kava_core.problems.parquet import (
+    ProblemFile,
+    load_problems,
+    open_problem_file,
+    save_problems,
+)
 from kava_core.problems.prompt import PLAIN, Prompt, read_prompt
 from kava_core.problems.records import Problem, TraceForm, describe, describe_tokens
 from kava_core.problems.splits import ProblemSplits
@@ -47,6 +52,14 @@ class ProblemFolder:
     def load(self, split: str) -> list[Problem]:
         """The problems of `train` or `validation`."""
         return load_problems(self.path / f"{split}.parquet")
+
+    def open(self, split: str) -> ProblemFile:
+        """The same, decoded as they are asked for."""
+        return open_problem_file(self.path / f"{split}.parquet")
+
+    def count(self, split: str) -> int:
+        """How many there are."""
+        return len(ProblemFile(self.path / f"{split}.parquet"))
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """KavaError if the problems were measured with another tokenizer than the teacher's."""

@@ -7,9 +7,11 @@ trust what it gets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,8 @@ from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem
 
+_GROUP = 65_536  # rows that are decoded together
+_PART = 1_024  # of them, that are Python's own at once
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -44,7 +48,92 @@ def save_problems(path: Path, problems: Sequence[Problem], *, steps: bool = True
     table = pa.table(columns, schema=_SCHEMA)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=_GROUP)
+
+
+class ProblemFile(Sequence[Problem]):
+    """The problems of a file written by `save_problems`, decoded as they are asked for.
+
+    No more than a row group is held, however many there are.
+
+    KavaError, naming the file and the row (counted from 0), if it is missing or damaged, lacks a
+    column, or has nothing where something must be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise KavaError(f"{path} is missing. Run the stage `prepare`, or correct the path.")
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from None
+        schema = self._file.schema_arrow
+        for field in _SCHEMA:
+            found = schema.field(field.name).type if field.name in schema.names else None
+            if found != field.type:
+                raise KavaError(
+                    f"{path}: expected a column `{field.name}` of type {field.type}, "
+                    f"found {found or 'no such column'}. Make the file again with `prepare`."
+                )
+        groups = range(self._file.num_row_groups)
+        rows = [self._file.metadata.row_group(k).num_rows for k in groups]
+        self._starts = [0, *accumulate(rows)]
+        self._held: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            first, last, step = index.indices(len(self))
+            return list(self._rows(first, last))[::step] if step > 0 else list(self)[index]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return next(self._rows(index, index + 1))
+
+    def __iter__(self) -> Iterator[Problem]:
+        return self._rows(0, len(self))
+
+    def _rows(self, first: int, last: int) -> Iterator[Problem]:
+        while first < last:
+            number = bisect_right(self._starts, first) - 1
+            start, end = self._starts[number], min(self._starts[number + 1], last, first + _PART)
+            part = self._group(number).slice(first - start, end - first)
+            for row, values in enumerate(part.to_pylist(), first):
+                yield self._problem(row, values)
+            first = end
+
+    def _group(self, number: int) -> pa.Table:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # let go of the one before first
+            try:
+                columns = [field.name for field in _SCHEMA]
+                self._held = number, self._file.read_row_group(number, columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(self.path, error) from None
+        return self._held[1]
+
+    def _problem(self, row: int, values: dict[str, Any]) -> Problem:
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            raise KavaError(f"{self.path}, row {row}: `{missing[0]}` is null. Make the file again.")
+        if None in values["steps"]:
+            raise KavaError(f"{self.path}, row {row}: a step is null. Make the file again.")
+        return Problem(**{**values, "steps": tuple(values["steps"])})
+
+
+def open_problem_file(path: Path) -> ProblemFile:
+    """A file of problems that are taught, read through once; KavaErrors are those of
+    `load_problems`."""
+    problems = ProblemFile(path)
+    _check(problems, path, steps=True)
+    return problems
 
 
 def load_problems(path: Path, *, steps: bool = True) -> list[Problem]:
@@ -54,36 +143,16 @@ def load_problems(path: Path, *, steps: bool = True) -> list[Problem]:
     the file and the row (counted from 0), if it is missing or damaged, lacks a column, repeats an
     id, or holds a problem without id, question, steps or answer.
     """
-    if not path.is_file():
-        raise KavaError(f"{path} is missing. Run the stage `prepare`, or correct the path.")
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        raise KavaError(
-            f"{path} is not a readable Parquet file ({error}). Make it again."
-        ) from None
-    for field in _SCHEMA:
-        found = table.schema.field(field.name).type if field.name in table.column_names else None
-        if found != field.type:
-            raise KavaError(
-                f"{path}: expected a column `{field.name}` of type {field.type}, "
-                f"found {found or 'no such column'}. Make the file again with `prepare`."
-            )
-    columns = {field.name: table.column(field.name).to_pylist() for field in _SCHEMA}
-    problems = []
-    for row in range(table.num_rows):
-        values: dict[str, Any] = {name: column[row] for name, column in columns.items()}
-        missing = [name for name, value in values.items() if value is None]
-        if missing:
-            raise KavaError(f"{path}, row {row}: `{missing[0]}` is null. Make the file again.")
-        if None in values["steps"]:
-            raise KavaError(f"{path}, row {row}: a step is null. Make the file again.")
-        problems.append(Problem(**{**values, "steps": tuple(values["steps"])}))
+    problems = list(ProblemFile(path))
     _check(problems, path, steps)
     return problems
 
 
-def _check(problems: Sequence[Problem], path: Path, steps: bool) -> None:
+def _unreadable(path: Path, error: Exception) -> KavaError:
+    return KavaError(f"{path} is not a readable Parquet file ({error}). Make it again.")
+
+
+def _check(problems: Iterable[Problem], path: Path, steps: bool) -> None:
     rows: dict[str, int] = {}
     for row, problem in enumerate(problems):
         for name in ("id", "question", "answer"):

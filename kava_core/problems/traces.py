@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from kava_core.problems.prompt import PLAIN, Prompt
 from kava_core.problems.records import Problem, TraceForm
 from kava_core.record import Record
 
+PART = 1_024  # problems that are encoded together where there are many
 _NAMED = 20  # problems in a message
 _PROBE = "How many?"
 # Before a chat template that writes today's date, so that it writes the same one every day: that
@@ -132,9 +134,31 @@ class TraceEncoder:
         of the tokenizer's special tokens, or if decoding the ids does not give the text back (white
         space aside): such a tokenizer would teach something else than the problem.
         """
+        records, wrong = self._encoded(problems)
+        _refuse(wrong, len(problems))
+        return records
+
+    def encode_parts(self, problems: Iterable[Problem]) -> Iterator[list[Record]]:
+        """As `encode_all`, PART problems at a time, so that memory does not grow with their number.
+
+        Parts behind one that holds a faulty problem are not given, but looked through: the
+        KavaError at the end names all.
+        """
+        wrong: list[tuple[str, str]] = []
+        count = 0
+        rest = iter(problems)
+        while part := list(islice(rest, PART)):
+            records, faulty = self._encoded(part)
+            wrong += faulty
+            count += len(part)
+            if not wrong:
+                yield records
+        _refuse(wrong, count)
+
+    def _encoded(self, problems: Sequence[Problem]) -> tuple[list[Record], list[tuple[str, str]]]:
+        """The traces, and the id of each problem with a fault, with the fault."""
         if not problems:
-            return []
-        _refuse(problems, [self._empty(problem) for problem in problems])
+            return [], []
         texts = self.question_texts([problem.question for problem in problems])
         questions = self._ids(texts)
         cuts = [self._latent_steps(problem) for problem in problems]
@@ -145,8 +169,13 @@ class TraceEncoder:
         prompts = [ids + self.answer_prompt_ids for ids in self.encode_chains(rest)]
         answers = self.encode_answers([problem.answer for problem in problems])
         written = [c + p + a[:-1] for c, p, a in zip(cots, prompts, answers, strict=True)]
-        _refuse(problems, self._lost(problems, texts, questions, written))
-        return [
+        lost = self._lost(problems, texts, questions, written)
+        wrong = [
+            (problem.id, fault)
+            for problem, other in zip(problems, lost, strict=True)
+            if (fault := self._empty(problem) or other)
+        ]
+        records = [
             Record(
                 id=problem.id,
                 question_ids=self.first + question,
@@ -164,6 +193,7 @@ class TraceEncoder:
                 problems, questions, cots, prompts, answers, places, strict=True
             )
         ]
+        return records, wrong
 
     def measure(self, problems: Sequence[Problem]) -> list[Measured]:
         """How many tokens each problem has, and whether this tokenizer can write it at all."""
@@ -376,19 +406,18 @@ def _around(text: str, other: str) -> str:
     return repr(text[max(0, same - 20) : same + 20])
 
 
-def _refuse(problems: Sequence[Problem], faults: Sequence[str | None]) -> None:
-    """KavaError that names every problem with a fault, if there is one."""
-    wrong = [(problem.id, fault) for problem, fault in zip(problems, faults, strict=True) if fault]
+def _refuse(wrong: Sequence[tuple[str, str]], of: int) -> None:
+    """KavaError that names every problem with a fault, if there is one.
+
+    wrong: ids and faults; of: how many problems there are.
+    """
     if not wrong:
         return
     first, others = wrong[0], [name for name, _ in wrong[1:]]
     named = ", ".join(others[:_NAMED]) + (" …" if len(others) > _NAMED else "")
     raise KavaError(
         f"Problem {first[0]} {first[1]}"
-        + (
-            f"; {len(others)} of {len(problems)} others cannot be used either ({named})"
-            * bool(others)
-        )
+        + (f"; {len(others)} of {of} others cannot be used either ({named})" * bool(others))
         + ". Mend or remove what is wrong; where `prepare.tokenizer` is the teacher's model, "
         "`prepare.on_bad_record: drop` leaves it out."
     )

@@ -31,7 +31,7 @@ from kava_core.settings.student import KVParts, Share
 from kava_core.store import TargetsStore
 from kava_core.store.manifest import Manifest, load_manifest
 
-STAGES = ("prepare", "teacher", "generate", "evict", "fidelity", "evaluate", "report")
+STAGES = ("prepare", "teacher", "traces", "generate", "evict", "fidelity", "evaluate", "report")
 
 
 class TeacherMetrics(Finding):
@@ -355,5 +355,5 @@ def _read_log(path: Path, students: Sequence[str]) -> list[StageRun]:
         except (ValueError, KeyError, TypeError):
             continue  # a kill can tear a line of the log, and no result depends on it
         latest[run.stage] = run
-    order = [*STAGES[:5], *(f"distill {s}" for s in students), "evaluate"]
+    order = [*STAGES[:6], *(f"distill {s}" for s in students), "evaluate"]
     return [latest[stage] for stage in order if stage in latest]

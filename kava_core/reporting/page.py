@@ -103,7 +103,7 @@ def write_report(
         settings=_settings(findings, settings),
         fingerprints=_fingerprints(findings),
         seeds=_seeds(findings, settings),
-        commands=_commands(pipeline, findings),
+        commands=_commands(pipeline, findings, settings),
         looks=looks_of(s.name for c in comparisons for s in c.systems),
     )
     groups = [*figures.values(), *looked.values(), *(c.figures for c in comparisons)]
@@ -268,6 +268,7 @@ def _settings(findings: PipelineFindings, settings: dict[str, Any]) -> dict[str,
     return {
         "prepare": findings.prepare,
         "teacher": settings.get("teacher", {}),
+        **({"traces": settings["traces"]} if settings.get("traces") else {}),
         "generate": recorded.get("generate", {}),
         "evict": recorded.get("evict", {}),
         "fidelity": settings.get("fidelity", {}) if findings.grid else {},
@@ -285,15 +286,18 @@ def _seeds(findings: PipelineFindings, settings: dict[str, Any]) -> list[tuple[s
     seeds = [("problems", findings.prepare.get("seed"))]
     training = settings.get("teacher", {}).get("training")
     seeds.append(("teacher", training.get("seed") if training else None))
+    written = settings.get("traces") or {}
+    seeds.append(("traces", written.get("seed") if written.get("temperature") else None))
     policy = findings.targets.manifest.settings.get("evict", {}).get("policy", {})
     seeds.append(("eviction", policy.get("seed")))
     seeds += [(name, s.settings.training.seed) for name, s in findings.students.items()]
     return [(name, seed) for name, seed in seeds if seed is not None]
 
 
-def _commands(pipeline: str, findings: PipelineFindings) -> list[str]:
-    first = [stage for stage in STAGES[:5] if stage != "fidelity" or findings.grid]
-    stages = [*first, *(f"distill {name}" for name in findings.students), *STAGES[5:]]
+def _commands(pipeline: str, findings: PipelineFindings, settings: dict[str, Any]) -> list[str]:
+    there = {"traces": settings.get("traces"), "fidelity": findings.grid}
+    first = [stage for stage in STAGES[:6] if there.get(stage, True)]
+    stages = [*first, *(f"distill {name}" for name in findings.students), *STAGES[6:]]
     return [f"kava {stage} --pipeline {pipeline}" for stage in stages]
 
 

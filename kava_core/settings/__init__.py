@@ -14,6 +14,7 @@ from kava_core.settings.prepare import Prepare, TestSet
 from kava_core.settings.student import Student
 from kava_core.settings.study import Study, load_study
 from kava_core.settings.teacher import Scratch, Teacher
+from kava_core.settings.traces import Traces
 from kava_core.settings.training import ExactMatch, HeldOut, LoRA, Training
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Study",
     "Teacher",
     "TestSet",
+    "Traces",
     "Training",
     "load_pipeline",
     "load_study",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from kava_core.settings.base import Dtype, NotNegative, Positive, Section
+from kava_core.settings.base import Dtype, Name, NotNegative, Positive, Section
 
 
 class Evaluate(Section):
@@ -16,7 +16,8 @@ class Evaluate(Section):
     then not looked at. limit: null asks all of them. batch_size: peak memory is that of one batch.
     interpret_records: test problems over which latents are looked into; intervention_problems:
     those that are asked again with latents changed. 0 turns either off; without records there is
-    neither. model_dtype: of the systems' weights.
+    neither. model_dtype: of the systems' weights. others: students from elsewhere that are asked as
+    well, name → folder (docs/students.md), each with its own tokenizer and prompt.
     """
 
     split: Literal["validation", "test"] = "test"
@@ -28,6 +29,7 @@ class Evaluate(Section):
     intervention_problems: NotNegative = 200
     model_dtype: Dtype = "float32"
     threads: Positive = 2
+    others: dict[Name, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _means_something(self) -> Evaluate:
@@ -36,6 +38,12 @@ class Evaluate(Section):
                 "intervention_problems: means nothing where interpret_records is 0. Leave it out"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_nobody(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nobody else is asked, nothing says so."""
+        written: dict[str, Any] = write(self)
+        return written if self.others else {k: v for k, v in written.items() if k != "others"}
 
 
 class Report(Section):

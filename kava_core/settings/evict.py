@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from kava_core.eviction.policies import POLICIES, Policy
+from kava_core.eviction.policies import REGISTRY, Policy
 from kava_core.eviction.policies.base import RotaryPhase, Selection
 from kava_core.eviction.policies.rkv import RKV
 from kava_core.settings.base import (
@@ -28,7 +28,7 @@ from kava_core.settings.base import (
 from kava_core.settings.choice import choice_of
 
 BudgetShape = Literal["uniform", "pyramid"]
-PolicyChoice = Annotated[Policy, *choice_of("policy", POLICIES)]
+PolicyChoice = Annotated[Policy, *choice_of(REGISTRY)]
 
 
 class LastLayers(Section):
@@ -83,13 +83,13 @@ def check_select(section: Selecting) -> None:
 class Evict(Section):
     """From N_C tokens to M slots per layer and head.
 
-    policy: what is kept, by name or with its settings (`kava_core.eviction.policies`). budget:
-    slots per layer and head, on average over the layers; budget_shape: the same in all layers, or a
-    pyramid (M is the widest layer's). select: each layer and `head` chooses for itself, or the
-    `record` once for all, so that a slot is one token everywhere. share: `share_size` adjacent
-    layers keep the same tokens (`selection`) or one merged cache (`merged`). granularity `channel`
-    and `tensor` take their ranges from `calibration_records` records, clipped to
-    `calibration_percentile` per cent of the numbers.
+    policy: what is kept, by name or with its settings (`kava_core.eviction.policies`, or another
+    package's). budget: slots per layer and head, on average over the layers; budget_shape: the
+    same in all layers, or a pyramid (M is the widest layer's). select: each layer and `head`
+    chooses for itself, or the `record` once for all, so that a slot is one token everywhere.
+    share: `share_size` adjacent layers keep the same tokens (`selection`) or one merged cache
+    (`merged`). granularity `channel` and `tensor` take their ranges from `calibration_records`
+    records, clipped to `calibration_percentile` per cent of the numbers.
     """
 
     policy: PolicyChoice = RKV()

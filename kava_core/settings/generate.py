@@ -26,7 +26,9 @@ class Generate(Section):
     other targets run the teacher again. latent_fraction: how much of a trace, in whole steps,
     latents stand for; students write the rest. keys_bits, values_bits, endpoint_bits: how the
     caches are kept, or rounded before they are cut; 16 bits are the `half` dtype, 8 and 4 (8 for
-    the endpoint) are codes with a scale and zero point per token.
+    the endpoint) are codes with a scale and zero point per token. on_error: what a record does to
+    the run that the teacher cannot hold or that gives no finite numbers: `fail`, or `quarantine`,
+    which leaves it out; the store then names it, with the reason.
     """
 
     keep: Literal["caches", "targets"] = "caches"
@@ -39,6 +41,8 @@ class Generate(Section):
     shard_size: Positive = 512
     batch_size: Positive = 64
     threads: Positive = 1
+    # Never written down: a store says which records it lacks, not whether it could have lacked any.
+    on_error: Annotated[Literal["fail", "quarantine"], Field(exclude=True)] = "fail"
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:

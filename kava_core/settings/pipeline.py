@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
@@ -29,6 +29,7 @@ from kava_core.settings.generate import Generate
 from kava_core.settings.prepare import Prepare
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
+from kava_core.settings.traces import Traces
 
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
@@ -69,19 +70,28 @@ class Cadence(Section):
     """How often a training run says and keeps what it does: changes no result, not tracked by DVC.
 
     In steps. log_every: points of the loss curves; save_every: checkpoints; gradient_share_every:
-    measurements of each term's share of the gradient, 0: none.
+    measurements of each term's share of the gradient, 0: none. report_to: who is told of the curves
+    while they grow, each an installed package, set up as its own pages say (docs/training.md).
     """
 
     log_every: Positive = 25
     save_every: Positive = 200
     gradient_share_every: NotNegative = 100
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(self.report_to) != len(set(self.report_to)):
+            raise ValueError("report_to must name none twice")
+        return self
 
 
 class Pipeline(Section):
-    """A named pipeline, complete. Without a section `fidelity` there is no such stage."""
+    """A named pipeline, complete. Without a section `traces` or `fidelity` it has no such stage."""
 
     prepare: Prepare
     teacher: Teacher
+    traces: Traces | None = None
     generate: Generate
     evict: Evict
     fidelity: Fidelity | None = None
@@ -97,6 +107,11 @@ class Pipeline(Section):
             raise ValueError(
                 "resources.push_caches: means nothing at `generate.keep: targets`, where no caches "
                 "are kept. Leave it out"
+            )
+        taken = self.evaluate.others.keys() & {*self.students, "teacher-cot", "teacher-no-cot"}
+        if taken:
+            raise ValueError(
+                f"evaluate.others.{min(taken)}: a system of this pipeline is called so. Rename it"
             )
         if self.teacher.model == "scratch" and self.prepare.tokenizer is not None:
             raise ValueError(

@@ -9,13 +9,17 @@ from pydantic import Field, StrictBool, StrictInt, model_validator
 from kava_core.problems.bad import OnBadRecord
 from kava_core.problems.prompt import PLAIN, Prompt
 from kava_core.problems.records import TraceForm
-from kava_core.problems.sources import SOURCES, GeneratedSource, RowSource, Source
+from kava_core.problems.sources import (
+    REGISTRY,
+    GeneratedSource,
+    RowSource,
+    Source,
+)
 from kava_core.settings.base import Name, Positive, Section
 from kava_core.settings.choice import choice_of
 
-ROW_SOURCES = {name: kind for name, kind in SOURCES.items() if issubclass(kind, RowSource)}
-SourceChoice = Annotated[Source, *choice_of("source", SOURCES)]
-RowSourceChoice = Annotated[RowSource, *choice_of("source", ROW_SOURCES)]
+SourceChoice = Annotated[Source, *choice_of(REGISTRY)]
+RowSourceChoice = Annotated[RowSource, *choice_of(REGISTRY, RowSource)]
 
 
 class TestSet(Section):

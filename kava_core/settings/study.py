@@ -13,7 +13,7 @@ from kava_core.settings.base import NAME, Name, Section
 from kava_core.settings.pipeline import explain, read_document
 
 # The sections of a pipeline that decide what a study finds.
-DECISIVE = ("prepare", "teacher", "generate", "evict", "students")
+DECISIVE = ("prepare", "teacher", "traces", "generate", "evict", "students")
 
 
 class Study(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,6 +17,7 @@ from kava_core.store.manifest import KIND_NAMES, Manifest
 from kava_core.store.read import TargetsStore, TeacherStore
 
 BARS = 10
+QUARANTINED = "quarantined"  # in the settings of a manifest: reason → ids
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,31 @@ def eviction_findings(store: TargetsStore) -> EvictionFindings:
         result_percent=counts.result_percent,
         identity_explained=identity_explained(store),
         megabytes=sum(info.bytes for info in store.manifest.files.values()) / 1e6,
+        quarantined_records=len(quarantined(store.manifest)),
     )
+
+
+def quarantined(manifest: Manifest) -> list[tuple[str, str]]:
+    """The problems that the store lacks since its teacher's numbers for them were none: id, why."""
+    said = manifest.settings.get(QUARANTINED, {})
+    if not isinstance(said, dict):
+        return []
+    return [
+        (str(name), str(reason))
+        for reason, names in said.items()
+        for name in (names if isinstance(names, list) else ())
+    ]
+
+
+def quarantine_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the store lacks, for people; nothing if it lacks nothing."""
+    left_out = quarantined(manifest)
+    if not left_out:
+        return []
+    first, asked = left_out[0], manifest.records + len(left_out)
+    reasons = Counter(reason for _, reason in left_out)
+    counted = "; ".join(f"{count} for {reason}" for reason, count in reasons.items())
+    return [("quarantined", f"{len(left_out)} of {asked:,} records: {counted}; first {first[0]}")]
 
 
 def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
@@ -116,6 +142,7 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
         ("kind", f"{manifest.kind}: {KIND_NAMES[manifest.kind]}"),
         ("format version", str(manifest.format_version)),
         ("records", f"{manifest.records:,} in {len(manifest.shards):,} shards"),
+        *quarantine_facts(manifest),
         ("size", f"{readable_size(size)}, {readable_size(size / manifest.records)} per record"),
         ("trace tokens", f"{manifest.trace_tokens:,}"),
         ("layers", _layers(store)),
@@ -138,7 +165,8 @@ def describe_store(store: TeacherStore | TargetsStore) -> list[tuple[str, str]]:
     facts += drift_facts(manifest)
     facts += [(f"made from {name}", value) for name, value in manifest.fingerprints.items()]
     facts.append(("made with", ", ".join(f"{k} {v}" for k, v in manifest.software.items())))
-    facts += [(f"setting {name}", str(value)) for name, value in manifest.settings.items()]
+    shown = {name: value for name, value in manifest.settings.items() if name != QUARANTINED}
+    facts += [(f"setting {name}", str(value)) for name, value in shown.items()]
     return facts
 
 

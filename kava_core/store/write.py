@@ -28,7 +28,7 @@ from kava_core.artefacts import (
     sync,
     write_json,
 )
-from kava_core.console import say
+from kava_core.console import say, warn
 from kava_core.errors import KavaError
 from kava_core.record import Record
 from kava_core.store.checksum import checksum, file_checksum
@@ -167,7 +167,7 @@ def finished_shards(folder: Path) -> set[int]:
         if _is_finished(side, file):
             done.add(int(match[1]))
         else:
-            say(f"{file} is damaged, and is made again")
+            warn(f"{file} is damaged, and is made again")
             clear(side)
             clear(file)
     return done
@@ -186,7 +186,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         manifest = load_manifest(folder)
     except KavaError as error:
-        say(f"{error} What of it is whole is used.")
+        warn(f"{error} What of it is whole is used.")
         clear(folder / MANIFEST_FILE)
         return False
     return bool(manifest.shards)

@@ -80,10 +80,11 @@ class StudyPlan:
     def pieces(self, cells: tuple[StudyCell, ...]) -> dict[str, tuple[Piece, ...]]:
         """Stage → its pieces that `cells` need, the stages in order."""
         needed = dict.fromkeys(p for cell in cells for p in (*cell.piece.before, cell.piece))
-        return {
+        found = {
             stage: tuple(piece for piece in needed if piece.stage[0] == stage)
-            for stage in ("prepare", "teacher", "generate", "evict", "distill")
+            for stage in ("prepare", "teacher", "traces", "generate", "evict", "distill")
         }
+        return {stage: made for stage, made in found.items() if made}
 
 
 def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
@@ -199,21 +200,24 @@ def _cells(
 
     problems = piece(("prepare",), plain["prepare"], (), "problems", "test_sets")
     teacher = piece(("teacher",), plain["teacher"], (problems,), "teacher")
+    taught: tuple[Piece, ...] = (problems, teacher)
+    if settings.traces is not None:
+        taught = (*taught, piece(("traces",), plain["traces"], taught, "traces"))
     made_by: tuple[Piece, ...] = ()
     if settings.generate.keep == "caches":
-        made_by = (piece(("generate",), plain["generate"], (problems, teacher), "teacher_kv"),)
-        targets = piece(("evict",), plain["evict"], (problems, teacher, *made_by), "kv_targets")
+        made_by = (piece(("generate",), plain["generate"], taught, "teacher_kv"),)
+        targets = piece(("evict",), plain["evict"], (*taught, *made_by), "kv_targets")
     else:
         both = [plain["generate"], plain["evict"], VERSIONS["evict"]]
-        targets = piece(("generate",), both, (problems, teacher), "kv_targets")
+        targets = piece(("generate",), both, taught, "kv_targets")
     shared = ("prepare.", "teacher.")
     for system in (TEACHER_COT, TEACHER_NO_COT):
         yield cell(system, teacher, *shared)
     for student in students:
         reads = settings.students[student].reads
-        before = (problems, teacher) + ((*made_by, targets) if reads == "kv_targets" else ())
+        before = (*taught, *((*made_by, targets) if reads == "kv_targets" else ()))
         made = piece(
             ("distill", student), plain["students"][student], before, f"students/{student}"
         )
         latent = ("generate.", "evict.") if reads == "kv_targets" else ()
-        yield cell(student, made, *shared, *latent, f"students.{student}.")
+        yield cell(student, made, *shared, "traces.", *latent, f"students.{student}.")

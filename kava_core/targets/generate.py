@@ -5,35 +5,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kava_core.artefacts import work_folder
 from kava_core.errors import KavaError
-from kava_core.eviction import CacheBatch
+from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.loading import (
     DTYPES,
     cache_shape,
     load_model,
-    load_tokenizer,
     model_fingerprint,
-    to_device,
     tokenizer_fingerprint,
 )
 from kava_core.models.proofs import prove_capture
-from kava_core.models.teacher_pass import TeacherCache, TeacherPass, check_lengths, over
+from kava_core.models.teacher_pass import TeacherCache
 from kava_core.parallel.threads import torch_threads
-from kava_core.problems.folder import ProblemFolder, open_problems
+from kava_core.problems.folder import open_problems
 from kava_core.problems.prompt import check_prompt
-from kava_core.problems.traces import TraceEncoder, chat_fingerprint
+from kava_core.problems.traces import chat_fingerprint
 from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Generate, Resources
 from kava_core.store import (
+    Codec,
     Geometry,
     Manifest,
     StoreSpec,
@@ -45,45 +44,30 @@ from kava_core.store import (
     write_teacher_shard,
 )
 from kava_core.store.codec import encode
+from kava_core.store.summary import quarantined
 from kava_core.targets.build import Build, ShardCounts, build_store
 from kava_core.targets.evict import targets_spec
 from kava_core.targets.plan import Plan
+from kava_core.targets.quarantine import Quarantine, not_finite
+from kava_core.targets.reading import (
+    Read,
+    Reading,
+    check_traces,
+    check_weights,
+    trace_encoder,
+)
 from kava_core.targets.specs import store_codec
 from kava_core.versions import VERSIONS
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The teacher's pass over problems [k·S, (k+1)·S), for every shard k."""
-
-    problems: Path
-    teacher: Path
-    settings: Generate
-
-    def open(self) -> Callable[[int], tuple[list[Record], TeacherCache]]:
-        """Load the teacher; what is returned reads a shard: its traces, and their caches."""
-        settings = self.settings
-        source = open_problems(self.problems)
-        problems = source.load("train")
-        encoder = trace_encoder(source, self.teacher, settings)
-        model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
-        teacher = TeacherPass(model)
-
-        def read(shard: int) -> tuple[list[Record], TeacherCache]:
-            first = shard * settings.shard_size
-            traces = encoder.encode_all(problems[first : first + settings.shard_size])
-            return traces, over(teacher, traces, settings.batch_size)
-
-        return read
-
-
-@dataclass(frozen=True)
 class GenerateJob:
-    """Shard k of the teacher's caches, written into `folder`."""
+    """Shard k of the teacher's caches, written into `folder`; quarantine: of what it leaves out."""
 
     reading: Reading
     folder: Path
     spec: StoreSpec
+    quarantine: Quarantine
 
     @property
     def threads(self) -> int:
@@ -93,10 +77,11 @@ class GenerateJob:
         read = self.reading.open()
 
         def work(shard: int) -> ShardCounts:
-            traces, cache = read(shard)
-            _write(self.folder, self.spec, shard, traces, cache, keep=True)
+            found = read(shard)
+            self.quarantine.note(shard, found.left_out)
+            _write(self.folder, self.spec, found, keep=True)
             _empty_cache()
-            return ShardCounts(examples=len(traces), tokens=len(cache.keys))
+            return ShardCounts(examples=len(found.traces), tokens=len(found.cache.keys))
 
         return work
 
@@ -106,7 +91,7 @@ class CutJob:
     """Shard k of the targets, cut from caches that are not kept.
 
     notes: a folder for what is noted of each shard of the caches; caches: what they would be
-    stored as. folder, spec: of the targets.
+    stored as. folder, spec: of the targets. quarantine: of what they leave out.
     """
 
     reading: Reading
@@ -115,6 +100,7 @@ class CutJob:
     folder: Path
     plan: Plan
     spec: StoreSpec
+    quarantine: Quarantine
 
     @property
     def threads(self) -> int:
@@ -124,25 +110,36 @@ class CutJob:
         read = self.reading.open()
 
         def work(shard: int) -> ShardCounts:
-            traces, cache = read(shard)
-            _write(self.notes, self.caches, shard, traces, cache, keep=False)
-            with torch_threads(self.plan.settings.threads):
-                targets = self.plan.cut(stored_caches(self.caches, traces, cache))
+            found = read(shard)
+            targets, endpoint = self._cut(found)
+            unfit = _unfit_targets(targets, endpoint, self.spec.codec)
+            if unfit:
+                found = self.reading.sift(found, unfit)
+                targets, endpoint = self._cut(found)
+            self.quarantine.note(shard, found.left_out)
+            _write(self.notes, self.caches, found, keep=False)
             write_targets_shard(
                 self.folder,
                 self.spec,
                 shard,
-                traces,
+                found.traces,
                 keys=targets.keys,
                 values=targets.values,
                 slot_counts=targets.slot_counts,
                 slot_positions=targets.slot_positions,
-                endpoint=encode(cache.endpoint.cpu(), self.caches.codec.endpoint).dequantise(),
+                endpoint=endpoint,
             )
             _empty_cache()
-            return ShardCounts(examples=len(traces), tokens=len(cache.keys))
+            return ShardCounts(examples=len(found.traces), tokens=len(found.cache.keys))
 
         return work
+
+    def _cut(self, found: Read) -> tuple[Targets, Tensor]:
+        """The targets of a shard, and its endpoint states as the caches keep them."""
+        with torch_threads(self.plan.settings.threads):
+            targets = self.plan.cut(stored_caches(self.caches, found.traces, found.cache))
+        endpoint = encode(found.cache.endpoint.cpu(), self.caches.codec.endpoint)
+        return targets, endpoint.dequantise()
 
 
 def build_teacher_kv(
@@ -150,25 +147,31 @@ def build_teacher_kv(
 ) -> Build:
     """Run the teacher over the training problems; the store is built in the work of `output`.
 
-    problems, teacher: folders of those artefacts. KavaError if there is nothing to read, and for a
-    trace that the teacher cannot hold, before it reads any.
+    problems, teacher: folders of those artefacts. KavaError if there is nothing to read; unless
+    `on_error` leaves such records out, for a trace that the teacher cannot hold, before it reads
+    any, and for one that gives no finite numbers.
     """
     made = _Caches.of(problems, teacher, settings)
     key = {"settings": _content(settings), "inputs": made.fingerprints}
-    folder = work_folder(output, "generate", key) / "output"
+    work = work_folder(output, "generate", key)
+    folder, quarantine = work / "output", Quarantine(work / "quarantine")
     folder.mkdir(exist_ok=True)
-    return build_store(
-        GenerateJob(made.reading, folder, made.spec),
-        made.shards,
-        done=finished_shards(folder),
-        finish=partial(
-            finalise,
+
+    def finish() -> Manifest:
+        manifest = finalise(
             folder,
             made.spec,
             shards=made.shards,
-            settings=made.settings,
+            settings={**made.settings, **quarantine.settings(made.shards)},
             fingerprints=made.fingerprints,
-        ),
+        )
+        return made.all_there(manifest)
+
+    return build_store(
+        GenerateJob(made.reading, folder, made.spec, quarantine),
+        made.shards,
+        done=made.settled(quarantine, finished_shards(folder)),
+        finish=finish,
         resources=resources,
     )
 
@@ -197,6 +200,7 @@ def build_targets_alone(
     }
     work = work_folder(output, "generate", key)
     notes, folder = work / "notes", work / "output"
+    quarantine = Quarantine(work / "quarantine")
     for each in (notes, folder):
         each.mkdir(exist_ok=True)
 
@@ -204,30 +208,33 @@ def build_targets_alone(
         with torch_threads(settings.threads):
             read = made.reading.open()
             for shard in range(made.shards):
-                yield stored_caches(made.spec, *read(shard))
+                found = read(shard)
+                yield stored_caches(made.spec, found.traces, found.cache)
 
     spec = targets_spec(plan, _as_stored(made.spec.rotary), caches())
 
     def finish() -> Manifest:
+        shaped = {**made.settings, **quarantine.settings(made.shards)}
         described = merged_manifest(
             notes,
             made.spec,
             shards=made.shards,
-            settings=made.settings,
+            settings=shaped,
             fingerprints=made.fingerprints,
         )
-        return finalise(
+        manifest = finalise(
             folder,
             spec,
             shards=made.shards,
-            settings={**made.settings, "evict": plain},
+            settings={**shaped, "evict": plain},
             fingerprints={**made.fingerprints, "teacher_kv": described.digest},
         )
+        return made.all_there(manifest)
 
     return build_store(
-        CutJob(made.reading, notes, made.spec, folder, plan, spec),
+        CutJob(made.reading, notes, made.spec, folder, plan, spec, quarantine),
         made.shards,
-        done=finished_shards(folder) & noted_shards(notes),
+        done=made.settled(quarantine, finished_shards(folder) & noted_shards(notes)),
         finish=finish,
         resources=resources,
     )
@@ -239,26 +246,46 @@ class _Caches:
 
     reading: Reading
     spec: StoreSpec
-    shards: int
+    problems: int
     settings: dict[str, Any]
     fingerprints: dict[str, str]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.problems // self.reading.settings.shard_size)
+
+    def settled(self, quarantine: Quarantine, done: set[int]) -> set[int]:
+        """Those of the finished shards that these settings leave as they are."""
+        allowed = self.reading.settings.on_error == "quarantine"
+        return quarantine.settled(done, allowed=allowed)
+
+    def all_there(self, manifest: Manifest) -> Manifest:
+        """The manifest; KavaError unless every problem is in the store or named by it."""
+        left_out = len(quarantined(manifest))
+        if manifest.records + left_out != self.problems:
+            raise KavaError(
+                f"{self.problems} problems went in, and {manifest.records} are stored and "
+                f"{left_out} left out. Delete the unfinished work (`kava clean`), and run the "
+                "stage again."
+            )
+        return manifest
 
     @classmethod
     def of(cls, problems: Path, teacher: Path, settings: Generate) -> Self:
         source = open_problems(problems)
-        examples = source.load("train")
+        examples = source.open("train")
         if not examples:
             raise KavaError(f"{problems} has no training problems. Ask `prepare` for some.")
         check_prompt(source.prompt, teacher, "teacher.json", "kava teacher")
         encoder = trace_encoder(source, teacher, settings)
-        traces = encoder.encode_all(examples)
         model = load_model(str(teacher))
-        check_lengths(traces, model.config.get_text_config())
+        check_weights(model, teacher, DTYPES[settings.model_dtype])
+        check_traces(encoder.encode_parts(examples), model.config.get_text_config(), settings)
         fraction = settings.latent_fraction
         return cls(
             Reading(problems, teacher, settings),
             teacher_spec(model, settings),
-            -(-len(examples) // settings.shard_size),
+            len(examples),
             settings={
                 "generate": _content(settings),
                 "traces": source.traces,
@@ -272,6 +299,20 @@ class _Caches:
                 **chat_fingerprint(source.prompt, encoder.tokenizer),
             },
         )
+
+
+def _unfit_targets(targets: Targets, endpoint: Tensor, codec: Codec) -> dict[int, str]:
+    """Of targets that were cut from caches that are right: too large for their own encoding."""
+    empty = (targets.slot_positions < 0)[..., None]
+    own = torch.arange(len(endpoint) + 1)
+    return not_finite(
+        {
+            "keys": (targets.keys.masked_fill(empty, 0), codec.keys),
+            "values": (targets.values.masked_fill(empty, 0), codec.values),
+            "endpoint": (endpoint, codec.endpoint),
+        },
+        dict.fromkeys(("keys", "values", "endpoint"), own),
+    )
 
 
 def _content(settings: Generate) -> dict[str, Any]:
@@ -296,20 +337,13 @@ def _as_stored(rotary: Rotary | None) -> Rotary | None:
     return None if rotary is None else Rotary.from_json(rotary.to_json())
 
 
-def _write(
-    folder: Path,
-    spec: StoreSpec,
-    shard: int,
-    traces: Sequence[Record],
-    cache: TeacherCache,
-    *,
-    keep: bool,
-) -> None:
+def _write(folder: Path, spec: StoreSpec, found: Read, *, keep: bool) -> None:
+    cache = found.cache
     write_teacher_shard(
         folder,
         spec,
-        shard,
-        traces,
+        found.shard,
+        found.traces,
         keys=cache.keys,
         values=cache.values,
         importance=cache.importance,
@@ -321,12 +355,6 @@ def _write(
 def _empty_cache() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def trace_encoder(source: ProblemFolder, teacher: Path, settings: Generate) -> TraceEncoder:
-    """What makes traces of problems for the teacher, cut where latents end."""
-    tokenizer = load_tokenizer(str(teacher))
-    return TraceEncoder(tokenizer, source.traces, settings.latent_fraction, source.prompt)
 
 
 def teacher_spec(model: PreTrainedModel, settings: Generate) -> StoreSpec:

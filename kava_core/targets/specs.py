@@ -33,11 +33,14 @@ def stored_settings(store: TargetsStore, section: type[StageSettings]) -> StageS
     try:
         return section.model_validate(store.manifest.settings.get(name))
     except ValidationError as error:
+        details = error.errors()[0]
+        place = ".".join(map(str, details["loc"]))
+        said = f"{place}: {details['msg'].removeprefix('Value error, ')}".removesuffix(".")
         raise KavaError(
             f"{store.path} does not say how it was made in words of this version, under "
-            f"settings.{name} of its manifest ({error}). Make it again with `kava generate` and "
-            "`kava evict`. Until then students can learn from it with `targets: store`, and be "
-            "evaluated with evaluate.interpret_records at 0."
+            f"settings.{name} of its manifest ({said}). Make it again with "
+            "`kava generate` and `kava evict`. Until then students can learn from it with `targets:"
+            " store`, and be evaluated with evaluate.interpret_records at 0."
         ) from None
 
 

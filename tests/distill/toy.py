@@ -26,6 +26,7 @@ from kava_core.distill.fit import fit
 from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective, objective_of
 from kava_core.distill.terms import student_terms
+from kava_core.distill.tracking import Tracking
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.prompt import ANSWER_PROMPT
 from kava_core.record import Record
@@ -195,6 +196,7 @@ class Toy:
     loader_workers: int = 0
     held_out: int = 0
     balance: Balance | None = None
+    tracking: Tracking | None = None
     signal_at: int | None = None
     signal: int = signal.SIGKILL
 
@@ -234,6 +236,7 @@ class Toy:
             held_out=held_out,
             balance=self.balance,
             questions=toy_questions([store.index.record(i) for i in held_out]),
+            tracking=self.tracking,
         )
         return {name: x.detach().clone() for name, x in model.state_dict().items()}
 

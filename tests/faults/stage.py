@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.synchronize import Event
@@ -32,10 +33,15 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def main(home: Path, arguments: list[str], log: Path, begun: Event) -> None:
-    """What the process does: `kava …` in `home`, its words in `log`."""
+Before = Callable[[], object]
+
+
+def main(home: Path, arguments: list[str], log: Path, begun: Event, before: Before | None) -> None:
+    """What the process does: `kava …` in `home`, its words in `log`, after what `before` does."""
     try:
         begun.set()
+        if before is not None:
+            before()
         _command(home, arguments, log)
     except KeyboardInterrupt:  # before the command line could take it
         sys.exit(128 + signal.SIGINT)
@@ -82,18 +88,19 @@ class Stage:
         """Of each output, file by file; empty where there is none."""
         return [digest(output) for output in self.outputs]
 
-    def start(self) -> ForkServerProcess:
+    def start(self, before: Before | None = None) -> ForkServerProcess:
+        """before: what the process does to itself first; a function of a module."""
         begun = CONTEXT.Event()
         command = STAGES[self.name][0]
-        process = CONTEXT.Process(target=main, args=(self.home, command, self.log, begun))
+        process = CONTEXT.Process(target=main, args=(self.home, command, self.log, begun, before))
         process.start()
         assert begun.wait(PATIENCE), f"{self.name} does not start"
         return process
 
-    def run(self) -> tuple[int | None, float]:
-        """To its end; exit code (−n: by signal n), and seconds."""
+    def run(self, before: Before | None = None) -> tuple[int | None, float]:
+        """To its end; exit code (−n: by signal n), and seconds. before: see `start`."""
         began = time.monotonic()
-        process = self.start()
+        process = self.start(before)
         process.join(PATIENCE)
         assert not process.is_alive(), f"{self.name} does not end:\n{self.said}"
         return process.exitcode, time.monotonic() - began

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,11 @@ from safetensors.numpy import load_file
 
 from kava_core.answers import extract_answer, same_answer
 from kava_core.artefacts import read_json
+from kava_core.problems.records import Problem, TraceForm
+from kava_core.problems.written import read_chain
+from kava_core.settings import Traces
 from kava_core.store import TargetsStore, TeacherStore
+from kava_core.targets.traces import WriteJob, shard_file
 from stages.cli import kava
 from tests.golden.comparison import digest, signature, without
 from tests.golden.inputs import NAME, with_settings
@@ -50,6 +54,15 @@ EVICTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+CHAINS: tuple[tuple[TraceForm, str], ...] = (
+    ("equations", "<<3 + 4=7>>\n<<7+5=12>>The answer is: 12.0"),
+    ("equations", "So <<7+5=12>>The answer is: 12"),
+    ("equations", "<<7+5=12>>The answer is:"),
+    ("sentences", "Ann has 7.\n\nThe answer is: 7\nNo, 12.The answer is: 12"),
+    ("results", " 7 12The answer is: 12"),
+    ("results", " 7 12The answer is: 7"),
+    ("checked", " 7: 3+4 = 7 12: 7+5 = 12The answer is: 12"),
+)
 # The answers of random models are digits; what else an answer may be is judged beside them.
 GENERATED = (
     "<<10-9=1>>The answer is: 1,234.50 dollars",
@@ -129,6 +142,28 @@ def teacher(project: Project) -> dict[str, Any]:
         "curves": _curves(project.data / "curves/teacher"),
         "metrics": read_json(folder / "metrics.json"),
     }
+
+
+def traces(project: Project) -> dict[str, Any]:
+    """No chain of a random model is kept: what it writes and what is read in chains, apart."""
+    found = {}
+    for name, settings in {
+        "likeliest": Traces(max_new_tokens=8, batch_size=5),
+        "drawn": Traces(max_new_tokens=8, batch_size=5, samples=3, temperature=0.7, seed=1),
+    }.items():
+        shards = project.home / name
+        shards.mkdir()
+        job = WriteJob(project.data / "problems", project.data / "teacher", settings, shards)
+        assert job.open()(0) == 24
+        found[name] = digest(read_json(shard_file(shards, 0)))
+    gold = Problem("p", "?", (), "12", "golden", "")
+    found["read"] = {
+        f"{form}: {text}": asdict(
+            read_chain(text, gold, form, answer_prompt="The answer is:", ended=True)
+        )
+        for form, text in CHAINS
+    }
+    return found
 
 
 def generate(project: Project) -> dict[str, Any]:
@@ -233,6 +268,7 @@ def report(project: Project) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Project], dict[str, Any]]] = {
     "prepare": prepare,
     "teacher": teacher,
+    "traces": traces,
     "generate": generate,
     "evict": evict,
     "fidelity": fidelity,

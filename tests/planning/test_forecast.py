@@ -120,6 +120,22 @@ def test_without_caches_there_is_no_store_of_them(tmp_path: Path) -> None:
     assert "evict" not in {stage.stage for stage in alone.stages}
 
 
+def test_chains_that_the_teacher_writes_are_planned_as_if_all_were_kept(tmp_path: Path) -> None:
+    plain = forecast("small", Pipeline.model_validate(SMALL), tmp_path)
+    traces = {"samples": 3, "temperature": 1.0, "batch_size": 32}
+    epochs = {"steps": None, "epochs": 2, "batch_size": 32}
+    by_epochs = settings_with(teacher={"training": epochs}, traces=traces)
+    found = forecast("small", by_epochs, tmp_path)
+    assert found.problems == 3 * plain.problems and "`traces` keeps at most" in found.lengths_from
+    costs = {cost.stage: cost for cost in found.stages}
+    assert [cost.stage for cost in found.stages][:3] == ["teacher", "traces", "generate"]
+    assert costs["traces"].calls > 3 * 256 / 32  # a call a token
+    given = forecast("small", settings_with(teacher={"training": epochs}), tmp_path)
+    assert costs["teacher"] == given.stages[0]  # it learns from the given chains
+    assert found.teacher_kv is not None and plain.teacher_kv is not None
+    assert found.teacher_kv.bytes == pytest.approx(3 * plain.teacher_kv.bytes, rel=0.05)
+
+
 def test_processes_share_a_batch_and_its_memory(tmp_path: Path) -> None:
     def stages(processes: int | str) -> dict[str, StageCost]:
         student = {**SMALL["students"]["kava"], "processes": processes}

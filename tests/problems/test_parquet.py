@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kava_core.errors import KavaError
-from kava_core.problems.parquet import load_problems, save_problems
+from kava_core.problems import parquet
+from kava_core.problems.parquet import ProblemFile, load_problems, open_problem_file, save_problems
 from kava_core.problems.records import Problem
 
 ONE = Problem("a-1", "How many?", ("<<1+1=2>>", "<<2*2=4>>"), "4", "hand", "none")
@@ -106,3 +107,43 @@ def test_files_that_are_no_problem_files_are_refused(tmp_path: Path) -> None:
     pq.write_table(table.append_column("answer", pa.array([4])), tmp_path / "types.parquet")
     with pytest.raises(KavaError, match="`answer` of type string, found int64"):
         load_problems(tmp_path / "types.parquet")
+
+
+def many(count: int) -> list[Problem]:
+    return [
+        Problem(f"p-{i}", f"How many are {i}?", (f"{i}",) * (1 + i % 3), "4", "", "")
+        for i in range(count)
+    ]
+
+
+def test_a_file_of_several_row_groups_is_the_list_of_its_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_GROUP", 10)
+    monkeypatch.setattr(parquet, "_PART", 4)
+    path, problems = tmp_path / "problems.parquet", many(37)
+    save_problems(path, problems)
+    file = open_problem_file(path)
+    assert pq.ParquetFile(path).num_row_groups == 4 and len(file) == 37
+    assert list(file) == load_problems(path) == problems
+    for index in (slice(0, 0), slice(3, 25), slice(28, 99), slice(-5, None), slice(None, None, 7),
+                  slice(None, None, -3)):  # fmt: skip
+        assert file[index] == problems[index]
+    assert [file[i] for i in (0, 9, 10, 36, -1, -37)] == [
+        problems[i] for i in (0, 9, 10, 36, -1, -37)
+    ]
+    for outside in (37, -38):
+        with pytest.raises(IndexError):
+            file[outside]
+
+
+def test_what_is_wrong_in_a_later_row_group_is_named_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "problems.parquet"
+    save_problems(path, many(30))
+    rows = pq.read_table(path).to_pylist()
+    rows[25]["steps"] = None
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, row_group_size=10)
+    assert ProblemFile(path)[:25] == many(25)
+    for read in (load_problems, open_problem_file):
+        with pytest.raises(KavaError, match="row 25: `steps` is null"):
+            read(path)

@@ -331,6 +331,8 @@ def test_a_setting_that_would_mean_nothing_is_an_error(
 
 def test_a_pipeline_without_fidelity_has_no_such_stage(tmp_path: Path) -> None:
     assert load(tmp_path, SMALL).fidelity is None
+    assert load(tmp_path, SMALL).traces is None
+    assert load(tmp_path, changed("traces", {})).traces is not None
     assert load(tmp_path, changed("fidelity", {})).fidelity is not None
 
 
@@ -539,7 +541,7 @@ def test_the_repositorys_pipelines_are_valid(name: str) -> None:
 def test_the_settings_on_the_page_about_training_are_valid(tmp_path: Path) -> None:
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     shown = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S)]
-    assert len(shown) == 2
+    assert len(shown) == 3
     for section in shown:
         load(tmp_path, {**SMALL, **section})
 

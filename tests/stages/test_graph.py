@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def test_generate_makes_the_targets_and_depends_on_what_cuts_them() -> None:
 
 
 def test_everything_that_is_read_is_made_by_one_stage() -> None:
-    for what in ("caches", "targets"):
-        stages = dvc_file("x", keeping(what))["stages"]
+    for what, sections in itertools.product(("caches", "targets"), ({}, {"traces": {}})):
+        stages = dvc_file("x", keeping(what, **sections))["stages"]
         plain = [each.get("do", each) for each in stages.values()]
         made = [
             out if isinstance(out, str) else next(iter(out))
@@ -55,6 +56,22 @@ def test_everything_that_is_read_is_made_by_one_stage() -> None:
         for each in plain:
             for dep in each.get("deps", []):
                 assert dep in made or dep in folders, (what, dep)
+
+
+def test_chains_of_the_teachers_stand_before_all_that_is_taught() -> None:
+    plain = dvc_file("x", Pipeline.model_validate(SMOKE))["stages"]
+    for what in ("caches", "targets"):
+        stages = dvc_file("x", keeping(what, traces={}))["stages"]
+        assert stages["traces"]["deps"] == ["data/x/problems", "data/x/teacher"]
+        assert stages["traces"]["params"] == [
+            {"pipelines.yaml": ["pipelines.x.traces"]},
+            {"pipelines/versions.yaml": ["traces"]},
+        ]
+        assert stages["generate"]["deps"] == ["data/x/traces", "data/x/teacher"]
+        assert "data/x/traces" in stages["distill"]["do"]["deps"]
+        assert "data/x/traces" in stages["report"]["deps"]
+        assert stages["teacher"] == plain["teacher"] and stages["fidelity"] == plain["fidelity"]
+    assert "traces" not in plain and "data/x/traces" not in yaml.safe_dump(plain)
 
 
 def written(folder: Path, settings: Pipeline) -> None:

@@ -8,7 +8,10 @@ import sys
 from stages.cli import COMMANDS
 from tests.stages.project import ROOT
 
-HEAVY = ("torch", "transformers", "ray", "dvc", "datasets", "pyarrow", "matplotlib", "peft")
+HEAVY = (
+    *("torch", "transformers", "ray", "dvc", "datasets", "pyarrow", "matplotlib", "peft"),
+    *("starlette", "uvicorn", "prometheus_client"),
+)
 SCRIPT = f"""
 import sys
 from stages.cli import COMMANDS, kava

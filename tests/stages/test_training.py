@@ -50,12 +50,16 @@ def test_two_processes_and_online_targets_lose_what_one_process_and_the_store_do
 def test_how_often_is_logged_saved_and_measured_changes_nothing_but_curves(copy: Project) -> None:
     folders = (copy.path / "data/smoke/teacher", copy.path / STUDENT)
     expected, drawn = [digest(folder) for folder in folders], curves(copy)
-    copy.change("pipelines.smoke.cadence", {"log_every": 2, "save_every": 7})
+    cadence = {"log_every": 2, "save_every": 7, "report_to": ["tensorboard"]}
+    copy.change("pipelines.smoke.cadence", cadence)
     copy.kava("teacher")
     copy.kava("distill", "kava")
     assert [digest(folder) for folder in folders] == expected
     assert len(curves(copy)["loss"]) == 10 > len(drawn["loss"])
     assert (copy.path / "data/smoke/curves/teacher/plots/metrics/loss.tsv").is_file()
+    runs = copy.path / "data/.runs/tensorboard/smoke"
+    for run in ("teacher", "students/kava"):
+        assert len(list((runs / run).glob("*/events.out.tfevents.*"))) == 1
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -79,6 +79,21 @@ def test_a_value_of_the_grid_reaches_those_whom_it_concerns(tmp_path: Path) -> N
     assert turned.pairs == tuple((("", "no-cot"), (v, "kava")) for v in kava)
 
 
+def test_chains_of_the_teachers_concern_all_students_and_no_teacher(tmp_path: Path) -> None:
+    small = {**copy.deepcopy(SMALL), "traces": {"temperature": 1.0}}
+    found = plan(tmp_path, {"seeds": [0], "grid": {"traces.samples": [1, 4]}}, small)
+    assert pieces(found) == {
+        **{"prepare": 1, "teacher": 1, "traces": 2, "generate": 2, "evict": 2},
+        "distill": 4,
+    }
+    variants = {
+        system: [v for s, v, _ in cells(found) if s == system] for system, _, _ in cells(found)
+    }
+    for student in ("kava", "no-cot"):
+        assert variants[student] == ["traces.samples=1", "traces.samples=4"]
+    assert variants["teacher-cot"] == [""]
+
+
 def test_settings_are_for_all_and_may_add_a_student(tmp_path: Path) -> None:
     more = {**SMALL["students"]["kava"], "alpha_codi": 1.0}
     study = {"settings": {"students.both": more, "evict.policy": "random"}, "seeds": [3]}

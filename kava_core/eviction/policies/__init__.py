@@ -14,6 +14,7 @@ from kava_core.eviction.policies.steps import Steps
 from kava_core.eviction.policies.streaming import Streaming
 from kava_core.eviction.policies.uniform import Uniform
 from kava_core.eviction.policies.value_norm import ValueNorm
+from kava_core.registry import Registry
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
@@ -32,4 +33,12 @@ POLICIES: dict[str, type[Policy]] = {
     )
 }
 
-__all__ = ["POLICIES", "Policy"]
+# Those of other packages too; settings choose among all of them.
+REGISTRY: Registry[Policy] = Registry(
+    "policy",
+    "kava.policies",
+    Policy,  # type: ignore[type-abstract]
+    POLICIES,
+)
+
+__all__ = ["POLICIES", "REGISTRY", "Policy"]

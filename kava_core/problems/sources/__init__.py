@@ -20,6 +20,7 @@ from kava_core.problems.sources.multiarith import MultiArith
 from kava_core.problems.sources.svamp import SVAMP
 from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.sources.table import Table
+from kava_core.registry import Registry
 
 _ALL: tuple[type[Source], ...] = (
     Synthetic,
@@ -35,6 +36,13 @@ _ALL: tuple[type[Source], ...] = (
     Table,
 )
 SOURCES: dict[str, type[Source]] = {source.name: source for source in _ALL}
+# Those of other packages too; settings choose among all of them.
+REGISTRY: Registry[Source] = Registry(
+    "source",
+    "kava.sources",
+    Source,
+    SOURCES,
+)
 
 
 def sources_of(fields: Iterable[str]) -> list[str]:
@@ -49,4 +57,11 @@ def sources_of(fields: Iterable[str]) -> list[str]:
     return [name for name, number in used.items() if number == most] if most else []
 
 
-__all__ = ["SOURCES", "GeneratedSource", "RowSource", "Source", "sources_of"]
+__all__ = [
+    "REGISTRY",
+    "SOURCES",
+    "GeneratedSource",
+    "RowSource",
+    "Source",
+    "sources_of",
+]

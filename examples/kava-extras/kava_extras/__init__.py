@@ -1,0 +1,1 @@
+"""Policies and a source for KaVa, found by their entry points in pyproject.toml."""

@@ -1,0 +1,52 @@
+"""What a process of `tests.faults.stage` does to itself before it runs a stage."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+from kava_core.memory import STATUS
+
+
+def few_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
+def hardly_any_files() -> None:
+    """One for the log, and one more."""
+    free = os.open(os.devnull, os.O_RDONLY)  # the lowest there is
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, free + 2))
+
+
+def little_memory() -> None:
+    """As much address space as there is, and 24 MB."""
+    (line,) = [x for x in STATUS.read_text().splitlines() if x.startswith("VmSize:")]
+    most = int(line.split()[1]) * 1024 + (24 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def one_core() -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+# Names that tools give to what nobody else may read; the value is in nothing that is made.
+SECRETS = {
+    name: f"planted-{name.lower()}-5ec2e7"
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "GITHUB_TOKEN",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "OPENAI_API_KEY",
+        "PGPASSWORD",
+        "WANDB_API_KEY",
+    )
+}
+
+
+def with_secrets() -> None:
+    """Secrets in the environment, and files for nobody else's eyes."""
+    os.environ.update(SECRETS)
+    os.umask(0o077)

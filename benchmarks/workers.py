@@ -46,6 +46,7 @@ from kava_core.store import TeacherStore
 from kava_core.targets.evict import EvictJob, cache_batch, targets_spec
 from kava_core.targets.generate import GenerateJob, Reading, build_teacher_kv, teacher_spec
 from kava_core.targets.plan import Plan as TargetsPlan
+from kava_core.targets.quarantine import Quarantine
 from stages.cli import quiet
 
 TARGET = 1.8
@@ -119,7 +120,8 @@ def benches(home: Path) -> dict[str, Bench]:
     generate = Generate(shard_size=SHARD, batch_size=SHARD, threads=1)
     reading = Reading(problems, teacher, generate)
     (home / "store").mkdir()
-    generated = GenerateJob(reading, home / "store", teacher_spec(model, generate))
+    left_out = Quarantine(home / "quarantine")
+    generated = GenerateJob(reading, home / "store", teacher_spec(model, generate), left_out)
     here = Resources(workers=0, device="cpu")
     caches = build_teacher_kv(problems, teacher, generate, home / "data/p/teacher_kv", here).folder
 

@@ -47,7 +47,7 @@ def evaluate(run: Run) -> None:
         run.path("teacher"),
         {name: run.path("students", name) for name in students},
         targets,
-        {name: Path(folder).expanduser().absolute() for name, folder in settings.others.items()},
+        {name: Path(folder).expanduser() for name, folder in settings.others.items()},
     )
     material = Material.open(systems.teacher, problems, test_sets, settings)
     systems.check_prompts(material.encoder.prompt)

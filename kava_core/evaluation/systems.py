@@ -73,7 +73,9 @@ class Systems:
                     f"evaluate.others.{name}: {folder} is no student: expected {SETTINGS_FILE} in "
                     "it, found none. Make one with `kava import-student`, or name another."
                 )
-        return cls(teacher, students, frozenset(native), others or {})
+        # Workers may start in another folder.
+        elsewhere = {name: folder.absolute() for name, folder in (others or {}).items()}
+        return cls(teacher, students, frozenset(native), elsewhere)
 
     def check_prompts(self, prompt: Prompt) -> None:
         """KavaError if one of them learnt other prompts than this one, or from a chat template that

@@ -23,6 +23,7 @@ from kava_core.errors import KavaError
 from kava_core.versions import VERSIONS
 
 WORK = ".work"
+KEPT = ".kept"  # parts of artefacts that are complete, for when they are made again
 # In a folder of unfinished work: the stage and the output it is for.
 PURPOSE = "purpose.json"
 LARGEST_TEXT = 1 << 28  # bytes; none of ours comes near it
@@ -195,10 +196,19 @@ def work_folder(output: Path, stage: str, key: Any) -> Path:
     content; the same output and key find the unfinished work of a killed run. The stage's version
     is part of the fingerprint: what one version left unfinished another does not continue.
     """
+    return _keyed_folder(WORK, output, stage, key)
+
+
+def kept_folder(output: Path, stage: str, key: Any) -> Path:
+    """As `work_folder`, below `<data>/.kept`: what is in it stays when `output` is complete."""
+    return _keyed_folder(KEPT, output, stage, key)
+
+
+def _keyed_folder(where: str, output: Path, stage: str, key: Any) -> Path:
     data = data_folder(output)
     place = output.absolute().relative_to(data).as_posix()
     identity = fingerprint([place, key, VERSIONS[stage]])
-    folder = data / WORK / f"{output.name}-{identity[:24]}"
+    folder = data / where / f"{output.name}-{identity[:24]}"
     with disk_errors(folder):
         ensure_folder(folder)
         if not (folder / PURPOSE).is_file():

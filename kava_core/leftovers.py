@@ -1,19 +1,21 @@
-"""What runs that were killed, or had other settings, left in the folder of unfinished work."""
+"""What runs that were killed, or had other settings, left in the folder of unfinished work, and
+what finished ones keep for the next."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from kava_core.artefacts import PURPOSE, WORK, clear, data_folder, read_json
+from kava_core.artefacts import KEPT, PURPOSE, WORK, clear, data_folder, read_json
 from kava_core.errors import KavaError
 from kava_core.lock import Holder, holder_of
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder of unfinished work, or a lock that nobody holds any more.
+    """A folder of unfinished or kept work, or a lock that nobody holds any more.
 
     what: in words. size: bytes. age: seconds since it was last written to. holder: who is at work
     on it.
@@ -27,11 +29,9 @@ class Leftover:
 
 
 def find_leftovers(data: Path) -> list[Leftover]:
-    """All that lies in the folder of unfinished work of the data folder `data`, largest first."""
-    folder = data_folder(data / "pipeline") / WORK
-    if not folder.is_dir():
-        return []
-    entries = sorted(folder.iterdir())
+    """All unfinished and kept work of the data folder `data`, largest first."""
+    folders = [data_folder(data / "pipeline") / name for name in (WORK, KEPT)]
+    entries = sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
     locks = {path: holder_of(path) for path in entries if path.suffix == ".lock"}
     held = [holder for holder in locks.values() if holder is not None]
     found = [_look_at(path, "lock", None) for path, holder in locks.items() if holder is None]
@@ -40,7 +40,9 @@ def find_leftovers(data: Path) -> list[Leftover]:
             continue
         stage, output = _purpose(path)
         holder = next((each for each in held if _works_on(each, stage, output)), None)
-        found.append(_look_at(path, f"{stage} of {output}" if stage else "unknown", holder))
+        what = f"{stage} of {output}" if stage else "unknown"
+        kept = ", kept for the next run" if path.parent.name == KEPT else ""
+        found.append(_look_at(path, what + kept, holder))
     return sorted(found, key=lambda left: -left.size)
 
 
@@ -48,6 +50,16 @@ def remove(left: Leftover) -> None:
     """Remove a leftover, unless somebody took it up in the meantime."""
     if left.path.suffix != ".lock" or holder_of(left.path) is None:
         clear(left.path)
+
+
+def keep_only(output: Path, stage: str, kept: Collection[Path]) -> None:
+    """Of all that `stage` keeps of artefacts below `output`, remove all but the folders `kept`."""
+    data = data_folder(output)
+    place = output.absolute().relative_to(data).as_posix()
+    for path in (data / KEPT).glob("*"):
+        made_by, of = _purpose(path)
+        if made_by == stage and Path(of).is_relative_to(place) and path not in kept:
+            clear(path)
 
 
 def _purpose(path: Path) -> tuple[str, str]:

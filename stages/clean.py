@@ -1,4 +1,4 @@
-"""`kava clean`: unfinished work that nobody goes on with."""
+"""`kava clean`: unfinished work that nobody goes on with, and what is kept for the next run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .run import data_option
 @data_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clean(data: Path, yes: bool) -> None:
-    """List unfinished work below DATA/.work with its size and age, and remove it.
+    """List work below DATA/.work and DATA/.kept with its size and age, and remove it.
 
     A stage that was killed goes on from it when it is run again with the same settings and inputs;
-    with others it starts anew, and the old work stays until it is removed here. What a running
-    stage works on is left alone. No artefact is touched.
+    with others it starts anew, and the old work stays until it is removed here. Below DATA/.kept
+    are the answers that `evaluate` does not ask for twice. What a running stage works on is left
+    alone. No artefact is touched.
     """
     from kava_core.console import readable_size, readable_time
     from kava_core.leftovers import find_leftovers, remove

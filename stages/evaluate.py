@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kava_core.artefacts import fresh_folder, publish, work_folder
-from kava_core.console import progress, say, warn
+from kava_core.console import say, warn
 
 from .run import AnyRun, any_stage
 
@@ -21,77 +21,49 @@ def evaluate(run: AnyRun) -> None:
     `dvc metrics` and `dvc plots` show, lm_eval.json, the accuracy by another harness' rules,
     similarity.json, the cosine similarity of each student's latents to its targets, and
     interpretability.json, what the latents hold. Seconds and memory go to
-    measured/evaluation.json.
+    measured/evaluation.json. Killed and run again, it goes on where it was; a system that is as it
+    was when it was last asked is not asked again.
     """
     from kava_core.evaluation.comparison import compare_systems
-    from kava_core.evaluation.examination import ProblemSet
+    from kava_core.evaluation.job import EvaluateJob
+    from kava_core.evaluation.parts import Material, Plan
     from kava_core.evaluation.results import costs_of, write_results
     from kava_core.evaluation.systems import Systems
     from kava_core.findings.base import write_finding
     from kava_core.findings.evaluation import MEASURED
     from kava_core.hardware import hardware
-    from kava_core.latents.teacher import Truncation, read_teacher, readable
-    from kava_core.models.loading import load_model, load_tokenizer, to_device
-    from kava_core.parallel.devices import check_own_gpu
-    from kava_core.parallel.threads import torch_threads
-    from kava_core.problems.folder import open_test_sets
-    from kava_core.problems.traces import TraceEncoder
-    from kava_core.store import TargetsStore
-    from kava_core.targets.plan import Plan
-    from kava_core.targets.specs import latent_fraction
+    from kava_core.leftovers import keep_only
 
     run.check_asks()
     run.check_imports()
-    settings, students = run.settings.evaluate, run.settings.students
-    check_own_gpu(run.settings.resources.device, run.settings.resources.gpus_per_worker)
+    settings, students, output = (
+        run.settings.evaluate,
+        run.settings.students,
+        run.path("evaluation"),
+    )
     _name_strays(run)
-    teacher, targets = str(run.path("teacher")), run.path("kv_targets")
+    problems, test_sets, targets = (
+        run.path(name) for name in ("problems", "test_sets", "kv_targets")
+    )
     systems = Systems.of(
         run.path("teacher"),
         {name: run.path("students", name) for name in students},
         targets,
         {name: Path(folder).expanduser() for name, folder in settings.others.items()},
     )
-    folder = open_test_sets(run.path("test_sets"))
-    systems.check_prompts(folder.prompt)
-    encoder = TraceEncoder(load_tokenizer(teacher), folder.traces, prompt=folder.prompt)
-    test_sets = [
-        ProblemSet.of(name, problems[: settings.limit], encoder)
-        for name, problems in folder.load_all().items()
-    ]
-    store = TargetsStore.open(targets) if systems.native else None
-    view = None
-    with torch_threads(settings.threads), progress() as display:
-        if store is not None and settings.interpret_records:
-            fraction = latent_fraction(store)
-            thinking = TraceEncoder(encoder.tokenizer, folder.traces, fraction, folder.prompt)
-            traces = thinking.encode_all([p for p in test_sets[0].problems if p.steps])
-            model = to_device(load_model(teacher))
-            view = read_teacher(
-                model,
-                readable(traces, model, settings.interpret_records),
-                encoder.tokenizer,
-                Truncation.of(Plan.of_store(store)),
-                batch_size=settings.batch_size,
-            )
-        found = compare_systems(
-            systems,
-            encoder,
-            test_sets,
-            store,
-            view,
-            display,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            similarity_records=settings.similarity_records,
-            intervention_problems=settings.intervention_problems,
-        )
-    output = run.path("evaluation")
+    material = Material.open(systems.teacher, problems, test_sets, settings)
+    systems.check_prompts(material.encoder.prompt)
+    plan = Plan.of(systems, material, targets, settings, output)
+    job = EvaluateJob(systems, plan, problems, test_sets, targets, settings)
+    found = compare_systems(job, material, run.settings.resources)
     work = work_folder(output, "evaluate", {"settings": settings.model_dump(mode="json")})
     built = fresh_folder(work / "output")
-    scores = write_results(built, test_sets, found, [*students, *settings.others])
+    scores = write_results(
+        built, list(material.test_sets.values()), found, [*students, *settings.others]
+    )
     write_finding(run.path("measured", MEASURED), costs_of(found.examinations, hardware()))
     publish((built, output))
+    keep_only(output, "evaluate", plan.folders)
     for title, entries in scores.items():
         say(f"{title} ({next(iter(entries.values())).n} problems):")
         for name, entry in entries.items():

@@ -78,6 +78,10 @@ class AnswerDataset(Dataset[dict[str, Any]]):
         )
         return Lengths(question, chain, prompt + answer)
 
+    def record(self, index: int) -> Record:
+        """One record."""
+        return self.traces[index]
+
     def name(self, index: int) -> str:
         """The id of a record."""
         return self.traces[index].id
@@ -147,9 +151,13 @@ class TargetsDataset(Dataset[dict[str, Any]]):
             np.concatenate(prompts) + index.column("n_answer"),
         )
 
+    def record(self, index: int) -> Record:
+        """One record, its answer in ids alone."""
+        return self.store.index.record(index)
+
     def name(self, index: int) -> str:
         """The id of a record."""
-        return self.store.index.record(index).id
+        return self.record(index).id
 
 
 class ChainDataset(Dataset[dict[str, Any]]):

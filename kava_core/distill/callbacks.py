@@ -25,7 +25,15 @@ from kava_core.store import ShardShuffleSampler
 
 STOP_FILE = "stop"
 FOLLOW_SECONDS = 0.5
-LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "gradient_share", "weight")
+LOGGED = (
+    "loss",
+    "eval_loss",
+    "exact_match",
+    "learning_rate",
+    "grad_norm",
+    "gradient_share",
+    "weight",
+)
 
 
 class _Files(Live):
@@ -192,7 +200,7 @@ class Curves(TrainerCallback):
         self.live.end()
 
     def _write(self, logs: dict[str, float], step: int) -> None:
-        if "loss" not in logs and "eval_loss" not in logs:
+        if not logs.keys() & {"loss", "eval_loss", "exact_match"}:
             return  # the Trainer's closing summary holds seconds, which no artefact may
         self.live.step = step
         # Sorted, as the entries of a checkpoint are: the order of the files' keys must not tell.

@@ -33,6 +33,7 @@ from kava_core.distill.callbacks import (
     Window,
 )
 from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
+from kava_core.distill.exact_match import Asking, Questions
 from kava_core.distill.terms import Batch, Terms
 from kava_core.distill.tracking import Tracking
 from kava_core.distill.trainer import TermsTrainer
@@ -73,6 +74,7 @@ def fit(
     loader_workers: int = 0,
     held_out: Sequence[int] = (),
     balance: Balance | None = None,
+    questions: Questions | None = None,
     tracking: Tracking | None = None,
 ) -> None:
     """Train `model` in place.
@@ -84,7 +86,8 @@ def fit(
     a whole checkpoint found there is continued from. curves: a folder for the loss curves, in
     DVCLive's format. held_out: indices of the dataset that the sampler leaves out, on which the
     terms are measured every `training.held_out.every` steps. balance: what the terms are multiplied
-    with; None: nothing. tracking: who else is told of the run; None: nobody.
+    with; None: nothing. questions: what is asked every `training.exact_match.every` steps.
+    tracking: who else is told of the run; None: nobody.
 
     A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
@@ -149,6 +152,11 @@ def fit(
             data_collator=_as_it_is,
             callbacks=callbacks,
         )
+        asking = None
+        if questions is not None and training.exact_match is not None:
+            asking = Asking(questions, training.exact_match, folder)
+            asking.trainer = trainer
+            trainer.add_callback(asking)
         trainer.pop_callback(PrinterCallback)  # prints every log to stdout when there is no tqdm
         if group.size() > 1:
             set_seed(training.seed + group.rank())  # no two processes drop out the same units
@@ -157,9 +165,12 @@ def fit(
         else:
             with recomputed(model) if training.gradient_checkpointing else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finished = trainer.state.global_step >= steps
+        if asking is not None and finished:
+            asking.settle(trainer.state, title)
         # Mixed precision wrapped the model's forward; the caller gets its own model back.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if stop.stopped and trainer.state.global_step < steps:
+    if stop.stopped and not finished:
         raise Stopped(
             f"{title}: stopped at step {trainer.state.global_step} of {steps} and saved. "
             "Run the same command again to go on."

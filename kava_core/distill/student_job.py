@@ -13,6 +13,7 @@ from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
+from kava_core.distill.exact_match import Questions
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.inputs import StudentInputs
@@ -32,7 +33,7 @@ from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import open_problems
 from kava_core.problems.prompt import Prompt, read_prompt
 from kava_core.problems.traces import TraceEncoder
-from kava_core.settings import Cadence, Resources, Student
+from kava_core.settings import Cadence, Resources, Student, Training
 from kava_core.store import ShardShuffleSampler, TargetsStore
 from kava_core.targets.online import OnlineTargets
 from kava_core.targets.rounding import fake_quantisation
@@ -103,6 +104,7 @@ class StudentJob:
                 loader_workers=self.loader_workers,
                 held_out=held_out,
                 balance=Balance.of(settings),
+                questions=material.questions(training, held_out, tokenizer),
                 tracking=self.tracking,
             )
             if group.rank() > 0:
@@ -190,6 +192,15 @@ class _Material:
         records = encoded_traces(work, encoder, problems)
         dataset_of_answers = AnswerDataset(records, chains)
         return cls(None, dataset_of_answers, [len(records)], problems.traces, problems.prompt)
+
+    def questions(
+        self, training: Training, held_out: range, tokenizer: PreTrainedTokenizerBase
+    ) -> Questions | None:
+        """What is asked while it learns."""
+        if training.exact_match is None:
+            return None
+        records = [self.dataset.record(i) for i in held_out[: training.exact_match.records]]
+        return Questions(records, tokenizer, self.prompt.answer)
 
 
 def train_student(

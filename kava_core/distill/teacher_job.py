@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
+from kava_core.distill.exact_match import Questions
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.job import run_training
@@ -107,6 +108,13 @@ class TeacherJob:
             title="teacher",
             loader_workers=self.loader_workers,
             held_out=held_out,
+            questions=None
+            if training.exact_match is None
+            else Questions(
+                [traces[i] for i in held_out[: training.exact_match.records]],
+                encoder.tokenizer,
+                encoder.prompt.answer,
+            ),
             tracking=self.tracking,
         )
         if adapters is None or training.lora is None or group.rank() > 0:

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
+from kava_core.artefacts import clear, fresh_folder, sync_tree
 from kava_core.console import say
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import Window
@@ -60,6 +61,20 @@ class TermsTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def write_weights(self, folder: Path) -> None:
+        """What is trained, as a checkpoint holds it, whole or not at all."""
+        if group.rank() == 0:
+            temporary = fresh_folder(folder.with_name(f".{folder.name}.tmp"))
+            self._save(str(temporary))
+            sync_tree(temporary)
+            clear(folder)
+            temporary.replace(folder)
+        group.wait()
+
+    def read_weights(self, folder: Path) -> None:
+        """Take what `write_weights` wrote."""
+        self._load_from_checkpoint(str(folder))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ShardShuffleSampler:
         return self.sampler

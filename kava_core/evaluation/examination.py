@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,9 +10,9 @@ from kava_core.answers import has_value
 from kava_core.errors import KavaError
 from kava_core.evaluation.asking import Reply, ask
 from kava_core.evaluation.breakdown import operations
-from kava_core.evaluation.perplexity import gold_nll
+from kava_core.evaluation.perplexity import Forced
 from kava_core.memory import peak_tensor_bytes
-from kava_core.models.batching import pad
+from kava_core.models.batching import by_length, pad
 from kava_core.models.context import check_context, context_of
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
@@ -50,6 +50,11 @@ class ProblemSet:
             [len(chain) for chain in chains],
         )
 
+    def batches(self, encoder: TraceEncoder, batch_size: int) -> list[list[int]]:
+        """Indices of problems that are asked together: of similar length, the shortest first."""
+        questions = encoder.encode_questions([problem.question for problem in self.problems])
+        return by_length([len(question) for question in questions], batch_size)
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -64,34 +69,56 @@ class Examination:
     peak_bytes: int
 
 
-def examine(
-    system: LatentReasoner,
-    encoder: TraceEncoder,
-    test_set: ProblemSet,
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Examination:
-    """Ask `system` every problem; KavaError if one does not fit its context."""
-    problems = test_set.problems
-    _check_context(system, encoder, test_set, max_new_tokens)
-    questions = sorted(encoder.encode_questions([p.question for p in problems]), key=len)
-    ids, mask = (x.to(system.device) for x in pad(questions[-batch_size:], "left"))
-    # Before the clock is looked at: the first run of a model is slow to start.
-    peak = peak_tensor_bytes(
-        partial(system.generate, ids, mask, max_new_tokens=max_new_tokens), system.device
-    )
-    replies = ask(
-        system,
-        encoder,
-        problems,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        advance=advance,
-    )
-    nll = gold_nll(system, encoder, problems, replies, batch_size=batch_size)
-    return Examination(replies, nll, peak)
+class Examiner:
+    """One system before one test set, batch by batch; KavaError if a problem does not fit its
+    context."""
+
+    def __init__(
+        self,
+        system: LatentReasoner,
+        encoder: TraceEncoder,
+        test_set: ProblemSet,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        _check_context(system, encoder, test_set, max_new_tokens)
+        self.system = system
+        self.encoder = encoder
+        self.test_set = test_set
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.batches = test_set.batches(encoder, batch_size)
+
+    def peak_bytes(self) -> int:
+        """Bytes that answering the batch with the longest questions takes."""
+        problems = self.test_set.problems
+        questions = sorted(self.encoder.encode_questions([p.question for p in problems]), key=len)
+        ids, mask = (x.to(self.system.device) for x in pad(questions[-self.batch_size :], "left"))
+        return peak_tensor_bytes(
+            partial(self.system.generate, ids, mask, max_new_tokens=self.max_new_tokens),
+            self.system.device,
+        )
+
+    def warm_up(self) -> None:
+        """Write a token: the first run of a model is slow to start, and is not to be timed."""
+        first = self.encoder.encode_questions([self.test_set.problems[0].question])
+        ids, mask = (x.to(self.system.device) for x in pad(first, "left"))
+        self.system.generate(ids, mask, max_new_tokens=1)
+
+    def ask(self, number: int) -> list[Reply]:
+        """The replies to batch `number`, in the order of its indices."""
+        return ask(
+            self.system,
+            self.encoder,
+            [self.test_set.problems[i] for i in self.batches[number]],
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def forced(self, replies: Sequence[Reply]) -> Forced:
+        """What it is to be teacher-forced on, behind its replies to all problems."""
+        return Forced.of(self.system, self.encoder, self.test_set.problems, replies)
 
 
 def _check_context(

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kava_core.artefacts import read_json
+import torch
+
+from kava_core.artefacts import fingerprint, folder_fingerprint, read_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint
@@ -44,15 +46,15 @@ class Systems:
         """KavaError names a student that is not there, was made from another teacher, or reasons
         in another number of latents than `targets`, a store, has slots; and one of the others
         that is no student."""
-        fingerprint = model_fingerprint(str(teacher))
+        own = model_fingerprint(str(teacher))
         native = set()
         for name, folder in students.items():
             about = read_json(folder / "student.json")
             made_from = about["fingerprints"]["teacher"]
-            if made_from != fingerprint:
+            if made_from != own:
                 raise KavaError(
                     f"student {name} was made from the teacher {made_from[:12]}…, and the one in "
-                    f"{teacher} is {fingerprint[:12]}…. Run `kava distill {name}` again."
+                    f"{teacher} is {own[:12]}…. Run `kava distill {name}` again."
                 )
             latents = read_json(folder / SETTINGS_FILE)["latents"]
             if not latents:
@@ -71,7 +73,9 @@ class Systems:
                     f"evaluate.others.{name}: {folder} is no student: expected {SETTINGS_FILE} in "
                     "it, found none. Make one with `kava import-student`, or name another."
                 )
-        return cls(teacher, students, frozenset(native), others or {})
+        # Workers may start in another folder.
+        elsewhere = {name: folder.absolute() for name, folder in (others or {}).items()}
+        return cls(teacher, students, frozenset(native), elsewhere)
 
     def check_prompts(self, prompt: Prompt) -> None:
         """KavaError if one of them learnt other prompts than this one, or from a chat template that
@@ -100,11 +104,22 @@ class Systems:
         prompt = prompt_in(folder / "student.json") or PLAIN
         return TraceEncoder(load_tokenizer(str(folder)), encoder.traces, prompt=prompt)
 
-    def open(self, name: str, encoder: TraceEncoder) -> LatentReasoner:
+    def fingerprint(self, name: str) -> str:
+        """Names all that the system's answers come from but the problems: for a teacher its
+        weights, for a student its whole folder."""
+        folder = self.students.get(name) or self.others.get(name)
+        if folder is None:
+            return fingerprint([name, model_fingerprint(str(self.teacher))])
+        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        return folder_fingerprint(folder, files)
+
+    def open(
+        self, name: str, encoder: TraceEncoder, dtype: torch.dtype = torch.float32
+    ) -> LatentReasoner:
         """The system, on the CPU."""
         for folders in (self.students, self.others):
             if name in folders:
-                return open_student(folders[name])
+                return open_student(folders[name], dtype=dtype)
         prompt = [] if name == TEACHER_COT else encoder.answer_prompt_ids
-        model = load_model(str(self.teacher))
+        model = load_model(str(self.teacher), dtype)
         return LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos)

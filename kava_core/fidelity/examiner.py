@@ -116,17 +116,22 @@ class Outcome:
 
     written: the ids it wrote, to the end of sequence; nll: [B], −log p of the gold answer, nats per
     token, its end of sequence included; kl: [B], KL(full ‖ this) of the next-token distributions,
-    mean over the same tokens, nats; log_probs: per record [N_A, V] float64; seconds: of wall-clock
-    per problem, from the stored cache to the last token written; memory: bytes that took at its
-    peak for the whole batch (None where the system does not tell).
+    mean over the same tokens, nats; logits: per record [N_A, V], as the model gives them; seconds:
+    of wall-clock per problem, from the stored cache to the last token written; memory: bytes that
+    took at its peak for the whole batch (None where the system does not tell).
     """
 
     written: list[list[int]]
     nll: list[float]
     kl: list[float]
-    log_probs: list[Tensor]
+    logits: list[Tensor]
     seconds: float
     memory: int | None
+
+    def log_probs(self, row: int) -> Tensor:
+        """[N_A, V] float64, of one record. Of all of a batch at once they take, with 152,000
+        tokens, more than everything else."""
+        return self.logits[row].double().log_softmax(-1)
 
 
 class Examiner:
@@ -222,11 +227,11 @@ class Examiner:
         return cache
 
     def examine(
-        self, batch: Batch, make: Callable[[], SlotCache], full: Sequence[Tensor] | None = None
+        self, batch: Batch, make: Callable[[], SlotCache], full: Outcome | None = None
     ) -> Outcome:
         """Answer every problem of a batch from the cache that `make` gives.
 
-        full: the `log_probs` of the full cache, which KL is taken to; None says that this is it.
+        full: what came of the full cache, which KL is taken to; None says that this is it.
         The time and memory of `make` count.
         """
         traces = batch.traces
@@ -241,34 +246,43 @@ class Examiner:
                 cache.fork(), logits[:, -1], first, limit=self.limit, eos=self.eos
             ).tolist()
             seconds = (time.perf_counter() - began) / len(traces)
-        answers, answers_at = _place([t.answer_ids[:-1] for t in traces], "right")
-        if answers.shape[1]:
-            answers, answers_at = answers.to(self.device), answers_at.to(self.device)
-            answers_at = torch.where(answers_at < ABSENT, answers_at + first[:, None], answers_at)
-            forced = self.decoder.feed(cache, answers, answers_at, logits=answers.shape[1])
-            logits = torch.cat((logits, forced), dim=1)  # [B, A, V]
-        log_probs, nll, kl = [], [], []
+        logits = self._forced(traces, cache, first, logits)
+        outcome = Outcome(
+            written=[_ended(row, self.eos) for row in written],
+            nll=[],
+            kl=[],
+            logits=[logits[row, : len(trace.answer_ids)] for row, trace in enumerate(traces)],
+            seconds=seconds,
+            memory=memory.peak,
+        )
         for row, trace in enumerate(traces):
             gold = torch.tensor(trace.answer_ids, device=self.device)
-            probs = logits[row, : len(gold)].double().log_softmax(-1)  # [N_A, V]
+            probs = outcome.log_probs(row)
             if not bool(probs.isfinite().all()):
                 raise KavaError(
                     f"problem {trace.id}: expected finite logits, found NaN or infinity. The "
                     "model's dtype or the 16-bit dtype of the cache is too narrow: use float32 or "
                     "bfloat16."
                 )
-            log_probs.append(probs)
-            nll.append(-float(probs.gather(1, gold[:, None]).mean()))
-            reference = probs if full is None else full[row]
-            kl.append(float((reference.exp() * (reference - probs)).sum(-1).mean()))
-        return Outcome(
-            written=[_ended(row, self.eos) for row in written],
-            nll=nll,
-            kl=kl,
-            log_probs=log_probs,
-            seconds=seconds,
-            memory=memory.peak,
-        )
+            outcome.nll.append(-float(probs.gather(1, gold[:, None]).mean()))
+            reference = probs if full is None else full.log_probs(row)
+            outcome.kl.append(float((reference.exp() * (reference - probs)).sum(-1).mean()))
+        return outcome
+
+    def _forced(
+        self, traces: Sequence[Record], cache: SlotCache, first: Tensor, logits: Tensor
+    ) -> Tensor:
+        """Logits [B, A, V] of the gold answers behind `cache`, which is extended.
+
+        first: [B], the position of the answers' first token; logits: [B, 1, V], which predict it.
+        """
+        answers, at = _place([t.answer_ids[:-1] for t in traces], "right")
+        if not answers.shape[1]:
+            return logits
+        answers, at = answers.to(self.device), at.to(self.device)
+        at = torch.where(at < ABSENT, at + first[:, None], at)
+        rest = self.decoder.feed(cache, answers, at, logits=answers.shape[1])
+        return torch.cat((logits, rest), dim=1)
 
     def full_bytes(self, batch: Batch) -> list[int]:
         """Bytes of each record's full chain in the model's own dtype."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
 from kava_core.eviction import Policy
@@ -112,15 +112,16 @@ class TeacherView:
         return torch.stack(turned, 1)
 
 
-def readable(problems: Sequence[Record], model: PreTrainedModel, limit: int) -> list[Record]:
-    """The first `limit` traces that the teacher can hold; KavaError if there is none."""
+def readable(problems: Sequence[Record], config: PreTrainedConfig, limit: int) -> list[Record]:
+    """The first `limit` traces that a teacher with this text configuration can hold; KavaError if
+    there is none."""
     found: list[Record] = []
     said = "they have no written chain of thought"
     for trace in problems:
         if len(found) == limit:
             break
         try:
-            check_lengths([trace], model.config.get_text_config())
+            check_lengths([trace], config)
         except KavaError as error:
             said = str(error)
             continue

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.thinking import SETTINGS_FILE
 
 
-def open_student(folder: Path, base: Path | None = None) -> LatentReasoner:
+def open_student(
+    folder: Path, base: Path | None = None, dtype: torch.dtype | None = None
+) -> LatentReasoner:
     """The student that `kava distill` wrote to `folder`, in evaluation mode.
 
-    base: of one that is kept as adapters, the model they belong on, if it is not where they say.
+    dtype: the one it was saved in, unless told. base: of one that is kept as adapters, the model
+    they belong on, if it is not where they say.
     KavaError if the folder is not there, holds another kind of model, or damaged weights.
     """
     if not folder.is_dir():
@@ -28,4 +33,4 @@ def open_student(folder: Path, base: Path | None = None) -> LatentReasoner:
             f"{folder} is no student: expected a {SETTINGS_FILE} beside its weights, found "
             f"{found}. Name a folder that `kava distill` made, or run it again."
         )
-    return LatentReasoner.from_pretrained(folder, base=base)
+    return LatentReasoner.from_pretrained(folder, base=base, dtype=dtype)

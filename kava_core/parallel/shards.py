@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 from kava_core.errors import KavaError
 from kava_core.lock import is_alive
 from kava_core.parallel.devices import NO_GPU, check_own_gpu, gpu_share
+from kava_core.parallel.threads import torch_threads
 from kava_core.settings.base import Device
 
 RAY_FOLDER = "kava-ray-"
@@ -58,33 +61,49 @@ def run_shards(
     cpus_per_worker: float = 1,
     gpus_per_worker: float | None = None,
     device: Device = "auto",
+    then: Callable[[int], Sequence[int]] = lambda _: (),
 ) -> Iterator[tuple[int, Result]]:
     """Run `job` on every shard and yield (shard, result) as they finish, in any order.
 
-    workers: None shares the cores (and GPUs) there are, as many as fit; 0 works in process.
+    workers: None shares the cores (and GPUs) there are, as many as fit with all their threads; 0
+    works in process, and so does None where one worker would have this machine to itself.
     There are never more workers than fit: one that waits for room would keep its shard waiting.
     gpus_per_worker, device: see `gpu_share`; a worker sees the GPU that it has a share of and no
     other, at `device: cpu` none. Each worker may die and be restarted by Ray three times; a shard
     is a retry's unit. KavaErrors of a worker arrive as they are.
+    then: the shards that can be worked on now that one is done; they come before those that wait.
     """
     if not shards:
         return
+    queue = deque(shards)
+    if workers is None and _fits_once(max(cpus_per_worker, job.threads), device):
+        workers = 0
     if workers == 0:
         check_own_gpu(device, gpus_per_worker)
-        yield from _in_process(job, shards)
+        yield from _in_process(job, queue, then)
     else:
-        yield from _on_ray(job, shards, workers, cpus_per_worker, gpus_per_worker, device)
+        yield from _on_ray(job, queue, then, workers, cpus_per_worker, gpus_per_worker, device)
 
 
-def _in_process(job: Job[Result], shards: Sequence[int]) -> Iterator[tuple[int, Result]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
-    try:
+def _fits_once(cpus: float, device: Device) -> bool:
+    """Whether this machine alone computes, and has room for one worker and no second one."""
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    alone = "RAY_ADDRESS" not in os.environ and gpus <= 1
+    if "ray" in sys.modules:  # a caller's, of any size
+        alone = alone and not sys.modules["ray"].is_initialized()
+    return alone and int((os.cpu_count() or 1) // cpus) == 1
+
+
+def _in_process(
+    job: Job[Result], queue: deque[int], then: Callable[[int], Sequence[int]]
+) -> Iterator[tuple[int, Result]]:
+    with torch_threads(job.threads):
         work = job.open()
-        for shard in shards:
-            yield shard, work(shard)
-    finally:
-        torch.set_num_threads(before)
+        while queue:
+            shard = queue.popleft()
+            result = work(shard)
+            queue.extendleft(reversed(then(shard)))
+            yield shard, result
 
 
 class _Worker(Generic[Result]):
@@ -105,7 +124,8 @@ class _Worker(Generic[Result]):
 
 def _on_ray(
     job: Job[Result],
-    shards: Sequence[int],
+    queue: deque[int],
+    then: Callable[[int], Sequence[int]],
     workers: int | None,
     cpus: float,
     asked: float | None,
@@ -118,6 +138,8 @@ def _on_ray(
     with ray_running(job.threads, "set resources.workers to 0"):
         gpus = gpu_share(device, asked, visible_gpus())
         places = room(cpus, gpus)
+        # By default all threads of all workers have a core; who asks for more workers gets them.
+        own = max(1, int(ray.cluster_resources().get("CPU", 0) // max(cpus, job.threads)))
         actor = ray.remote(_Worker).options(
             num_cpus=cpus,
             num_gpus=gpus,
@@ -125,13 +147,21 @@ def _on_ray(
             max_task_retries=3,
             runtime_env={} if gpus else {"env_vars": NO_GPU},
         )
-        count = min(workers or places, places, len(shards))
+        count = min(workers or own, places, len(queue))
         pool = ActorPool([actor.remote(job) for _ in range(count)])
-        results = pool.map_unordered(lambda a, s: a.run.remote(s), list(shards))
+
+        def fill() -> None:
+            while queue and pool.has_free():
+                pool.submit(lambda a, s: a.run.remote(s), queue.popleft())
+
         try:
-            for shard, result, error in results:
+            fill()
+            while pool.has_next():
+                shard, result, error = pool.get_next_unordered()
                 if error is not None or result is None:
                     raise KavaError(error or f"shard {shard} came back empty")
+                queue.extendleft(reversed(then(shard)))
+                fill()  # before the caller looks at the result, so that no worker waits for that
                 yield shard, result
         except RayError as error:
             raise KavaError(

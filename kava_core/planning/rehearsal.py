@@ -93,6 +93,8 @@ def _fewer_steps(training: dict[str, Any] | None) -> None:
         training["lora"]["rank"] = min(4, training["lora"]["rank"])
     if training["held_out"] is not None:
         training["held_out"] = {"records": 2, "every": 1}
+    if training.get("exact_match") is not None:
+        training["exact_match"] |= {"records": 2, "every": 1, "max_new_tokens": 4}
 
 
 def _about_layers(settings: Pipeline) -> bool:

@@ -16,13 +16,14 @@ from kava_core.settings.student import Student
 from kava_core.settings.study import Study, load_study
 from kava_core.settings.teacher import Scratch, Teacher
 from kava_core.settings.traces import Traces
-from kava_core.settings.training import HeldOut, LoRA, Training
+from kava_core.settings.training import ExactMatch, HeldOut, LoRA, Training
 
 __all__ = [
     "Cadence",
     "Evaluate",
     "EveryLayer",
     "Evict",
+    "ExactMatch",
     "Fidelity",
     "FidelityBits",
     "Generate",

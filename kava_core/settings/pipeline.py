@@ -39,10 +39,12 @@ LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # ch
 class Resources(Section):
     """What is used to compute, never what is computed: not tracked by DVC.
 
-    workers: Ray workers of generate and evict; 0 runs in process; null shares the cores there are.
+    workers: Ray workers of generate, evict, fidelity and evaluate; 0 runs in process; null shares
+    the cores there are.
     device: `auto` computes on GPUs where there are any; `cpu` shows a command and its workers none.
-    gpus_per_worker: the share of a GPU that each worker of generate gets; null: a whole one, where
-    there are GPUs. Without a share workers get none, and beside a visible GPU 0 is an error.
+    gpus_per_worker: the share of a GPU that each worker gets, but those of evict, which need none;
+    null: a whole one, where there are GPUs. Without a share workers get none, and beside a visible
+    GPU 0 is an error.
     A process of a training always has a whole one.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
     and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).

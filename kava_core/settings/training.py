@@ -45,6 +45,20 @@ class HeldOut(Section):
     every: Positive
 
 
+class ExactMatch(Section):
+    """Every `every` steps and after the last one the model answers the first `records` of the
+    held-out records, in at most `max_new_tokens` tokens each.
+
+    keep: the weights that the training ends with, the `last`, or the `best`: those of the first
+    step with the highest exact match.
+    """
+
+    records: Positive
+    every: Positive
+    max_new_tokens: Positive = 256
+    keep: Literal["last", "best"] = "last"
+
+
 class Training(Section):
     """How weights are fitted; AdamW with a cosine schedule.
 
@@ -54,7 +68,8 @@ class Training(Section):
     size within hundreds of steps, learn faster with 0.99. gradient_checkpointing: compute
     activations again in the backward pass instead of keeping them, the same numbers in less memory
     and more time; not for students with latents, whose cache it would detach. held_out: evaluation
-    during training; null: none.
+    during training; null: none. exact_match: answers during training, and which weights are kept;
+    null: none.
     """
 
     steps: Positive | None = None
@@ -70,6 +85,8 @@ class Training(Section):
     gradient_checkpointing: StrictBool = False
     lora: LoRA | None = None
     held_out: HeldOut | None = None
+    # Not among the settings that a model says it was made with where there is none.
+    exact_match: Annotated[ExactMatch | None, Field(exclude_if=lambda value: value is None)] = None
     seed: StrictInt = 0
     threads: Positive = 2
 
@@ -78,6 +95,16 @@ class Training(Section):
         if (self.steps is None) == (self.epochs is None):
             found = "neither" if self.steps is None else "both"
             raise ValueError(f"should have exactly one of `steps` and `epochs`, found {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_what_it_never_learnt(self) -> Training:
+        held_out = self.held_out.records if self.held_out else 0
+        if self.exact_match is not None and self.exact_match.records > held_out:
+            raise ValueError(
+                f"exact_match.records: expected at most held_out.records, {held_out}, found "
+                f"{self.exact_match.records}: held-out records are asked. Set `held_out` to as many"
+            )
         return self
 
     def check_shared(self, processes: Processes) -> None:

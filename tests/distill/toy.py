@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kava_core.distill.adapters import add_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import TargetsDataset
+from kava_core.distill.exact_match import Questions
 from kava_core.distill.fit import fit
 from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective, objective_of
 from kava_core.distill.terms import student_terms
 from kava_core.distill.tracking import Tracking
 from kava_core.models.latent import LatentReasoner
+from kava_core.problems.prompt import ANSWER_PROMPT
 from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.settings import Cadence, LoRA, Student, Training
@@ -165,6 +169,15 @@ def toy_objective(
     return objective_of(student, store, match)
 
 
+def toy_questions(records: list[Record]) -> Questions:
+    """Token n is written `n`."""
+    words = {str(n): n for n in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token=str(EOS)
+    )
+    return Questions(records, tokenizer, ANSWER_PROMPT)
+
+
 @dataclass(frozen=True)
 class Toy:
     """One run of `fit` under `folder`, on the store in `store`.
@@ -222,6 +235,7 @@ class Toy:
             loader_workers=self.loader_workers,
             held_out=held_out,
             balance=self.balance,
+            questions=toy_questions([store.index.record(i) for i in held_out]),
             tracking=self.tracking,
         )
         return {name: x.detach().clone() for name, x in model.state_dict().items()}

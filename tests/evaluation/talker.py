@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import LlamaConfig
 
-from kava_core.evaluation.examination import ProblemSet
+from kava_core.evaluation.examination import Examination, Examiner, ProblemSet
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.tokenizer import train_tokenizer
@@ -56,6 +56,28 @@ def make_talker(encoder: TraceEncoder) -> LatentReasoner:
         eos_token_id=encoder.eos,
         seed=0,
     ).eval()
+
+
+def examine(
+    asked: LatentReasoner,
+    encoder: TraceEncoder,
+    test_set: ProblemSet,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Examination:
+    """All parts of an examination, one after another."""
+    examiner = Examiner(
+        asked, encoder, test_set, batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+    replies, nll = {}, {}
+    for number, chosen in enumerate(examiner.batches):
+        replies.update(zip(chosen, examiner.ask(number), strict=True))
+    ordered = [replies[i] for i in range(len(replies))]
+    forced = examiner.forced(ordered)
+    for chosen in forced.batches(batch_size):
+        nll.update(zip(chosen, forced.nll(asked, chosen), strict=True))
+    return Examination(ordered, [nll[i] for i in range(len(nll))], examiner.peak_bytes())
 
 
 def system(talker: LatentReasoner, encoder: TraceEncoder, kind: str) -> LatentReasoner:

@@ -7,14 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from kava_core.errors import KavaError
+from kava_core.evaluation import perplexity as module
 from kava_core.evaluation.asking import Reply, ask
-from kava_core.evaluation.perplexity import gold_nll, perplexity
+from kava_core.evaluation.perplexity import Forced, gold_nll, perplexity
+from kava_core.memory import peak_tensor_bytes
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
 from tests.evaluation.talker import make_talker, problems, system
+from tests.tiny import COMMON, tiny_model
 
 GOLDS = ["5", "123", "70", "8 9", "1/2"]
 
@@ -29,6 +33,29 @@ def todo() -> list[Problem]:
 
 def answered(asked: LatentReasoner, encoder: TraceEncoder) -> list[Reply]:
     return ask(asked, encoder, todo(), batch_size=5, max_new_tokens=6)
+
+
+def test_a_batch_of_logits_is_taken_in_pieces_and_the_numbers_are_the_same(
+    encoder: TraceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = 30_000
+    model = tiny_model(LlamaConfig(**{**COMMON, "vocab_size": vocabulary}), torch.float32)
+    asked = LatentReasoner.plain(
+        model, answer_prompt_ids=encoder.answer_prompt_ids, eos_token_id=encoder.eos
+    )
+    replies = [Reply(p.id, (), "", "", False, 1, 0.0) for p in todo()]
+    forced = Forced.of(asked, encoder, todo(), replies)
+    (chosen,) = forced.batches(100)
+    columns = 1 + max(len(answer) for answer in forced.answers)
+    logits = 4 * vocabulary * len(chosen) * columns
+
+    def peak() -> int:
+        return peak_tensor_bytes(lambda: forced.nll(asked, chosen), asked.device)
+
+    whole, expected = peak(), forced.nll(asked, chosen)
+    monkeypatch.setattr(module, "LARGEST_PIECE", vocabulary * columns)
+    assert logits < peak() < 2 * logits < 4 * logits < whole
+    assert forced.nll(asked, chosen) == expected
 
 
 def near(found: list[list[float]], expected: list[list[float]]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kava_core.evaluation.asking import Reply
 from kava_core.evaluation.comparison import Comparison
-from kava_core.evaluation.examination import Examination, examine
+from kava_core.evaluation.examination import Examination
 from kava_core.evaluation.perplexity import perplexity
 from kava_core.evaluation.results import cost, costs_of, harness_scores, score, write_results
 from kava_core.findings.evaluation import Prediction
@@ -19,7 +19,7 @@ from kava_core.findings.scores import GroupScore, wilson
 from kava_core.models.latent import LatentReasoner
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
-from tests.evaluation.talker import some, system
+from tests.evaluation.talker import examine, some, system
 from tests.stages.project import digest
 
 FILES = [

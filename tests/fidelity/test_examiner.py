@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig
 
 from kava_core.errors import KavaError
 from kava_core.eviction import POLICIES, Policy, group_layers, make_budgets
@@ -16,14 +16,16 @@ from kava_core.fidelity.examiner import (
     CompressedCache,
     Examiner,
     Layers,
+    Outcome,
     alike,
 )
+from kava_core.memory import peak_tensor_bytes
 from kava_core.models.slot_cache import ABSENT, SlotCache
 from kava_core.record import Record
 from kava_core.rotary import unrotate
 from kava_core.store import Codec
 from kava_core.store.codec import encode
-from tests.tiny import ARCHITECTURES, EOS, assert_near, tiny_model, tiny_trace
+from tests.tiny import ARCHITECTURES, COMMON, EOS, assert_near, tiny_model, tiny_trace
 
 EXACT = Codec.from_bits(keys=32, values=32)
 ALL = Layers([0, 1, 2], group_layers(3, 1))
@@ -47,10 +49,14 @@ def compressed(
     return what, examiner.restore(batch, what)
 
 
+def log_probs(outcome: Outcome) -> list[Tensor]:
+    return [outcome.log_probs(row) for row in range(len(outcome.logits))]
+
+
 def answer_logits(examiner: Examiner, traces: Sequence[Record], cache: SlotCache) -> list[Tensor]:
     """Per trace, the log-probabilities [N_A, V] of each answer token."""
     batch = examiner.read(traces)
-    return examiner.examine(batch, cache.fork).log_probs
+    return log_probs(examiner.examine(batch, cache.fork))
 
 
 def plain_logits(examiner: Examiner, trace: Record, hide_chain: bool = False) -> Tensor:
@@ -77,11 +83,11 @@ def test_the_full_cache_and_one_that_keeps_every_slot_give_the_models_own_logits
     batch = subject.read(TRACES)
     full = subject.examine(batch, lambda: subject.full(batch))
     what, cache = compressed(subject, TRACES, [64] * 3)
-    kept = subject.examine(batch, cache.fork, full.log_probs)
+    kept = subject.examine(batch, cache.fork, full)
     for row, trace in enumerate(TRACES):
         expected = plain_logits(subject, trace)
-        assert_near(full.log_probs[row], expected, 1e-5)
-        assert_near(kept.log_probs[row], expected, 1e-5)
+        assert_near(full.log_probs(row), expected, 1e-5)
+        assert_near(kept.log_probs(row), expected, 1e-5)
         assert abs(kept.kl[row]) < 1e-7
         gold = torch.tensor(trace.answer_ids)
         assert kept.nll[row] == pytest.approx(-float(expected.gather(1, gold[:, None]).mean()))
@@ -94,7 +100,7 @@ def test_the_full_cache_and_one_that_keeps_every_slot_give_the_models_own_logits
 def test_keeping_nothing_is_masking_the_chain_out(name: str) -> None:
     subject = examiner(name)
     batch = subject.read(TRACES)
-    none = subject.examine(batch, lambda: subject.none(batch)).log_probs
+    none = log_probs(subject.examine(batch, lambda: subject.none(batch)))
     for trace, found in zip(TRACES, none, strict=True):
         assert_near(found, plain_logits(subject, trace, hide_chain=True), 1e-5)
 
@@ -185,7 +191,7 @@ def test_each_head_sees_its_own_slots_and_nothing_else_of_the_chain(
     subject = examiner(name)
     batch = subject.read(TRACES)
     what = subject.compress(batch, POLICIES["random"](), budgets, EXACT)
-    found = subject.examine(batch, lambda: subject.restore(batch, what)).log_probs
+    found = log_probs(subject.examine(batch, lambda: subject.restore(batch, what)))
     for row, trace in enumerate(TRACES):
         kept = kept_tokens(what, row, trace)
         sizes = [{len(head) for head in layer} for layer in kept]
@@ -247,7 +253,7 @@ def test_slots_pass_through_the_codec_before_they_are_turned_back() -> None:
     exact = subject.compress(batch, POLICIES["rkv"](), [64] * 3, EXACT)
     full = torch.stack(subject.full(batch).keys)
     drift, kl = {}, {}
-    reference = subject.examine(batch, lambda: subject.full(batch)).log_probs
+    reference = subject.examine(batch, lambda: subject.full(batch))
     for bits in (32, 16, 8, 4):
         codec = Codec.from_bits(keys=bits, values=bits)
         what = subject.compress(batch, POLICIES["rkv"](), [64] * 3, codec)
@@ -301,10 +307,23 @@ def test_examining_leaves_the_caches_of_a_batch_as_they_are() -> None:
     subject = examiner("llama")
     batch = subject.read(TRACES)
     first = subject.examine(batch, lambda: subject.full(batch))
-    second = subject.examine(batch, lambda: subject.full(batch), first.log_probs)
-    assert all(torch.equal(a, b) for a, b in zip(first.log_probs, second.log_probs, strict=True))
+    second = subject.examine(batch, lambda: subject.full(batch), first)
+    assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
     assert first.written == second.written and second.kl == [0.0] * 3
     assert first.seconds > 0 and (first.memory is None or first.memory >= 0)
+
+
+def test_a_large_vocabulary_is_never_in_float64_for_a_whole_batch() -> None:
+    vocabulary, problems = 30_000, 24
+    model = tiny_model(LlamaConfig(**{**COMMON, "vocab_size": vocabulary}), torch.float32)
+    subject = Examiner(model, ALL, eos=EOS, max_new_tokens=2)
+    batch = subject.read([tiny_trace(str(i), 5, 9, 3, i) for i in range(problems)])
+    reference = subject.examine(batch, lambda: subject.full(batch))
+    logits = 4 * vocabulary * sum(len(trace.answer_ids) for trace in batch.traces)
+    peak = peak_tensor_bytes(
+        lambda: subject.examine(batch, lambda: subject.none(batch), reference), subject.device
+    )
+    assert logits < peak < 2.7 * logits  # in float64 they alone would take twice as much
 
 
 def test_writing_ends_with_the_models_context() -> None:

@@ -63,7 +63,7 @@ def teacher(talker: LatentReasoner) -> PreTrainedModel:
 def view(
     teacher: PreTrainedModel, encoder: TraceEncoder, cut: Truncation, batch_size: int = 5
 ) -> TeacherView:
-    traces = readable(encoder.encode_all(problems()), teacher, 7)
+    traces = readable(encoder.encode_all(problems()), teacher.config, 7)
     return read_teacher(
         teacher, traces, encoder.tokenizer, cut, examples=2, top=3, batch_size=batch_size
     )
@@ -352,10 +352,10 @@ def test_a_student_that_writes_the_last_steps_is_held_against_the_first_ones(
 
 
 def test_traces_that_the_teacher_cannot_hold_are_passed_over() -> None:
-    model = tiny_model("mistral")  # a window of 64
+    config = tiny_model("mistral").config  # a window of 64
     traces = [tiny_trace("long", 5, 70, 2), tiny_trace("a", 5, 6, 2), tiny_trace("b", 5, 6, 2)]
-    assert [t.id for t in readable(traces, model, 1)] == ["a"]
+    assert [t.id for t in readable(traces, config, 1)] == ["a"]
     with pytest.raises(KavaError, match=r"found none: the CoT and answer of problem long span"):
-        readable(traces[:1], model, 5)
+        readable(traces[:1], config, 5)
     with pytest.raises(KavaError, match="they have no written chain of thought"):
-        readable([], model, 5)
+        readable([], config, 5)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer
 from kava_core.models.students import open_student
-from kava_core.problems.folder import open_test_sets
+from kava_core.problems.folder import open_problems, open_test_sets
 from kava_core.problems.parquet import save_problems
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import load_pipeline
@@ -152,6 +157,7 @@ def test_every_system_is_measured_on_every_test_set(made: Path) -> None:
 def test_again_it_has_the_same_bytes_and_only_what_was_measured_differs(
     made: Path, home: Path
 ) -> None:
+    shutil.rmtree(home / "data/.kept")
     call(evaluate, home)
     before, after = (digest(root / "data/tiny/evaluation") for root in (made, home))
     assert before == after
@@ -175,6 +181,99 @@ def test_again_it_has_the_same_bytes_and_only_what_was_measured_differs(
         return [cost["peak_memory_mb"] for found in costs.values() for cost in found.values()]
 
     assert memory(one) == memory(two)
+
+
+def parts(home: Path) -> dict[str, int]:
+    """Every part that is kept, and when it was written."""
+    kept = home / "data/.kept"
+    return {str(p.relative_to(kept)): p.stat().st_mtime_ns for p in kept.glob("*/*-*.json")}
+
+
+def test_a_changed_student_asks_only_itself(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, before = digest(home / "data/tiny/evaluation"), parts(home)
+    call(evaluate, home)
+    assert parts(home) == before and digest(home / "data/tiny/evaluation") == expected
+    every = len(before) + 4 * 2 + 2  # memory of every system on every set; a student's latents
+    assert f"{every} of {every} parts are finished already" in capsys.readouterr().err
+    change_student(home, "no-cot")
+    call(evaluate, home)
+    after = parts(home)
+    same = {name for name in before if after.get(name) == before[name]}
+    asked = {name.partition("-")[0] for name in before.keys() - same}
+    assert len(same) == 3 * len(before) // 4 and {"no"} == asked
+    assert len(after) == len(before)  # what it answered before is not kept
+
+
+def change_student(home: Path, name: str) -> None:
+    """Other weights."""
+    folder = home / "data/tiny/students" / name
+    student = open_student(folder)
+    with torch.no_grad():
+        student.decoder.lm_head.weight[:] *= -1
+    student.save_pretrained(folder)
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_finds_the_same(home: Path, workers: int) -> None:
+    expected = digest(home / "data/tiny/evaluation")
+    shutil.rmtree(home / "data/.kept")
+    file = home / "pipelines.yaml"
+    document = yaml.safe_load(file.read_text())
+    document["pipelines"]["tiny"]["resources"] = {"workers": workers}
+    file.write_text(yaml.safe_dump(document))
+    call(evaluate, home)
+    assert digest(home / "data/tiny/evaluation") == expected
+
+
+def test_killed_with_sigkill_it_goes_on_and_redoes_nothing(home: Path) -> None:
+    expected = digest(home / "data/tiny/evaluation")
+    shutil.rmtree(home / "data/.kept")
+    shutil.rmtree(home / "data/tiny/evaluation")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages", "evaluate"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(parts(home)) < 7:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = parts(home)
+    assert not (home / "data/tiny/evaluation").exists()
+    torn = home / "data/.kept" / min(done)
+    torn.write_bytes(torn.read_bytes()[:20])
+    call(evaluate, home)
+    after = parts(home)
+    again = {name for name, written in done.items() if after[name] != written}
+    # What is scored behind answers that are asked again is scored again.
+    assert again <= {n for n in done if Path(n).parent.name == torn.parent.name}
+    assert min(done) in again
+    assert digest(home / "data/tiny/evaluation") == expected
+
+
+def test_the_validation_problems_can_be_asked_in_their_place(home: Path) -> None:
+    change(home, split="validation", interpret_records=2, intervention_problems=0)
+    call(evaluate, home)
+    metrics = read_json(home / "data/tiny/evaluation/metrics.json")
+    assert metrics.keys() == {"validation"} and metrics["validation"]["kava"]["n"] == 8
+    asked = pq.read_table(home / "data/tiny/evaluation/predictions.parquet").to_pylist()
+    problems = open_problems(home / "data/tiny/problems").load("validation")
+    assert {row["id"] for row in asked} == {problem.id for problem in problems}
+
+
+def test_weights_are_of_the_dtype_that_is_asked_for(home: Path) -> None:
+    before = read_json(home / "data/tiny/evaluation/metrics.json")["synthetic"]
+    change(home, model_dtype="bfloat16", interpret_records=0, max_new_tokens=2)
+    call(evaluate, home)
+    after = read_json(home / "data/tiny/evaluation/metrics.json")["synthetic"]
+    for name, score in after.items():
+        near = pytest.approx(before[name]["perplexity"], rel=0.2)
+        assert score["perplexity"] == near and score["perplexity"] != before[name]["perplexity"]
 
 
 def test_a_student_that_is_no_longer_in_the_settings_is_left_out_with_a_word(

@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "students": {"kava": {"reads": "kv_targets", "training": training}},
         "evaluate": {},
         "report": {"title": "Tiny"},
+        "resources": {"workers": 0},
     }
     (home / "pipelines.yaml").write_text(
         yaml.safe_dump({"pipeline": "tiny", "pipelines": {"tiny": pipeline}})
@@ -139,6 +140,19 @@ def test_every_cell_of_the_grid_is_answered_and_counted(
         (32, 32),
         (8, 4),
     }
+
+
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_finds_the_same(
+    home: Path, expected: dict[str, str], workers: int
+) -> None:
+    file = home / "pipelines.yaml"
+    document = yaml.safe_load(file.read_text())
+    document["pipelines"]["tiny"]["resources"] = {"workers": workers}
+    file.write_text(yaml.safe_dump(document))
+    call(fidelity, home)
+    assert digest(home / "data/tiny/fidelity") == expected
 
 
 def test_killed_with_sigkill_it_goes_on_and_redoes_nothing(

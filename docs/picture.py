@@ -14,7 +14,7 @@ from kava_core.reporting.style import COLOURS
 
 DOCS = Path(__file__).parent
 WIDTH, HEIGHT = 760, 400
-LEFT, RIGHT, TOP, BOTTOM = 56, 24, 24, 56
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 40, 56
 MOST_PASSES = 40
 LINE = 17  # least distance of two labels
 

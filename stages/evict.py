@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kava_core.artefacts import publish
-from kava_core.console import say
+from kava_core.console import say, warn
 from kava_core.errors import KavaError
 
 from .run import Run, stage
@@ -23,6 +23,7 @@ def evict(run: Run) -> None:
     an identity. A new budget, policy, layer set or bit width reruns this stage and what follows,
     nothing before.
     """
+    from kava_core.planning.room import lacking_room
     from kava_core.targets.evict import build_kv_targets
 
     if run.settings.generate.keep == "targets":
@@ -30,6 +31,8 @@ def evict(run: Run) -> None:
             f"pipeline {run.name} has no stage evict: at `generate.keep: targets` `kava generate` "
             "makes the targets. Run that, or set generate.keep to caches."
         )
+    if lacking := lacking_room(run.settings, run.path(), "kv_targets"):
+        warn(f"evict: {lacking}")
     output = run.path("kv_targets")
     built = build_kv_targets(
         run.path("teacher_kv"), run.settings.evict, output, run.settings.resources

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kava_core.artefacts import publish
-from kava_core.console import say
+from kava_core.console import say, warn
 
 from .evict import publish_targets
 from .run import Run, stage
@@ -18,10 +18,15 @@ def generate(run: Run) -> None:
     run again, it redoes only the shards that were not finished. At `generate.keep: targets` it
     writes kv_targets/ and eviction.json instead, as `evict` would.
     """
+    from kava_core.planning.room import lacking_room
     from kava_core.store.summary import quarantine_facts
     from kava_core.targets.generate import build_targets_alone, build_teacher_kv
 
-    if run.settings.generate.keep == "targets":
+    keeps_caches = run.settings.generate.keep == "caches"
+    artefact = "teacher_kv" if keeps_caches else "kv_targets"
+    if lacking := lacking_room(run.settings, run.path(), artefact):
+        warn(f"generate: {lacking}")
+    if not keeps_caches:
         built = build_targets_alone(
             run.taught,
             run.path("teacher"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from kava_core.planning.costs import (
 )
 from kava_core.planning.lengths import Lengths, lengths_of, longest
 from kava_core.planning.memory import generate_bytes, trainer_bytes
+from kava_core.planning.room import free_bytes
 from kava_core.planning.sizes import (
     StoreSize,
     checkpoint_bytes,
@@ -133,7 +133,7 @@ def forecast(
         teacher_kv=caches,
         kv_targets=targets,
         disk=disk,
-        free=_free(folder),
+        free=free_bytes(folder),
         stages=tuple(_Stages(settings, shapes, given, lengths, caches, targets, clock).all()),
         cheaper=_cheaper(settings, shapes, lengths, sum(disk.values())),
     )
@@ -230,12 +230,6 @@ def _disk(
         ),
         "checkpoints": max(runs),
     }
-
-
-def _free(folder: Path) -> int:
-    """Of the disk that `folder` is on, or will be."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def lengths_of(settings: Pipeline, folder: Path) -> Lengths:
     tokenizer = _tokenizer(settings, folder)
     if (folder / "problems" / "problems.json").is_file():
         source = open_problems(folder / "problems")
-        train = source.load("train")
+        train = source.open("train")
         sample = train[:: max(1, len(train) // SAMPLE)]
         return _counted(
             settings, sample, source.traces, tokenizer, len(train), f"{folder / 'problems'}"

@@ -204,9 +204,12 @@ def ray_running(threads: int, otherwise: str) -> Iterator[None]:
                         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
                         _temp_dir=folder,
                     )
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except KavaError:
+                raise
+            except Exception as error:  # a node that takes too long to start is a bare Exception
                 raise KavaError(
-                    f"Ray could not be started or reached: {error}. Check RAY_ADDRESS, or "
+                    f"Ray could not be started or reached: {str(error).partition(chr(10))[0]} Check "
+                    "RAY_ADDRESS, and that the machine is not overloaded, or "
                     f"{otherwise}."
                 ) from None
             yield

@@ -207,10 +207,10 @@ def ray_running(threads: int, otherwise: str) -> Iterator[None]:
             except KavaError:
                 raise
             except Exception as error:  # a node that takes too long to start is a bare Exception
+                said = str(error).partition("\n")[0]
                 raise KavaError(
-                    f"Ray could not be started or reached: {str(error).partition(chr(10))[0]} Check "
-                    "RAY_ADDRESS, and that the machine is not overloaded, or "
-                    f"{otherwise}."
+                    f"Ray could not be started or reached: {said} Check RAY_ADDRESS, and that the "
+                    f"machine is not overloaded, or {otherwise}."
                 ) from None
             yield
         finally:

@@ -33,7 +33,9 @@ def evaluate(run: AnyRun) -> None:
     from kava_core.findings.evaluation import MEASURED
     from kava_core.hardware import hardware
     from kava_core.leftovers import keep_only
+    from kava_core.parallel.devices import check_own_gpu
 
+    check_own_gpu(run.settings.resources.device, run.settings.resources.gpus_per_worker)
     run.check_asks()
     run.check_imports()
     settings, students, output = (

@@ -26,8 +26,10 @@ def fidelity(run: Run) -> None:
     from kava_core.findings.fidelity import MEASURED
     from kava_core.hardware import hardware
     from kava_core.models.loading import load_tokenizer, model_fingerprint, tokenizer_fingerprint
+    from kava_core.parallel.devices import check_own_gpu
     from kava_core.problems.prompt import check_prompt
 
+    check_own_gpu(run.settings.resources.device, run.settings.resources.gpus_per_worker)
     settings = run.settings.fidelity
     if settings is None:
         raise KavaError(f"pipeline {run.name} has no section `fidelity`. Add one, or leave it out.")

@@ -12,9 +12,18 @@ import pytest
 # for the other: beside other processes on two cores that made them fourteen times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from kava_core.console import configure
+
 if TYPE_CHECKING:
     from kava_core.models.latent import LatentReasoner
     from kava_core.problems.traces import TraceEncoder
+
+
+@pytest.fixture(autouse=True)
+def _words_as_usual() -> Iterator[None]:
+    """What a test chose of how a process speaks is not chosen for the next one."""
+    yield
+    configure()
 
 
 @pytest.fixture(scope="module")

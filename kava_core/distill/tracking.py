@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from kava_core.artefacts import data_folder
-from kava_core.console import say
+from kava_core.console import warn
 from kava_core.distill.checkpoints import RandomState
 from kava_core.errors import KavaError
 from kava_core.settings import Cadence
@@ -99,7 +99,7 @@ class Onlooker(TrainerCallback):
         try:
             self._guarded(getattr(self.callback, event), *given, **more)
         except KavaError as error:
-            say(f"warning: {error} The run goes on without it.")
+            warn(f"warning: {error} The run goes on without it.")
             self.callback = None
 
     def _guarded(self, call: Callable[..., Any], *given: Any, **more: Any) -> Any:

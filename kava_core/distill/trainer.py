@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 
 from kava_core.artefacts import clear, fresh_folder, sync_tree
-from kava_core.console import say
+from kava_core.console import warn
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import Window
 from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
@@ -186,7 +186,7 @@ class TermsTrainer(Trainer):
         for name, share in self.window.shares.items():
             if share < LOWEST_SHARE and name not in self.warned:
                 self.warned.add(name)
-                say(
+                warn(
                     f"warning: the {name} term carries {share:.2%} of the gradient at step "
                     f"{self.state.global_step}; at this weight it teaches next to nothing."
                 )

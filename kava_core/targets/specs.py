@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from kava_core.errors import KavaError
 from kava_core.settings import Evict, Generate
@@ -33,9 +34,10 @@ def stored_settings(store: TargetsStore, section: type[StageSettings]) -> StageS
     try:
         return section.model_validate(store.manifest.settings.get(name))
     except ValidationError as error:
-        details = error.errors()[0]
-        place = ".".join(map(str, details["loc"]))
-        said = f"{place}: {details['msg'].removeprefix('Value error, ')}".removesuffix(".")
+        details: ErrorDetails = error.errors()[0]
+        place = ".".join((name, *map(str, details["loc"])))
+        wanted = details["msg"].removeprefix("Value error, ").removesuffix(".")
+        said = f"{place}: {wanted}, found {details['input']!r:.60}"
         raise KavaError(
             f"{store.path} does not say how it was made in words of this version, under "
             f"settings.{name} of its manifest ({said}). Make it again with "

@@ -47,7 +47,7 @@ SMALL = ("kava", "no-cot")
 
 def test_the_headline_command_changes_one_line_and_runs_what_follows(copy: Project) -> None:
     shutil.copy2(ROOT / "pipelines.yaml", copy.path)
-    copy.change_line("pipeline: quickstart", "pipeline: smoke")
+    copy.change_line("\npipeline: quickstart\n", "\npipeline: smoke\n")
     copy.run("git", "add", "-A")
     copy.run("git", "commit", "-q", "-m", "Finish")
     before = (copy.path / "pipelines.yaml").read_text()

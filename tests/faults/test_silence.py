@@ -21,7 +21,7 @@ def test_a_stage_says_how_far_it_is(
     make_stage: Callable[[str], Stage], name: str, monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
     stage, command = make_stage(name), STAGES[name][0]
-    monkeypatch.setattr(console, "SILENCE", 0.01)
+    monkeypatch.setattr(console, "SILENCE", 0.001)
     monkeypatch.chdir(stage.home)
     result = CliRunner().invoke(kava, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -36,7 +36,7 @@ def test_a_log_of_json_lines_names_pipeline_and_stage(
     make_stage: Callable[[str], Stage], monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
     stage = make_stage("evaluate")
-    monkeypatch.setattr(console, "SILENCE", 0.01)
+    monkeypatch.setattr(console, "SILENCE", 0.001)
     monkeypatch.chdir(stage.home)
     result = CliRunner().invoke(kava, ["--log-format", "json", "evaluate"], catch_exceptions=False)
     assert result.exit_code == 0, result.output

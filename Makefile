@@ -35,10 +35,14 @@ test: environment  ## what must pass before anything lands
 test-slow: environment  ## the tests that take minutes
 	pytest -m slow
 
-faults: environment  ## every fault many times (long); writes the table of docs/reliability.md
-	mkdir -p data && rm -f data/.faults.jsonl
-	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" --faults-results data/.faults.jsonl
-	python docs/reliability.py data/.faults.jsonl
+# What was seen is kept: a run that ended early, or one with more moments, goes on from there.
+MOMENTS ?= 10
+FAULTS := data/.faults.jsonl
+faults: environment  ## every fault; writes the tables of docs/reliability.md. MOMENTS=30: all of it
+	mkdir -p data
+	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" \
+		--faults-results $(FAULTS) --faults-moments $(MOMENTS)
+	python docs/reliability.py $(FAULTS)
 
 licences: environment  ## the licences of what requirements.txt pins; one that is not permissive is an error
 	python docs/licences.py

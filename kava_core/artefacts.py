@@ -131,6 +131,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_folder(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination`, which must not be there or be empty; it takes that name, with
+    all it holds on the disk, once it is complete. What the disk refuses is a KavaError."""
+    destination = destination.absolute()
+    folder = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        make_folders(folder)
+        yield folder
+        sync_tree(folder)
+        folder.replace(destination)
+        sync(destination.parent)
+    except OSError as error:
+        raise KavaError(
+            f"{destination} cannot be written ({error.strerror}). Free some space on that disk, or "
+            "choose a folder that may be written to."
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """What the disk refuses while `path` is written, as a KavaError."""
     try:
@@ -167,18 +188,26 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folders(folder: Path) -> None:
+    """Make `folder` and those above it that are not there; their names are on the disk then."""
+    if not folder.is_dir():
+        make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def ensure_folder(folder: Path) -> Path:
     """`folder`, made if it is not there; a file in its place (a damaged disk leaves such) goes."""
     if not folder.is_dir():
         clear(folder)
-        folder.mkdir(parents=True)
+        make_folders(folder)
     return folder
 
 
 def fresh_folder(folder: Path) -> Path:
     """`folder`, empty: what a killed run left of it is worth nothing."""
     clear(folder)
-    folder.mkdir(parents=True)
+    make_folders(folder)
     return folder
 
 
@@ -235,7 +264,7 @@ def publish(*built: tuple[Path, Path]) -> None:
                 "away; what was built is kept, and the same command goes on."
             )
         with disk_errors(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(output.parent)
             sync_tree(folder)
             aside = folder.with_name(f"{folder.name}.old")
             clear(aside)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kava_core.artefacts import disk_errors
+from kava_core.artefacts import disk_errors, make_folders
 from kava_core.console import warn
 from kava_core.errors import KavaError
 
@@ -75,7 +75,7 @@ def holder_of(path: Path) -> Holder | None:
 def _take(path: Path, mine: Holder) -> int:
     """The descriptor of the locked and signed file."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
             try:

@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kava_core.artefacts import clear, fresh_folder, sync_tree
+from kava_core.artefacts import clear, fresh_folder, sync, sync_tree
 from kava_core.console import warn
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import Window
@@ -121,9 +122,18 @@ class TermsTrainer(Trainer):
         assert self.model is not None
         super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if group.rank() == 0:
+            folder = Path(str(self.args.output_dir))
+            sync_tree(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            sync(folder)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The first process writes the Trainer's state next, which makes the checkpoint a whole one.
+        sync_tree(Path(output_dir))
+        # The first process writes the Trainer's state next, which makes the checkpoint a whole one:
+        # all else is on the disk before it.
         group.wait()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from kava_core.artefacts import atomic_path, read_json
+from kava_core.artefacts import atomic_path, make_folders, read_json
 from kava_core.errors import KavaError
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def write_finding(path: Path, value: object, *, spaced: bool = True) -> None:
     """
     plain = to_jsonable_python(value)
     layout: dict[str, Any] = {"indent": 2} if spaced else {"separators": (",", ":")}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(plain, ensure_ascii=False, **layout) + "\n", "utf-8")
 

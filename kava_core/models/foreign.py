@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from kava_core.artefacts import file_digest, fresh_folder, read_json, write_json
+from kava_core.artefacts import atomic_folder, file_digest, read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner, LatentReasonerConfig
 from kava_core.models.loading import commit_of, load_model, load_tokenizer, model_fingerprint
@@ -98,22 +98,19 @@ def import_student(
     _fill(decoder, tensors, published, file)
     encoder = TraceEncoder(tokenizer, prompt=published.prompt)
     student = _student(decoder, own, published, encoder)
-    built = fresh_folder(destination.with_name(f".{destination.name}.tmp"))
+    about = {
+        "name": destination.name,
+        "imported": {"format": form, "weights": file_digest(file)},
+        "settings": {"w_cot": 0.0},
+        "fingerprints": {"teacher": model_fingerprint(base)},  # what it began as
+        "commit": commit_of(base),
+        **published.prompt.kept(),
+    }
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    student.save_pretrained(built)
-    tokenizer.save_pretrained(built)
-    write_json(
-        built / "student.json",
-        {
-            "name": destination.name,
-            "imported": {"format": form, "weights": file_digest(file)},
-            "settings": {"w_cot": 0.0},
-            "fingerprints": {"teacher": model_fingerprint(base)},  # what it began as
-            "commit": commit_of(base),
-            **published.prompt.kept(),
-        },
-    )
-    built.rename(destination)
+    with atomic_folder(destination) as built:
+        student.save_pretrained(built)
+        tokenizer.save_pretrained(built)
+        write_json(built / "student.json", about)
     return student
 
 

@@ -16,7 +16,7 @@ from typing import Any, overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kava_core.artefacts import atomic_path
+from kava_core.artefacts import atomic_path, make_folders
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem
 
@@ -46,7 +46,7 @@ def save_problems(path: Path, problems: Sequence[Problem], *, steps: bool = True
     }
     columns["steps"] = [list(problem.steps) for problem in problems]
     table = pa.table(columns, schema=_SCHEMA)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=_GROUP)
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kava_core.artefacts import disk_errors, publish, write_json
+from kava_core.artefacts import (
+    PURPOSE,
+    WORK,
+    clear,
+    data_folder,
+    disk_errors,
+    fingerprint,
+    fresh_folder,
+    publish,
+    write_json,
+)
 from kava_core.errors import KavaError
+from kava_core.lock import alone
 from kava_core.sharing.describe import check_teacher
 from kava_core.sharing.hub import Repository, download
 from kava_core.store.export import STORE, TEACHER, copy_model
@@ -26,11 +38,9 @@ def import_store(source: str, teacher: Path | None, folder: Path) -> Manifest:
     teacher: its folder, if it does not lie beside the exported store. Everything is checked before
     anything is replaced; KavaError for a damaged store or one of another kind, a card that tells of
     another store, a teacher that is missing, and one, or a tokenizer, that the store was not made
-    with.
+    with. KavaError, too, while another import into `folder` is at work.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".import-") as place:
-        work = Path(place)
+    with disk_errors(folder), _workplace(folder) as work:
         given = Path(source).expanduser()
         if source.startswith("hf://"):
             given = download(Repository.parse(source, "dataset"), work / "download")
@@ -56,6 +66,22 @@ def import_store(source: str, teacher: Path | None, folder: Path) -> Manifest:
         publish((built, folder / "kv_targets"), (work / "teacher", folder / "teacher"))
         write_json(folder / IMPORTED, about.model_dump(mode="json"))
     return manifest
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """An empty folder of unfinished work for what is put into `folder`; gone afterwards."""
+    output = folder.absolute()
+    data = data_folder(output / "kv_targets")
+    place = output.relative_to(data).as_posix()
+    work = data / WORK / f"import-{fingerprint(['import', place])[:24]}"
+    with alone(work.with_name(f"{work.name}.lock"), "import", place):
+        fresh_folder(work)
+        write_json(work / PURPOSE, {"stage": "import", "output": place})
+        try:
+            yield work
+        finally:
+            clear(work)
 
 
 def _opened(given: Path) -> tuple[Path, Provenance | None]:

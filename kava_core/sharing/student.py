@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kava_core.artefacts import read_json
+from kava_core.artefacts import atomic_folder, read_json
 from kava_core.errors import KavaError
 from kava_core.findings.base import read_finding
 from kava_core.findings.evaluation import COMPARISONS, INSIGHTS, METRICS, Differences, Score, Scores
 from kava_core.findings.latents import Changed, Insights, InterventionScores
 from kava_core.settings import Student
 from kava_core.store.export import (
-    building,
     check_limits,
     check_new,
     check_secrets,
@@ -64,7 +63,7 @@ def publish_student(student: Published, destination: Path) -> None:
             "`kava evaluate` again."
         )
     text = model_card(student)
-    with building(destination) as folder:
+    with atomic_folder(destination) as folder:
         copy_model(student.folder, folder)
         if (student.folder / CODE).is_dir():
             (folder / CODE).mkdir()

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kava_core.artefacts import atomic_folder
 from kava_core.errors import KavaError
 from kava_core.store.index import SCHEMA
 from kava_core.store.layout import INDEX_FILE, MANIFEST_FILE
@@ -63,7 +63,7 @@ def export(
     if problems:
         raise KavaError(problems[0])
     manifest = read_manifest(path)
-    with building(destination) as folder:
+    with atomic_folder(destination) as folder:
         inside = folder / STORE
         inside.mkdir(parents=True)
         for name in [*manifest.files, MANIFEST_FILE]:
@@ -82,25 +82,6 @@ def check_new(destination: Path) -> None:
     """KavaError unless the folder is not there yet, or empty."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise KavaError(f"{destination} exists already. Choose a new folder, or empty it.")
-
-
-@contextmanager
-def building(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` that takes its place once it is complete; what the disk refuses
-    is a KavaError."""
-    destination = destination.absolute()
-    folder = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        folder.replace(destination)
-    except OSError as error:
-        raise KavaError(
-            f"{destination} cannot be written ({error.strerror}). Free some space on that disk, or "
-            "choose a folder that may be written to."
-        ) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_model(source: Path, destination: Path) -> None:

@@ -67,7 +67,7 @@ def write_pieces(path: Path, pieces: list[bytes | memoryview]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the file is on the disk."""
+    """Wait until the file, or the names in a folder, are on the disk."""
     with disk_errors(path):
         sync(path)
 

@@ -225,13 +225,13 @@ def _write(
         write_pieces(described, [canonical_json(side).encode()])
         flush(described)
         flushed.result()
-        # A shard without a side record is not done. Names that a power cut takes back cost no more
-        # than writing the shard again; `finalise` makes them durable.
+        # A shard without a side record is not done.
         if keep:
             _put(temporary, file)
         else:
             temporary.unlink()
         _put(described, side_path(folder, shard))
+        flush(folder)  # so that a power cut takes back no name
 
 
 def _put(made: Path, place: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kava_core.artefacts import work_folder
+from kava_core.artefacts import ensure_folder, work_folder
 from kava_core.eviction import CacheBatch
 from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Resources
@@ -79,7 +79,7 @@ def build_kv_targets(
     plain = settings.model_dump(mode="json", by_alias=True)
     fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
     folder = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints}) / "output"
-    folder.mkdir(exist_ok=True)
+    ensure_folder(folder)
     caches = (cache_batch(store, number) for number in range(store.shards))
     spec = targets_spec(plan, store.manifest.rotary.rotation, caches)
     return build_store(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kava_core.artefacts import work_folder
+from kava_core.artefacts import ensure_folder, work_folder
 from kava_core.errors import KavaError
 from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.loading import (
@@ -155,7 +155,7 @@ def build_teacher_kv(
     key = {"settings": _content(settings), "inputs": made.fingerprints}
     work = work_folder(output, "generate", key)
     folder, quarantine = work / "output", Quarantine(work / "quarantine")
-    folder.mkdir(exist_ok=True)
+    ensure_folder(folder)
 
     def finish() -> Manifest:
         manifest = finalise(
@@ -202,7 +202,7 @@ def build_targets_alone(
     notes, folder = work / "notes", work / "output"
     quarantine = Quarantine(work / "quarantine")
     for each in (notes, folder):
-        each.mkdir(exist_ok=True)
+        ensure_folder(each)
 
     def caches() -> Iterator[CacheBatch]:
         with torch_threads(settings.threads):

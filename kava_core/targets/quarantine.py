@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kava_core.artefacts import canonical_json, clear, read_json, write_json
+from kava_core.artefacts import canonical_json, clear, ensure_folder, read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.record import Record
 from kava_core.store.layout import FLOAT_DTYPES
@@ -65,7 +65,7 @@ class Quarantine:
     def note(self, shard: int, left_out: Mapping[str, str]) -> None:
         """Note the ids that shard lacks, with reasons, before the shard is written."""
         if left_out:
-            self.folder.mkdir(exist_ok=True)
+            ensure_folder(self.folder)
             write_json(self._file(shard), dict(left_out))
         else:
             clear(self._file(shard))

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.synchronize import Event
@@ -111,7 +112,8 @@ class Stage:
         process.join(after)
         if process.is_alive():
             assert process.pid is not None
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, number)
         process.join(PATIENCE)
         assert not process.is_alive(), f"{self.name} does not end after a signal:\n{self.said}"
         return process.exitcode

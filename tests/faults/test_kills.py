@@ -1,70 +1,100 @@
 """Killed at any moment and run again, a stage ends with the bytes of a run that was never killed,
-and at no moment is there half an artefact under its output's name."""
+having done again only what was not finished, and at no moment is there half an artefact under its
+output's name."""
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Tell
+from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
+from tests.faults.conftest import FEW, MOMENTS, Tell, Whole, processes_in
 from tests.faults.stage import STAGES, Stage
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-HOW = {
-    1: "SIGKILL, SIGTERM or SIGINT at a random moment",
-    2: "two such in a row",
-    3: "three such in a row",
+IN_A_ROW = ("once", "twice in a row", "three times in a row")
+# stage → what a finished piece of its work looks like below `data/`
+PIECES = {
+    "generate": ".work/teacher_kv-*/output/shard-*.json",
+    "evict": ".work/kv_targets-*/output/shard-*.json",
+    "fidelity": ".work/fidelity-*/batch-*.json",
+    "evaluate": ".kept/*/*-[0-9]*.json",
 }
-MakeStage = Callable[[str], Stage]
 
 
-def check_kills(whole: Stage, seconds: float, home: Stage, seed: int, kills: int) -> None:
-    """Kill `home` at random moments, finish it, and compare.
+def finished(stage: Stage) -> int:
+    """How much of unfinished work is finished: pieces, or steps of a training."""
+    data = stage.home / "data"
+    if stage.name in ("teacher", "distill"):
+        folders = data.glob(".work/*/checkpoints")
+        last = [found for folder in folders if (found := last_whole_checkpoint(folder))]
+        return max(map(step_of, last), default=0)
+    return len(list(data.glob(PIECES[stage.name]))) if stage.name in PIECES else 0
 
-    whole: the same stage, finished; seconds: what that took.
-    """
+
+def gone_on_with(said: str) -> int:
+    """How much of it a run has said that it did not make again."""
+    found = re.search(r"continuing from checkpoint-(\d+)|(\d+) of \d+ \w+ are finished", said)
+    return int(found[1] or found[2]) if found else 0
+
+
+def check_kills(whole: Whole, home: Stage, seed: int, kills: int) -> int:
+    """Kill `home` at random moments, finish it, and compare; how many of the kills met a run."""
     rng = random.Random(f"{home.name} {seed}")
-    before, expected = home.digests(), whole.digests()
+    before, met = home.digests(), 0
     for _ in range(kills):
         number = rng.choice(SIGNALS)
-        code = home.kill(rng.uniform(0, seconds), number)
+        code = home.kill(rng.uniform(0, whole.seconds), number)
         # Training that is told to end saves its state and says so.
         assert code in (0, -number, 128 + number) or "and saved." in home.said, home.said
-        for old, new, found in zip(before, expected, home.digests(), strict=True):
+        met += code != 0
+        for old, new, found in zip(before, whole.expected, home.digests(), strict=True):
             assert found in ({}, old, new), f"half an artefact of {home.name}"
+        assert processes_in(home.home) == []
+    there, said = finished(home), len(home.said)
     assert home.run()[0] == 0, home.said
-    assert home.digests() == expected
+    assert home.digests() == whole.expected
+    assert gone_on_with(home.said[said:]) >= there, home.said
     assert "Traceback" not in home.said, home.said
-    assert list(home.work.iterdir()) == []
+    assert list(home.work.iterdir()) == [] and processes_in(home.home) == []
+    return met
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Seed by seed, so that a run that is cut short has seen every stage."""
+    if metafunc.function is test_more_kills_cost_nothing_but_time:
+        moments = metafunc.config.getoption(MOMENTS, default=FEW)
+        cases = [(name, seed) for seed in range(1, moments + 1) for name in STAGES]
+        metafunc.parametrize(("name", "seed"), cases)
+
+
+def kill_and_tell(
+    whole: Callable[[str], Whole], name: str, place: Path, seed: int, kills: int, tell: Tell
+) -> None:
+    home = whole(name).again(place / "home", name)
+    met = check_kills(whole(name), home, seed, kills)
+    shutil.rmtree(home.home)
+    if met:
+        how = f"{IN_A_ROW[met - 1]}: SIGKILL, SIGTERM or SIGINT at a random moment"
+        tell(f"{name} killed", how, "run again: same bytes, the rest kept, nothing left over")
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_kill_costs_nothing_but_time(make_stage: MakeStage, name: str, tell: Tell) -> None:
-    whole = make_stage(name)
-    shutil.copytree(whole.home, whole.home.with_name("again"))
-    code, seconds = whole.run()
-    assert code == 0, whole.said
-    home = Stage(whole.home.with_name("again"), name)
-    check_kills(whole, seconds, home, 0, 1)
-    tell(f"{name} killed", HOW[1], "run again: same bytes, nothing left over")
+def test_a_kill_costs_nothing_but_time(
+    whole: Callable[[str], Whole], name: str, tmp_path: Path, tell: Tell
+) -> None:
+    kill_and_tell(whole, name, tmp_path, 0, 1, tell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STAGES)
-def test_thirty_kills_cost_nothing_but_time(make_stage: MakeStage, name: str, tell: Tell) -> None:
-    whole = make_stage(name)
-    start = whole.home.with_name("start")
-    shutil.copytree(whole.home, start)
-    code, seconds = whole.run()
-    assert code == 0, whole.said
-    for seed in range(1, 31):
-        home = Stage(start.with_name("again"), name)
-        shutil.copytree(start, home.home)
-        kills = 1 + seed % 3
-        check_kills(whole, seconds, home, seed, kills)
-        tell(f"{name} killed", HOW[kills], "run again: same bytes, nothing left over")
-        shutil.rmtree(home.home)
+def test_more_kills_cost_nothing_but_time(
+    whole: Callable[[str], Whole], name: str, seed: int, tmp_path: Path, tell: Tell
+) -> None:
+    """One, two and three in a row, by turns."""
+    kill_and_tell(whole, name, tmp_path, seed, 1 + seed % 3, tell)

@@ -1,9 +1,11 @@
-"""The table of docs/reliability.md is what `make faults` saw, and nothing else."""
+"""The tables of docs/reliability.md are what `make faults` saw, and nothing else."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,18 +23,41 @@ def reliability() -> ModuleType:
     return module
 
 
-def test_the_table_follows_from_the_results(reliability: ModuleType) -> None:
+def test_the_tables_follow_from_the_results(reliability: ModuleType) -> None:
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = json.loads((ROOT / "docs" / "reliability.json").read_text(encoding="utf-8"))
-    assert rows and reliability.page(text, rows) == text, "run `make faults`"
+    summary = json.loads((ROOT / "docs" / "reliability.json").read_text(encoding="utf-8"))
+    assert summary["faults"] and reliability.page(text, summary) == text, "run `make faults`"
 
 
-def test_equal_faults_are_counted(reliability: ModuleType) -> None:
+def test_equal_faults_are_counted_and_a_test_counts_once(reliability: ModuleType) -> None:
+    b = {"fault": "b", "how": "so", "outcome": "well"}
+    figure = {"what": "opening", "figure": "1 s", "promised": "under 2 s"}
     lines = [
-        {"fault": "b", "how": "so", "outcome": "well"},
-        {"fault": "a", "how": "x|y", "outcome": "well"},
-        {"fault": "b", "how": "so", "outcome": "well"},
+        {"test": "one", "notes": [b, {"fault": "a", "how": "x|y", "outcome": "well"}, b]},
+        {"test": "two", "notes": [figure, b]},
+        {"test": "two", "notes": [figure]},
     ]
-    rows = reliability.summarise("\n".join(json.dumps(line) for line in lines))
-    assert [(row["fault"], row["times"]) for row in rows] == [("a", 1), ("b", 2)]
-    assert "| a | x/y | 1 | well |\n| b | so | 2 | well |\n" in reliability.table(rows)
+    summary = reliability.summarise("\n".join(json.dumps(line) for line in lines))
+    assert [(row["fault"], row["times"]) for row in summary["faults"]] == [("a", 1), ("b", 2)]
+    assert summary["figures"] == [figure]
+    tables = reliability.tables(summary)
+    assert "| a | x/y | 1 | well |\n| b | so | 2 | well |\n" in tables
+    assert "| opening | 1 s | under 2 s |\n" in tables
+
+
+def test_what_was_seen_is_not_looked_at_again(tmp_path: Path) -> None:
+    """So that many short runs make one long one; a test that fails is looked at again."""
+    results = tmp_path / "results.jsonl"
+    file = "tests/faults/test_page.py"
+    for expected in ("2 passed", "2 deselected"):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", file, "-k", "tables_follow or counted", "-v",
+             "-p", "no:cacheprovider", f"--faults-results={results}"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and expected in done.stdout, done.stdout
+    (one, two) = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    assert {one["test"], two["test"]} == {
+        f"{file}::test_the_tables_follow_from_the_results",
+        f"{file}::test_equal_faults_are_counted_and_a_test_counts_once",
+    }

@@ -152,14 +152,15 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses while `path` is written, as a KavaError."""
+def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """What the disk refuses while `path` is written, as a KavaError. size: bytes that it takes."""
     try:
         yield
     except OSError as error:
+        takes = f"; it takes {size:,} bytes" if size else ""
         raise KavaError(
-            f"{path} cannot be written ({error.strerror}). Free some space on that disk, or check "
-            "that the folder may be written to; finished work is kept."
+            f"{path} cannot be written ({error.strerror}{takes}). Free some space on that disk, or "
+            "check that the folder may be written to; finished work is kept."
         ) from None
 
 
@@ -168,6 +169,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 

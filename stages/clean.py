@@ -17,8 +17,9 @@ def clean(data: Path, yes: bool) -> None:
 
     A stage that was killed goes on from it when it is run again with the same settings and inputs;
     with others it starts anew, and the old work stays until it is removed here. Below DATA/.kept
-    are the answers that `evaluate` does not ask for twice. What a running stage works on is left
-    alone. No artefact is touched.
+    are the answers that `evaluate` does not ask for twice. So it is with what a command that was
+    killed has half written elsewhere in DATA. What a running stage works on is left alone. No
+    artefact is touched.
     """
     from kava_core.console import readable_size, readable_time
     from kava_core.leftovers import find_leftovers, remove

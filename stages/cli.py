@@ -115,7 +115,10 @@ def kava(less: bool, more: bool, log_format: Format) -> None:
 
 
 # What a disk refuses, whoever wrote to it: nothing that a traceback would help with.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# What it refuses one file, for reading or for writing.
+FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY, errno.ESTALE, errno.ENAMETOOLONG,
+               errno.ELOOP)  # fmt: skip
 # Of torch's allocators, of malloc, and of threads that get no stack.
 MEMORY_ERRORS = ("out of memory", "can't allocate memory", "Cannot allocate memory",
                  "can't start new thread")  # fmt: skip
@@ -188,6 +191,11 @@ def _refusal(error: BaseException) -> str | None:
             return (
                 f"{name} cannot be written ({reasons[0]}). Free some space on that disk, or check "
                 "that it may be written to; finished work is kept."
+            )
+        if isinstance(each, OSError) and number in FILE_ERRORS and each.filename:
+            return (
+                f"{each.filename} cannot be used ({os.strerror(number)}). Check its disk, its name "
+                "and who may read and write it; finished work is kept."
             )
         if number == errno.EMFILE:
             return (

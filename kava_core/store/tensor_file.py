@@ -59,9 +59,10 @@ def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
 
 def write_pieces(path: Path, pieces: list[bytes | memoryview]) -> None:
     """Write the pieces one after the other; only `flush` puts them on the disk."""
-    with disk_errors(path), path.open("wb", buffering=0) as file:
-        for piece in pieces:
-            rest = memoryview(piece)
+    parts = [memoryview(piece) for piece in pieces]
+    size = sum(part.nbytes for part in parts)
+    with disk_errors(path, size), path.open("wb", buffering=0) as file:
+        for rest in parts:
             while rest:
                 rest = rest[file.write(rest) :]
 

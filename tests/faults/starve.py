@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from typing import Any
 
 from kava_core.memory import STATUS
 
@@ -24,6 +25,33 @@ def little_memory() -> None:
     (line,) = [x for x in STATUS.read_text().splitlines() if x.startswith("VmSize:")]
     most = int(line.split()[1]) * 1024 + (24 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def refusing(call: str, error: int, at: int) -> None:
+    """From now on the `at`-th call (from 0) of a function of `os` fails, once."""
+    original, left = getattr(os, call), at
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            name = None if call == "fsync" else str(arguments[0])
+            raise OSError(error, os.strerror(error), name)
+        return original(*arguments, **options)
+
+    setattr(os, call, once)
+
+
+def as_nobody() -> None:
+    """A user who owns nothing."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def small_files() -> None:
+    """No file may be larger than 8 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 
 def one_core() -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from kava_core.artefacts import WORK
 from kava_core.errors import KavaError
+from kava_core.leftovers import find_leftovers
 from kava_core.models.loading import load_model
 from kava_core.settings import Imported, load_any_pipeline, load_pipeline
 from kava_core.store.verify import verify
 from stages.graph import check_tracked, project_files
 from tests.sharing.conftest import KAVA, MAKING, NO_COT, PREPARE, Team
-from tests.stages.project import digest
+from tests.stages.project import ROOT, digest
 
 
 def same_student(made: Team, other: Team) -> bool:
@@ -46,6 +52,37 @@ def test_an_imported_store_trains_the_same_student(made: Team, received: Path, o
         "students",
         "teacher",
     ]
+
+
+# Kills itself when it copies its third file.
+DYING = """
+import os, signal, sys
+copies = 0
+def look(event, _):
+    global copies
+    if event == "shutil.copyfile":
+        copies += 1
+        if copies == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(look)
+from stages.cli import kava
+kava.main(sys.argv[1:])
+"""
+
+
+def test_an_import_that_was_killed_leaves_work_that_clean_knows(
+    made: Team, received: Path, other: Team
+) -> None:
+    command = ["store", "import", str(received), "--data", "data"]
+    done = subprocess.run([sys.executable, "-c", DYING, *command], cwd=other.path, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    assert not other.data().exists()
+    (left,) = [found for found in find_leftovers(other.data().parent) if found.path.is_dir()]
+    assert left.what == f"import of {other.data().name}" and left.holder is None
+    other.kava("store", "import", str(received))
+    assert digest(other.data("kv_targets")) == digest(made.data("kv_targets"))
+    assert list((other.data().parent / WORK).iterdir()) == []
 
 
 def test_a_bare_store_needs_its_teacher(made: Team, received: Path, other: Team) -> None:

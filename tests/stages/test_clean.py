@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,15 @@ def data(tmp_path: Path) -> Path:
     (data / "smoke" / "teacher" / "model").write_text("whole")
     (data / WORK / "generate-0.lock").write_text("{}")
     (data / WORK / "notes").write_text("a person's")
+    make_old(data)
     return data
+
+
+def make_old(data: Path) -> None:
+    """As if everything had been written three days and two hours ago."""
+    then = time.time() - (3 * 24 + 2) * 3600
+    for path in data.rglob("*"):
+        os.utime(path, (then, then))
 
 
 def run(data: Path, *options: str, answer: str = "") -> Result:
@@ -34,8 +45,8 @@ def run(data: Path, *options: str, answer: str = "") -> Result:
 def test_what_is_removed_is_listed_with_its_size(data: Path) -> None:
     said = run(data, "--yes").output
     first, *rest = said.splitlines()
-    assert "3.0 MB  generate of smoke/teacher_kv, 0 s old" in first
-    assert any("teacher of smoke/teacher, 0 s old" in line for line in rest)
+    assert "3.0 MB  generate of smoke/teacher_kv, 3 d 2 h old" in first
+    assert any("teacher of smoke/teacher, 3 d 2 h old" in line for line in rest)
     assert "removed 4, 3.0 MB" in said
     assert list((data / WORK).iterdir()) == []
     assert (data / "smoke" / "teacher" / "model").read_text() == "whole"
@@ -55,12 +66,10 @@ def test_what_a_process_works_on_stays(data: Path) -> None:
     lock = data / WORK / "generate-1.lock"
     if pid == 0:
         with alone(lock, "generate", "smoke"):
-            import time
-
             (data / "ready").touch()
             time.sleep(60)
     while not (data / "ready").exists():
-        pass
+        time.sleep(0.001)
     try:
         said = run(data, "--yes").output
     finally:
@@ -70,6 +79,29 @@ def test_what_a_process_works_on_stays(data: Path) -> None:
     left = sorted(path.name.partition("-")[0] for path in (data / WORK).iterdir())
     # What does not say whose it is may be anybody's.
     assert left == ["generate", "notes", "teacher_kv"]
+
+
+def dead_process() -> int:
+    """The number of a process that has been."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_command_has_half_written_goes(data: Path) -> None:
+    """Beside artefacts, where no later run looks; what a living process writes stays."""
+    dead, smoke = dead_process(), data / "smoke"
+    (smoke / f".exported.{dead}.tmp").mkdir()
+    (smoke / f".exported.{dead}.tmp" / "shard").write_bytes(b"x" * 5_000_000)
+    (smoke / f".eviction.json.{dead}.tmp").touch()
+    (smoke / f".imported.json.{os.getppid()}.tmp").touch()
+    (smoke / ".gitignore.tmp").touch()
+    said = run(data, "--yes").output
+    assert "5.0 MB  half written in smoke, " in said
+    assert f"half written in smoke, in use by process {os.getppid()} on this machine" in said
+    assert sorted(path.name for path in smoke.iterdir()) == [
+        ".gitignore.tmp", f".imported.json.{os.getppid()}.tmp", "teacher",
+    ]  # fmt: skip
 
 
 def test_no_work_is_nothing_to_remove(tmp_path: Path) -> None:

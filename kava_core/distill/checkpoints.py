@@ -30,13 +30,23 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     Newer ones that a kill or a power cut left torn are removed, which is said. What is no
     checkpoint by its name is left alone.
     """
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    for checkpoint in sorted(found, key=step_of, reverse=True):
+    for checkpoint in _newest_first(folder):
         if _is_whole(checkpoint):
             return checkpoint
         warn(f"{checkpoint} is damaged, and is not continued from")
         clear(checkpoint)
     return None
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Remove all checkpoints but the `count` of the latest steps, whatever a clock says of them."""
+    for checkpoint in _newest_first(folder)[count:]:
+        clear(checkpoint)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -112,7 +112,7 @@ def fit(
         use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused there
         logging_steps=cadence.log_every,
         save_steps=cadence.save_every,
-        save_total_limit=2,
+        save_total_limit=None,  # by their clock; `TermsTrainer` keeps the last by their steps
         eval_strategy="steps" if evaluate_every else "no",
         eval_steps=evaluate_every,
         seed=training.seed,

@@ -17,13 +17,14 @@ from kava_core.artefacts import clear, fresh_folder, sync, sync_tree
 from kava_core.console import warn
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import Window
-from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
+from kava_core.distill.checkpoints import keep_last, last_whole_checkpoint, step_of
 from kava_core.distill.terms import Batch, Terms
 from kava_core.errors import KavaError
 from kava_core.parallel import group
 from kava_core.store import ShardShuffleSampler
 
 LOWEST_SHARE = 0.01
+CHECKPOINTS = 2  # that are kept: the last may turn out torn
 
 
 class TermsTrainer(Trainer):
@@ -123,11 +124,13 @@ class TermsTrainer(Trainer):
         super()._save(output_dir, self.model.state_dict() if state_dict is None else state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """On the disk, whole, before older ones go."""
         super()._save_checkpoint(model, trial)
         if group.rank() == 0:
             folder = Path(str(self.args.output_dir))
             sync_tree(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             sync(folder)
+            keep_last(folder, CHECKPOINTS)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

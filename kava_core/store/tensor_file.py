@@ -62,7 +62,8 @@ def write_pieces(path: Path, pieces: list[bytes | memoryview]) -> None:
     parts = [memoryview(piece) for piece in pieces]
     size = sum(part.nbytes for part in parts)
     with disk_errors(path, size), path.open("wb", buffering=0) as file:
-        for rest in parts:
+        for part in parts:
+            rest = part
             while rest:
                 rest = rest[file.write(rest) :]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
+import time
 from typing import Any
 
 from kava_core.memory import STATUS
@@ -52,6 +54,15 @@ def as_nobody() -> None:
 def small_files() -> None:
     """No file may be larger than 8 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+
+def with_a_clock_that_jumps() -> None:
+    """Each look at the time of day is up to a week off, either way; files are as old as it says."""
+    chance, now, now_ns, age = random.Random(0), time.time, time.time_ns, os.path.getmtime
+    week = 7 * 24 * 3600
+    time.time = lambda: now() + chance.uniform(-week, week)
+    time.time_ns = lambda: now_ns() + int(chance.uniform(-week, week) * 1e9)
+    os.path.getmtime = lambda path: age(path) + chance.uniform(-week, week)
 
 
 def one_core() -> None:

@@ -37,7 +37,7 @@ from tests.golden.inputs import NAME, with_settings
 from tests.stages.project import digest
 from tests.store.make import FLOAT32, finish, make_spec, targets_data, write_targets_shard
 from tests.targets.test_generate import SPLITS, TOKENIZER
-from tests.tiny import COMMON, tiny_model
+from tests.tiny import COMMON, assert_near, pad, tiny_model, tiny_student
 
 IN_PROCESS = Resources(workers=0)
 WIDE = {"keys_bits": 32, "values_bits": 32, "endpoint_bits": 32}
@@ -276,7 +276,35 @@ def test_a_weight_that_is_no_number(tmp_path: Path, number: float, dtype: str, t
     tell("NaN or infinity in a weight", f"{number:g} in {dtype}", "the weight is named")
 
 
-def test_a_trace_of_one_token() -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_a_row_of_padding_alone(name: str, tell: Tell) -> None:
+    """Among others, a student gives it numbers, and the others what they get without it."""
+    student = tiny_student(name)
+    question, mask = pad([[5, 6, 7, 8], [9, 10]], "left")
+    empty, nothing = question.new_zeros(1, 4), mask.new_zeros(1, 4)
+    answer, answer_mask = pad([[11, 2], [12, 2], [13, 2]])
+    with torch.no_grad():
+        found = student(
+            torch.cat([question, empty]), torch.cat([mask, nothing]), answer, answer_mask
+        )
+        without = student(question, mask, answer[:2], answer_mask[:2])
+        written = student.generate(torch.cat([question, empty]), torch.cat([mask, nothing]))
+        alone = student.generate(question, mask)
+    for got in (found.logits, *found.keys, *found.values):
+        assert bool(got.isfinite().all())
+    assert_near(found.logits[:2], without.logits)
+    assert torch.equal(written[:2, : alone.shape[1]], alone)
+    tell("a row of padding alone", f"in a batch of a student ({name})", "numbers; no other changes")
+
+
+def test_a_question_of_nothing_is_named(tmp_path: Path) -> None:
+    """So that no such row comes from problems."""
+    nothing = replace(SPLITS.train[0], question=" ")
+    with pytest.raises(KavaError, match=f"{nothing.id}"):
+        write_problems(tmp_path, replace(SPLITS, train=[nothing]), "equations", {})
+
+
+def test_a_trace_of_one_token(tell: Tell) -> None:
     """Between the others of a batch and alone: the same cache, and a target of one slot."""
     model = llama()
     traces = [replace(TRACES[0], id="one", cot_ids=TRACES[0].cot_ids[:1], step_ends=[], results=[])]
@@ -290,9 +318,10 @@ def test_a_trace_of_one_token() -> None:
     targets = Plan.of(Evict(budget=4), store_geometry(model.config)).cut(caches)
     assert targets.slot_counts.unique().tolist() == [1]
     assert targets.slot_positions[..., 0].unique().tolist() == [0]
+    tell("a trace of one token", "alone and among others", "the same cache; one slot")
 
 
-def test_a_standard_deviation_of_zero(tmp_path: Path) -> None:
+def test_a_standard_deviation_of_zero(tmp_path: Path, tell: Tell) -> None:
     """A layer without spread is compared as it is, not divided by nothing."""
     geometry = Geometry.plain(layers=2, kv_heads=1, head_dim=4, hidden_size=8, slots=2)
     data = targets_data(3, geometry)
@@ -307,6 +336,7 @@ def test_a_standard_deviation_of_zero(tmp_path: Path) -> None:
     )
     objective = objective_of(settings, store)
     assert objective.values_std is not None and objective.values_std.tolist() == [1, 1]
+    tell("a standard deviation of 0", "values that are all alike", "compared as they are")
 
 
 def test_the_stages_say_what_is_left_out(

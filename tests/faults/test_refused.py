@@ -17,7 +17,6 @@ import pytest
 from tests.faults import starve
 from tests.faults.conftest import Tell, Whole
 from tests.faults.stage import STAGES, Stage
-from tests.golden.inputs import NAME
 from tests.stages.project import ROOT
 
 Before = Callable[[], object]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 import yaml
 
 from tests.faults import starve
-from tests.faults.conftest import Tell
+from tests.faults.conftest import Tell, Whole
 from tests.faults.stage import Stage
-from tests.golden.inputs import NAME
+from tests.golden.inputs import NAME, with_settings
 from tests.stages.project import ROOT, digest
 
 MakeStage = Callable[[str], Stage]
@@ -42,6 +43,27 @@ def test_few_files_and_one_core_are_enough(
     stage = make_stage("evict")
     assert stage.run(before)[0] == 0, stage.said
     tell("starved", before.__name__.replace("_", " "), "works")
+
+
+@pytest.mark.parametrize("name", ["evict", "teacher"])
+def test_a_clock_that_jumps_changes_no_byte(
+    whole: Callable[[str], Whole], name: str, tmp_path: Path, tell: Tell
+) -> None:
+    """A training that was ended goes on from its last checkpoint, whatever the clock says."""
+    stage = whole(name).again(tmp_path / "home", name)
+    if name == "teacher":
+        with_settings(stage.home, "cadence", save_every=1)
+        process = stage.start(starve.with_a_clock_that_jumps)
+        checkpoints = stage.work.glob
+        while not list(checkpoints("teacher-*/checkpoints/checkpoint-4/trainer_state.json")):
+            assert process.is_alive(), stage.said
+        process.kill()
+        process.join()
+    assert stage.run(starve.with_a_clock_that_jumps)[0] == 0, stage.said
+    assert stage.digests() == whole(name).expected
+    if name == "teacher":
+        assert re.search(r"continuing from checkpoint-[3456]", stage.said), stage.said
+    tell("starved", "a clock that jumps by days", "the same bytes")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ All of it goes to stderr; stdout is for results.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import traceback
@@ -30,6 +31,8 @@ console = Console(stderr=True, highlight=False)
 
 SILENCE = 50.0  # seconds: a log is never silent for a minute
 TALK = 10.0  # the same where more was asked for
+# Control characters but for tabs and the ends of lines, and marks of the direction of writing.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Format = Literal["text", "json"]
 Amount = Literal["quiet", "normal", "verbose"]
 _displays: list[Progress] = []
@@ -87,6 +90,11 @@ def progress() -> Iterator[Progress]:
             _displays.remove(display)
 
 
+def printable(text: str) -> str:
+    """The text with what steers a terminal, or turns a line round, as Python writes it."""
+    return STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def say(message: str) -> None:
     """One line to the person running the command."""
     if _log.amount != "quiet":
@@ -110,7 +118,7 @@ def complain(message: str, error: BaseException | None = None) -> None:
 def _write(level: str, message: str, **more: Any) -> None:
     if _log.format == "text":
         # Brackets and colons are the message's own.
-        console.print(message, soft_wrap=True, markup=False, emoji=False)
+        console.print(printable(message), soft_wrap=True, markup=False, emoji=False)
         return
     names = dict(zip(("pipeline", "stage"), _log.work or (), strict=False))
     time_now = datetime.now(UTC).isoformat(timespec="milliseconds")

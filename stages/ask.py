@@ -74,7 +74,7 @@ def ask(
     if source is not None and as_json:
         raise KavaError("--json says nothing with --file, which gives JSON lines. Leave it out.")
 
-    from kava_core.console import progress
+    from kava_core.console import printable, progress
     from kava_core.evaluation.questions import Question, Respondents, read_questions
 
     asked = [] if source is None else read_questions(source)
@@ -86,7 +86,8 @@ def ask(
 
     def answer(text: str) -> None:
         (found,) = respondents.answer([Question(text)], batch_size=1, max_new_tokens=max_new_tokens)
-        click.echo(json.dumps(found, ensure_ascii=False) if as_json else _readable(found))
+        said = json.dumps(found, ensure_ascii=False) if as_json else printable(_readable(found))
+        click.echo(said)
 
     if question is not None:
         answer(question)

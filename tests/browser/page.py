@@ -19,6 +19,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -90,12 +92,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "index.html"
 
 
-def chromium(profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def browser() -> str:
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if program is None:
         pytest.fail("no chromium found. Install it: apt-get install chromium")
+    return program
+
+
+def chromium(profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [program, *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()],
+        [browser(), *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
@@ -130,9 +136,8 @@ def test_it_is_drawn_on_the_paper_of_the_theme(
 
 @pytest.mark.parametrize("width", [640, 1024, 1280, 1920])
 def test_nothing_leaves_its_place(page: Path, tmp_path: Path, width: int) -> None:
-    text = page.read_text(encoding="utf-8")
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-    copy = tmp_path / "index.html"
+    copy = without_policy(page, tmp_path / "index.html")
+    text = copy.read_text(encoding="utf-8")
     copy.write_text(text.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
     done = chromium(tmp_path / "profile", copy, f"--window-size={width},1000", "--dump-dom")
     found = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout, flags=re.DOTALL)
@@ -140,6 +145,67 @@ def test_nothing_leaves_its_place(page: Path, tmp_path: Path, width: int) -> Non
     measured = json.loads(html.unescape(found[1]))
     assert measured["drawings"] >= 3
     assert measured["wrong"] == []
+
+
+# Each way of running a script that a text may try; whichever runs says so in the title.
+RAN = "document.title = 'RAN'"
+EVIL = (
+    f'</td></pre><script>{RAN}</script><img src=x onerror="{RAN}"><svg onload="{RAN}"></svg>'
+    f'<iframe srcdoc="<script>parent.{RAN}</script>"></iframe><a href="javascript:{RAN}">x</a>'
+    f"' onmouseover='{RAN}' {{{{ 7 * 7 }}}} \u202e \x1b[2J =HYPERLINK(0) \U0001f600"
+)
+
+
+def poisoned(folder: Path) -> Path:
+    """A report whose every question, answer, topic and token is EVIL."""
+    made = make_pipeline(folder / "data", problems=60, records=40)
+    file = made.folder / "evaluation" / "predictions.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for row in rows:
+        row.update(question=EVIL, text=EVIL, answer=EVIL, gold=EVIL, topic=EVIL)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    latents = made.folder / "evaluation" / "interpretability.json"
+    for plain in ("ian has", "question mark", "<b>", " apples"):
+        evil = json.dumps(EVIL)[1:-1]
+        latents.write_text(latents.read_text("utf-8").replace(plain, evil), "utf-8")
+    findings = read_findings(made.folder, made.students)
+    page = folder / "page"
+    page.mkdir()
+    write_report(page, findings, compare(findings), title=EVIL, pipeline="made", settings={})
+    return page / "index.html"
+
+
+def without_policy(page: Path, copy: Path) -> Path:
+    """The page with nothing but its escaping between a text and a script."""
+    text = page.read_text(encoding="utf-8")
+    text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert count == 1
+    copy.write_text(text, encoding="utf-8")
+    return copy
+
+
+def title(done: subprocess.CompletedProcess[str]) -> str:
+    found = re.search(r"<title>(.*?)</title>", done.stdout, flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_no_text_runs_as_a_script(tmp_path: Path) -> None:
+    page = poisoned(tmp_path)
+    copy = without_policy(page, tmp_path / "copy.html")
+    for each in (page, copy):
+        done = chromium(tmp_path / "profile", each, "--dump-dom")
+        assert title(done) != "RAN" and "RAN" in title(done)  # it is the text that it holds
+        assert not re.search(
+            r"<(script|img|iframe)\b|<[^>]* on(error|load|mouseover)=", done.stdout
+        )
+    control = tmp_path / "control.html"
+    control.write_text(f"<title></title><body><p>{EVIL}</p></body>", encoding="utf-8")
+    done = subprocess.run(
+        [browser(), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+         control.as_uri()], capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert title(done) == "RAN"
 
 
 def test_it_prints(page: Path, tmp_path: Path) -> None:

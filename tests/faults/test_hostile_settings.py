@@ -161,18 +161,23 @@ DOCUMENTS = st.recursive(
 )
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(document=DOCUMENTS, evict=DOCUMENTS, nested=st.booleans())
-def test_any_document_is_settings_or_a_sentence(
-    tmp_path: Path, document: str, evict: str, nested: bool
-) -> None:
-    path = written(tmp_path, with_evict(f"budget: {evict}") if nested else document)
-    try:
-        load_pipeline(path)
-    except KavaError as error:
-        assert len(str(error)) < SHORT
+FEW, MANY = 150, 5000
+
+
+@pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_any_document_is_settings_or_a_sentence(tmp_path: Path, examples: int, tell: Tell) -> None:
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(document=DOCUMENTS, evict=DOCUMENTS, nested=st.booleans())
+    def look(document: str, evict: str, nested: bool) -> None:
+        path = written(tmp_path, with_evict(f"budget: {evict}") if nested else document)
+        try:
+            load_pipeline(path)
+        except KavaError as error:
+            assert len(str(error)) < SHORT
+
+    look()
+    for _ in range(examples):
+        tell("settings of any shape", "a document made at random", "settings, or a short sentence")
 
 
 @given(value=VALUES)

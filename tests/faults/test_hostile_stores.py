@@ -8,11 +8,13 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from blake3 import blake3
 
 from kava_core.errors import KavaError
 from kava_core.store.verify import verify
@@ -321,3 +323,60 @@ def test_bytes_flipped_anywhere_are_found(stores: list[Path], tmp_path: Path, te
                     read_all(folder)
                 shutil.rmtree(folder)
                 tell("a flipped bit", f"in {file.suffix} files of a store", "found")
+
+
+def bent(rng: random.Random, content: bytes) -> bytes:
+    """Bytes with one thing wrong, most often near the beginning or the end, where headers are."""
+    place = min(int(rng.expovariate(1 / 200)), len(content) - 1)
+    if rng.random() < 0.3:
+        place = len(content) - 1 - place
+    many = rng.randrange(1, 9)
+    kind = rng.randrange(5)
+    if kind == 0:  # a bit
+        return (
+            content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+        )
+    if kind == 1:  # a number as large as can be, or 0
+        return content[:place] + rng.choice([b"\xff", b"\0"]) * many + content[place + many :]
+    if kind == 2:
+        return content[:place] + rng.randbytes(many) + content[place:]
+    if kind == 3:
+        return content[:place] + content[place + many :]
+    return content[:place]
+
+
+def read_bent(seeds: range, folder: Path) -> None:
+    """Files that are wrong though the manifest has their checksums: read, or a KavaError.
+
+    Anything else, or the end of the interpreter, ends the process that this runs in.
+    """
+    whole = {file: file.read_bytes() for file in folder.iterdir()}
+    names = sorted(file.name for file in whole if file.name != MANIFEST)
+    for seed in seeds:
+        rng = random.Random(seed)
+        file = folder / rng.choice(names)
+        content = bent(rng, whole[file])
+        file.write_bytes(content)
+        info = {"blake3": blake3(content).hexdigest(), "bytes": len(content)}
+        edit_manifest(
+            folder, lambda plain, file=file, info=info: plain["files"][file.name].update(info)
+        )
+        with suppress(KavaError):
+            read_all(folder)
+        for each, content in whole.items():
+            each.write_bytes(content)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(4000, marks=pytest.mark.slow)])
+def test_files_that_are_wrong_and_signed_end_no_interpreter(
+    stores: list[Path], tmp_path: Path, count: int, tell: Tell
+) -> None:
+    for store in stores:
+        shutil.copytree(store, tmp_path / store.name)
+        for first in range(0, count, 500):
+            seeds = range(first, min(count, first + 500))
+            cost = cost_of(functools.partial(read_bent, seeds), tmp_path / store.name)
+            assert cost.message is None and cost.megabytes < MEGABYTES, cost
+        for _ in range(count):
+            how = "bits, numbers, pieces and ends of headers wrong"
+            tell("a signed shard or index", how, "a sentence, or other numbers; no crash")

@@ -12,7 +12,7 @@ from kava_core.errors import KavaError
 from kava_core.memory import CLEAR_REFS, STATUS
 from tests.faults.stage import CONTEXT
 
-PATIENCE = 60
+PATIENCE = 120  # seconds
 
 
 @dataclass(frozen=True)

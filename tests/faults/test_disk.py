@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.conftest import Tell
 from tests.faults.stage import STAGES, Stage
+from tests.stages.project import Project, digest
 
 MakeStage = Callable[[str], Stage]
 ROOM = 1 << 30
@@ -109,3 +110,28 @@ def test_a_disk_full_at_any_write_loses_nothing(
 ) -> None:
     whole, home = prepared(make_stage, name, disk)
     check_full(whole, home, disk, [0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97], tell)
+
+
+@pytest.mark.slow
+def test_a_cache_of_dvc_without_room_loses_nothing(tmp_path: Path, disk: Disk, tell: Tell) -> None:
+    """On a disk of its own. The outputs stand, and `dvc commit` takes them in once there is room;
+    DVC itself says why it could not, and yet that all went well."""
+    project = Project.clone(tmp_path / "project")
+    project.run("dvc", "config", "cache.dir", str(disk.path / "cache"))
+    target = "pipelines/smoke/dvc.yaml:prepare"
+    (disk.path / "cache").mkdir()
+    disk.leave(16_384)
+    said = project.run("dvc", "repro", target)
+    assert "No space left on device" in said, said
+    outputs = [project.path / "data" / "smoke" / name for name in ("problems", "test_sets")]
+    made = [digest(output) for output in outputs]
+    assert all(made)
+    disk.resize(ROOM)
+    project.run("dvc", "commit", "-f", target)
+    assert [digest(output) for output in outputs] == made
+    for output in outputs:
+        shutil.rmtree(output)
+    project.run("dvc", "checkout", target)
+    assert [digest(output) for output in outputs] == made
+    tell("DVC's cache on a full disk", "room for a part of prepare's outputs",
+         "DVC says why; with more room `dvc commit` caches the same bytes")  # fmt: skip

@@ -51,6 +51,7 @@ def distill(run: AnyRun, student: str, targets: Path | None, teacher: Path | Non
         run.settings.evict if isinstance(run.settings, Pipeline) else None,
         teacher=run.path("teacher"),
         source=run.taught if settings.reads == "problems" else run.path(settings.reads),
+        lacking=run.lacking,
     )
     cadence, resources = run.settings.cadence, run.settings.resources
     job = train_student(student, settings, inputs, output, cadence, resources)

@@ -57,10 +57,13 @@ def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
     written = [] if settings.traces is None else made("traces")
     taught = written or made("problems")
     asks_test = settings.fidelity is not None and settings.fidelity.split == "test"
+    lacking = settings.generate.lacking
+    # What a store lacks no student learns: not those that read problems either.
+    named = [] if lacking is None else made(f"{lacking}/manifest.json")
     students = stage(
         "distill ${key}",
         "students.${key}",
-        [*made("${item.reads}", "teacher"), *written, *_local_models(settings.students)],
+        [*made("${item.reads}", "teacher"), *named, *written, *_local_models(settings.students)],
         made("students/${key}", "curves/students/${key}"),
     )
     keeps_caches = settings.generate.keep == "caches"

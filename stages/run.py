@@ -52,6 +52,14 @@ class AnyRun:
         written = isinstance(self.settings, Pipeline) and self.settings.traces is not None
         return self.path("traces" if written else "problems")
 
+    @property
+    def lacking(self) -> Path | None:
+        """The store that names what the teacher could not read, if the settings allow for such."""
+        if not isinstance(self.settings, Pipeline):
+            return None
+        store = self.settings.generate.lacking
+        return None if store is None else self.path(store)
+
     def imported(self, artefact: str) -> Path | None:
         """Where the settings say that `kv_targets` or `teacher` is; None: in its own place."""
         if not isinstance(self.settings, Imported):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from kava_core.artefacts import fingerprint
 from kava_core.errors import KavaError
 from kava_core.models.loading import (
     commit_of,
@@ -18,6 +19,8 @@ from kava_core.problems.prompt import check_prompt, read_prompt
 from kava_core.problems.traces import chat_fingerprint
 from kava_core.settings import Evict, Student
 from kava_core.store import Expectation, TargetsStore
+from kava_core.store.manifest import read_manifest
+from kava_core.store.summary import quarantined
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import stored_settings
 
@@ -28,7 +31,8 @@ class StudentInputs:
     Hub id of the model that the student begins as. Paths are absolute: processes may start in
     another folder.
 
-    commit: that of a model on the Hub. fingerprints: of all of these.
+    commit: that of a model on the Hub. fingerprints: of all of these. left_out: ids of problems
+    that are not taught, since the teacher's stores lack them.
     """
 
     teacher: Path
@@ -36,12 +40,22 @@ class StudentInputs:
     model: str
     commit: str | None
     fingerprints: dict[str, str]
+    left_out: frozenset[str] = frozenset()
 
     @classmethod
     def checked(
-        cls, name: str, settings: Student, evict: Evict | None, *, teacher: Path, source: Path
+        cls,
+        name: str,
+        settings: Student,
+        evict: Evict | None,
+        *,
+        teacher: Path,
+        source: Path,
+        lacking: Path | None = None,
     ) -> Self:
         """Those of the student called `name`. evict: None for targets that were made elsewhere.
+        lacking: a store that may lack records, which a student of problems then does not learn
+        either: all systems are taught the same.
 
         KavaError if the targets were made with another teacher, or have another number of slots
         than `evict` makes; if the model has another tokenizer than the teacher.
@@ -85,9 +99,14 @@ class StudentInputs:
             problems = open_problems(source)
             fingerprints["problems"] = problems.fingerprint("train")
             prompt = problems.prompt
+        left_out: frozenset[str] = frozenset()
+        if settings.reads == "problems" and lacking is not None:
+            left_out = frozenset(id for id, _ in quarantined(read_manifest(lacking)))
+        if left_out:
+            fingerprints["left_out"] = fingerprint(sorted(left_out))
         check_prompt(prompt, teacher, "teacher.json", "kava teacher")
         fingerprints |= chat_fingerprint(prompt, tokenizer)
-        return cls(teacher.absolute(), source.absolute(), model, commit, fingerprints)
+        return cls(teacher.absolute(), source.absolute(), model, commit, fingerprints, left_out)
 
 
 def _check_budget(store: TargetsStore, evict: Evict) -> None:

@@ -68,7 +68,7 @@ class StudentJob:
     def __call__(self) -> None:
         settings, training = self.settings, self.settings.training
         tokenizer = load_tokenizer(str(self.inputs.teacher))
-        material = _Material.of(settings, self.inputs.source, tokenizer, self.work)
+        material = _Material.of(settings, self.inputs, tokenizer, self.work)
         taught, held_out = hold_out(material.sizes, training, f"students.{self.name}.training")
         with torch_threads(training.threads):
             model = load_model(self.inputs.model, revision=settings.revision)
@@ -178,9 +178,13 @@ class _Material:
 
     @classmethod
     def of(
-        cls, settings: Student, source: Path, tokenizer: PreTrainedTokenizerBase, work: Path
+        cls,
+        settings: Student,
+        inputs: StudentInputs,
+        tokenizer: PreTrainedTokenizerBase,
+        work: Path,
     ) -> _Material:
-        chains = settings.taught("w_cot")
+        chains, source = settings.taught("w_cot"), inputs.source
         if settings.reads == "kv_targets":
             store = TargetsStore.open(source)
             dataset = TargetsDataset(store, chains, online=settings.targets == "online")
@@ -189,7 +193,7 @@ class _Material:
             return cls(store, dataset, list(store.sizes), str(made["traces"]), prompt)
         problems = open_problems(source)
         encoder = TraceEncoder(tokenizer, problems.traces, prompt=problems.prompt)
-        records = encoded_traces(work, encoder, problems)
+        records = encoded_traces(work, encoder, problems, left_out=inputs.left_out)
         dataset_of_answers = AnswerDataset(records, chains)
         return cls(None, dataset_of_answers, [len(records)], problems.traces, problems.prompt)
 
@@ -227,17 +231,17 @@ def train_student(
         settings.training,
         settings.processes,
         resources,
-        steps=partial(_steps, settings, inputs.source),
+        steps=partial(_steps, settings, inputs),
     )
     return job
 
 
-def _steps(settings: Student, source: Path) -> int:
+def _steps(settings: Student, inputs: StudentInputs) -> int:
     """Steps that the training takes."""
     if settings.reads == "kv_targets":
-        records = len(TargetsStore.open(source, checksums=False))
+        records = len(TargetsStore.open(inputs.source, checksums=False))
     else:
-        records = open_problems(source).count("train")
+        records = open_problems(inputs.source).count("train") - len(inputs.left_out)
     held_out = settings.training.held_out
     return settings.training.total_steps(records - (held_out.records if held_out else 0))
 

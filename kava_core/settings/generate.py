@@ -48,3 +48,10 @@ class Generate(Section):
     def _means_something(self) -> Self:
         check_half(self, {self.keys_bits, self.values_bits, self.endpoint_bits})
         return self
+
+    @property
+    def lacking(self) -> str | None:
+        """The artefact that names the records that are left out; None where none may be."""
+        if self.on_error == "fail":
+            return None
+        return "teacher_kv" if self.keep == "caches" else "kv_targets"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -23,7 +24,7 @@ from kava_core.models.teacher_pass import TeacherPass, over
 from kava_core.problems.folder import open_problems, write_problems
 from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
-from kava_core.settings import Evict, Generate, Resources, Student
+from kava_core.settings import Evict, Generate, Pipeline, Resources, Student
 from kava_core.store import Geometry, TargetsStore, TeacherStore
 from kava_core.store.summary import describe_store, quarantined
 from kava_core.targets.build import Build
@@ -31,9 +32,11 @@ from kava_core.targets.evict import build_kv_targets
 from kava_core.targets.generate import build_targets_alone, build_teacher_kv, store_geometry
 from kava_core.targets.plan import Plan
 from stages.cli import kava
+from stages.graph import dvc_file
 from tests.faults.conftest import Tell
 from tests.faults.stage import Stage
 from tests.golden.inputs import NAME, with_settings
+from tests.settings.test_pipeline import SMALL
 from tests.stages.project import digest
 from tests.store.make import FLOAT32, finish, make_spec, targets_data, write_targets_shard
 from tests.targets.test_generate import SPLITS, TOKENIZER
@@ -339,20 +342,23 @@ def test_a_standard_deviation_of_zero(tmp_path: Path, tell: Tell) -> None:
     tell("a standard deviation of 0", "values that are all alike", "compared as they are")
 
 
+def shorten_context(data: Path) -> int:
+    """Make the teacher's context one token too short for the longest trace; what it is then."""
+    teacher, source = data / "teacher", open_problems(data / "problems")
+    encoder = TraceEncoder(load_tokenizer(str(teacher)), source.traces)
+    context = max(map(length, encoder.encode_all(source.load("train")))) - 1
+    config = json.loads((teacher / "config.json").read_text())
+    config["max_position_embeddings"] = context
+    (teacher / "config.json").write_text(json.dumps(config))
+    return context
+
+
 def test_the_stages_say_what_is_left_out(
     make_stage: Callable[[str], Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In generate's words, in the store, in eviction.json and in `kava store inspect`."""
     home = make_stage("generate").home
-    teacher = home / "data" / NAME / "teacher"
-    source = open_problems(home / "data" / NAME / "problems")
-    traces = TraceEncoder(load_tokenizer(str(teacher)), source.traces).encode_all(
-        source.load("train")
-    )
-    context = max(map(length, traces)) - 1
-    config = json.loads((teacher / "config.json").read_text())
-    config["max_position_embeddings"] = context
-    (teacher / "config.json").write_text(json.dumps(config))
+    context = shorten_context(home / "data" / NAME)
     with_settings(home, "generate", on_error="quarantine")
     monkeypatch.chdir(home)
 
@@ -374,3 +380,40 @@ def test_the_stages_say_what_is_left_out(
     assert words in dict(describe_store(store))["quarantined"]
     monkeypatch.setenv("COLUMNS", "200")
     assert "quarantined" in run("store", "inspect", f"data/{NAME}/kv_targets")
+
+
+@pytest.mark.parametrize("keep", ["caches", "targets"])
+def test_what_a_store_lacks_no_student_learns(
+    make_stage: Callable[[str], Stage], monkeypatch: pytest.MonkeyPatch, keep: str, tell: Tell
+) -> None:
+    """A student of problems has the same records as one of targets: in two epochs as many steps."""
+    home = make_stage("generate").home
+    data = home / "data" / NAME
+    shorten_context(data)
+    training = {"epochs": 2, "batch_size": 1, "learning_rate": 0.01, "threads": 1}
+    document = yaml.safe_load((home / "pipelines.yaml").read_text())
+    for student in document["pipelines"][NAME]["students"].values():
+        student["training"] = training
+    (home / "pipelines.yaml").write_text(yaml.safe_dump(document))
+    with_settings(home, "generate", on_error="quarantine", keep=keep)
+    monkeypatch.chdir(home)
+    for command in (["generate"], *([["evict"]] if keep == "caches" else []),
+                    ["distill", "no-cot"], ["distill", "kava"]):  # fmt: skip
+        result = CliRunner().invoke(kava, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    lacks = quarantined(TargetsStore.open(data / "kv_targets").manifest)
+    for name in ("kava", "no-cot"):
+        about = json.loads((data / "students" / name / "student.json").read_text())
+        assert about["steps"] == 2 * (24 - len(lacks)) < 48
+        assert ("left_out" in about["fingerprints"]) == (name == "no-cot")
+    tell("records that were left out", f"students of targets and of problems, keep: {keep}",
+         "neither learns them")  # fmt: skip
+
+
+def test_dvc_knows_that_students_depend_on_what_was_left_out() -> None:
+    for keep, store in (("caches", "teacher_kv"), ("targets", "kv_targets")):
+        for on_error in ("fail", "quarantine"):
+            generate = {"keep": keep, "on_error": on_error}
+            settings = Pipeline.model_validate({**SMALL, "generate": generate})
+            reads = dvc_file("p", settings)["stages"]["distill"]["do"]["deps"]
+            assert (f"data/p/{store}/manifest.json" in reads) == (on_error == "quarantine")

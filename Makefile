@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: smoke quickstart repro test test-slow test-browser test-pretrained faults licences lint format
-.PHONY: environment clean
+.PHONY: smoke quickstart repro test test-slow test-browser test-pretrained faults audit licences
+.PHONY: lint format environment clean
 
 smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
 	dvc repro pipelines/smoke/dvc.yaml
@@ -46,6 +46,12 @@ faults: environment  ## every fault; writes the tables of docs/reliability.md. M
 
 licences: environment  ## the licences of what requirements.txt pins; one that is not permissive is an error
 	python docs/licences.py
+
+# Its own environment: it is a tool, and none of its packages is one of ours.
+audit:  ## known vulnerabilities of what requirements.txt pins, as PyPI knows them
+	test -x data/.audit/bin/pip-audit || ($(PYTHON) -m venv data/.audit && \
+		data/.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1)
+	data/.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.txt
 
 test-browser: environment  ## the report in headless Chromium (apt-get install chromium)
 	pytest tests/browser/page.py --basetemp=data/.browser

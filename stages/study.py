@@ -159,6 +159,7 @@ class Bench:
         say(f"made {piece.name}")
 
     def _ask(self, cell: StudyCell) -> None:
+        from kava_core.artefacts import sync
         from kava_core.findings.base import write_finding
         from kava_core.studies.cells import ask_cell
 
@@ -178,6 +179,7 @@ class Bench:
                 )
                 with (self.folder / ASKED).open("a", encoding="utf-8") as log:
                     log.write(asking.model_dump_json() + "\n")
+                sync(self.folder / ASKED)
             write_finding(_answers(self.folder, cell), found, spaced=False)
         words = f"{cell.system} {cell.variant}".rstrip()
         seed = "" if cell.seed is None else f", seed {cell.seed}"

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from kava_core.artefacts import ensure_folder
 from kava_core.console import progress, say
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import (
@@ -127,7 +128,7 @@ def fit(
         disable_tqdm=True,
         optim="adamw_torch",
     )
-    checkpoint = group.from_first(lambda: last_whole_checkpoint(folder))
+    checkpoint = group.from_first(lambda: last_whole_checkpoint(ensure_folder(folder)))
     if checkpoint:
         say(f"{title}: continuing from {checkpoint.name}")
     window = Window()

@@ -67,7 +67,7 @@ def test_all_students_learn_from_the_same_chains(home: Path, keep: str) -> None:
     assert store.manifest.fingerprints["problems"] == kept.fingerprint("train")
 
 
-def test_a_store_of_them_says_whose_chains_they_are(home: Path, tmp_path: Path) -> None:
+def test_a_store_of_them_says_whose_chains_they_are(home: Path) -> None:
     run(home, "traces", "generate", "evict", traces=DRAWN.model_dump())
     store, problems = home / "data/small/kv_targets", home / "data/small/problems"
     data = describe(store, teacher=None, problems=problems, licence="mit").data

@@ -102,7 +102,8 @@ def writes_rest(store: TargetsStore) -> bool:
 class TargetsDataset(Dataset[dict[str, Any]]):
     """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
 
-    online: instead of them `records`, from whose tokens the teacher makes the targets anew.
+    online: instead of them `records`, from whose tokens the teacher makes the targets anew;
+    records: beside them.
     `cot_ids` [B, N] are those of the chains of thought, right-padded, in which slots have places.
     Where the student writes the rest of the trace (`writes_rest`), the rest and the answer prompt
     belong to its answer, and `prompt_lengths` says where in it the endpoint is.
@@ -110,10 +111,13 @@ class TargetsDataset(Dataset[dict[str, Any]]):
     Nothing is kept between batches. Codes are worked out on the trainer's device, not here.
     """
 
-    def __init__(self, store: TargetsStore, chains: bool, online: bool = False) -> None:
+    def __init__(
+        self, store: TargetsStore, chains: bool, online: bool = False, records: bool = False
+    ) -> None:
         self.store = store
         self.chains = chains
         self.online = online
+        self.records = records
         self.writes_rest = writes_rest(store)
 
     def __len__(self) -> int:
@@ -135,9 +139,9 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         if self.writes_rest:
             batch["prompt_lengths"] = torch.tensor([len(r.answer_prompt_ids) for r in records])
         batch["cot_ids"], _ = pad([r.cot_ids for r in records], "right")
-        if self.online:
+        if self.online or self.records:
             batch["records"] = records
-        else:
+        if not self.online:
             batch["targets"] = self.store.batch(indices)
         return batch
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kava_core.distill.curriculum import Stages
 from kava_core.errors import KavaError
 from kava_core.planning.architecture import (
     Architecture,
@@ -118,6 +119,8 @@ def forecast(
     lengths = _taught(given, settings.traces)
     shapes = Shapes.of(settings, lengths)
     caches, targets = _stores(settings, shapes.teacher, lengths)
+    for student_name, student in settings.students.items():
+        Stages.of(student, targets.slots, lengths.problems, f"students.{student_name}")
     disk = _disk(settings, shapes, caches, targets)
     clock = make_clock(lengths) if make_clock else None
     return Forecast(

@@ -70,6 +70,8 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
     for name, student in plain["students"].items():
         _fewer_steps(student["training"])
         student["processes"] = 1
+        if student.get("curriculum") is not None:
+            student["curriculum"] = {"latents_per_step": plain["evict"]["budget"], "steps": 1}
         if student["model"] is not None:
             _narrow(student, shapes.students[name], folder / "students" / name, layers)
     plain["evaluate"] |= {

@@ -250,8 +250,7 @@ def _steps(settings: Student, source: Path) -> int:
         records = len(TargetsStore.open(source, checksums=False))
     else:
         records = open_problems(source).count("train")
-    held_out = settings.training.held_out
-    return settings.training.total_steps(records - (held_out.records if held_out else 0))
+    return settings.training.total_steps(settings.training.taught(records))
 
 
 def _match(student: LatentReasoner, settings: Student, store: TargetsStore | None) -> Match | None:

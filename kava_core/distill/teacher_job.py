@@ -175,9 +175,7 @@ def train_teacher(
     if training is None:
         job()
     else:
-        records = problems.count("train")
-        held_out = training.held_out.records if training.held_out else 0
-        steps = training.total_steps(records - held_out)
+        steps = training.total_steps(training.taught(problems.count("train")))
         run_training(job, "teacher", training, settings.processes, resources, steps=lambda: steps)
     encoder = TraceEncoder(load_tokenizer(str(job.folder)), problems.traces, prompt=problems.prompt)
     model = to_device(load_model(str(job.folder)))

@@ -90,6 +90,7 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
 def _fewer_steps(training: dict[str, Any] | None) -> None:
     if training is None:
         return
+    training.pop("records", None)
     training |= {"steps": STEPS, "epochs": None, "batch_size": _BATCH, "threads": 1}
     if training["lora"] is not None:
         training["lora"]["rank"] = min(4, training["lora"]["rank"])

@@ -17,6 +17,6 @@ VERSIONS = {
     "evict": 2,
     "fidelity": 1,
     "distill": 3,
-    "evaluate": 3,
+    "evaluate": 4,
     "report": 2,
 }

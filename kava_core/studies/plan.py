@@ -139,9 +139,10 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             for cell in _cells(raw, settings, names, point, seed, study):
                 cells.setdefault((cell.variant, cell.system, cell.seed), cell)
                 groups[cell.asked, cell.system] = cell.variant
-        for asked in (study.split, *study.test_sets) if study.baseline is not None else ():
-            other = (groups[asked, study.baseline], study.baseline)
-            pairs |= {((groups[asked, s], s), other): None for s in names if s != study.baseline}
+        for asked in (study.split, *study.test_sets):
+            for other in baseline:
+                right = (groups[asked, other], other)
+                pairs |= {((groups[asked, s], s), right): None for s in names if s != other}
     return StudyPlan(name, study, tuple(cells.values()), tuple(pairs))
 
 

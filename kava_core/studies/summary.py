@@ -149,15 +149,18 @@ def _write_changes(path: Path, changes: Changes) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow((*columns, "donor", "counted", "followed", "followed_untouched"))
         for cell, found in changes.items():
-            all_at_once = found.together
-            scores = [found.none, all_at_once.removed.exact_match, all_at_once.mean.exact_match]
-            others = (all_at_once.shuffled, all_at_once.donor)
-            given = [each and each.exact_match for each in others]
-            follows = all_at_once.donor and all_at_once.donor.follows
-            shares = [follows and follows.share, follows and follows.untouched]
+            removed, mean = found.together.removed, found.together.mean
+            shuffled, donor = found.together.shuffled, found.together.donor
+            scores = [
+                found.none,
+                *(x.exact_match if x else None for x in (removed, mean, shuffled)),
+            ]
+            scores.append(donor.exact_match if donor else None)
+            follows = donor.follows if donor else None
+            shares = [follows.share, follows.untouched] if follows else [None, None]
             counted = follows.n if follows else 0
             row = (cell.variant, cell.system, cell.seed, found.n)
-            writer.writerow([*row, *_four([*scores, *given]), counted, *_four(shares)])
+            writer.writerow([*row, *_four(scores), counted, *_four(shares)])
 
 
 def _four(numbers: Sequence[float | None]) -> list[str]:

@@ -152,19 +152,18 @@ def _points(study: Study) -> Iterator[Point]:
 
 
 def _with(pipeline: Any, changes: Point, students: tuple[str, ...] | None = ()) -> dict[str, Any]:
-    """A copy of the pipeline with other values at dotted keys.
+    """A copy of the pipeline with other values at dotted keys, a section's before its parts'.
 
     students: those that a key of `students.*` means; None: all that are there.
     """
     changed: dict[str, Any] = _apart(pipeline)
-    single = {key: value for key, value in changes.items() if not key.startswith(EVERY)}
+    single = {key: changes[key] for key in changes if not key.startswith(EVERY)}
     if students is None:
         students = tuple(map(str, _with(pipeline, single).get("students") or {}))
-    for key, value in changes.items():
-        if key not in single:
-            own = key.removeprefix(EVERY)
-            single |= {f"students.{student}.{own}": value for student in students}
-    for key, value in single.items():
+    for every in changes.keys() - single:
+        own = every.removeprefix(EVERY)
+        single |= {f"students.{student}.{own}": changes[every] for student in students}
+    for key in sorted(single, key=lambda key: key.count(".")):
         *sections, last = key.split(".")
         place = changed
         for i, section in enumerate(sections):
@@ -174,7 +173,7 @@ def _with(pipeline: Any, changes: Point, students: tuple[str, ...] | None = ()) 
                     f"{place[section]!r}. Write it as one, or change it as a whole."
                 )
             place = place[section]
-        place[last] = _apart(value)
+        place[last] = _apart(single[key])
     return changed
 
 

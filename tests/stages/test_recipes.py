@@ -32,7 +32,7 @@ TABLE = {
 OTHERS = {
     "kava-llama-1b-metamath", "kava-qwen3-06b-aug", "kava-smollm2-135m-aug", "codi-llama-1b-aug",
     "codi-llama-1b-aug-nl", "codi-gpt2-aug", "pccot-llama-1b-aug", "pccot-gpt2-aug",
-    "coconut-gpt2-aug",
+    "coconut-gpt2-aug", "kava-gpt2-aug",
 }  # fmt: skip
 # One of each family of models, and of each way to keep targets and to think.
 FAMILIES = [

@@ -29,9 +29,6 @@ def plan(
     return plan_study(path, "s", load_study(path, "s"))
 
 
-TRAINED = {"reads": "kv_targets", "training": {"steps": 5}}
-
-
 def cells(found: StudyPlan) -> list[tuple[str, str, int | None]]:
     return [(cell.system, cell.variant, cell.seed) for cell in found.cells]
 
@@ -110,19 +107,24 @@ def test_a_key_of_every_student_is_each_ones_own(tmp_path: Path) -> None:
         "seeds": [0],
         "baseline": "no-cot",
         "grid": {"students.*.training.records": [4, 8]},
-        "settings": {"students.*.training.batch_size": 4, "students.third": TRAINED},
+        "settings": {
+            "students.third.training.warmup": 0.5,
+            "students.*.training": {"steps": 7, "batch_size": 4},
+            "students.third": {"reads": "kv_targets"},
+        },
     }
     found = plan(tmp_path, study)
     for cell in found.cells[2:]:
         training = cell.piece.settings["students"][cell.system]["training"]
-        assert training["batch_size"] == 4
+        assert (training["batch_size"], training["steps"]) == (4, 7)
+        assert training.get("warmup") == (0.5 if cell.system == "third" else None)
         assert cell.variant == f"students.*.training.records={training['records']}"
     assert pieces(found)["distill"] == 6 and pieces(found)["teacher"] == 1
     assert [left[1] for left, _ in found.pairs] == ["kava", "third"] * 2
     assert all(left[0] == right[0] for left, right in found.pairs)  # each among its like
-    one = plan(tmp_path, {**study, "students": ["kava"], "baseline": None})
+    one = plan(tmp_path, {"seeds": [0], "students": ["kava"], "grid": study["grid"]})
     raw = one.cells[-1].piece.settings["students"]
-    assert "records" in raw["kava"]["training"] and "records" not in raw["third"]["training"]
+    assert "records" in raw["kava"]["training"] and "records" not in raw["no-cot"]["training"]
 
 
 def test_further_test_sets_are_asked_of_the_same_systems(tmp_path: Path) -> None:

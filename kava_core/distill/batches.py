@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from kava_core.models.batching import pad
@@ -165,10 +166,18 @@ class TargetsDataset(Dataset[dict[str, Any]]):
 
 
 class ChainDataset(Dataset[dict[str, Any]]):
-    """Whole sequences `Q C A-prompt A`, supervised from the first token of C on: the teacher's."""
+    """Whole sequences `Q C A-prompt A`, supervised from the first token of C on: the teacher's.
 
-    def __init__(self, traces: Sequence[Record]) -> None:
+    more: further tensors of a batch, from its records.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[Record],
+        more: Callable[[Sequence[Record]], dict[str, Tensor]] | None = None,
+    ) -> None:
         self.traces = traces
+        self.more = more
 
     def __len__(self) -> int:
         return len(self.traces)
@@ -180,4 +189,6 @@ class ChainDataset(Dataset[dict[str, Any]]):
         taught = mask.clone()
         for row, trace in enumerate(chosen):
             taught[row, : len(trace.question_ids)] = 0
-        return {"ids": [t.id for t in chosen], "input_ids": ids, "mask": mask, "taught": taught}
+        more = self.more(chosen) if self.more else {}
+        ours = {"ids": [t.id for t in chosen], "input_ids": ids, "mask": mask, "taught": taught}
+        return {**ours, **more}

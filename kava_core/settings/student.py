@@ -36,6 +36,27 @@ def _number_or_share(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         ) from None
 
 
+class Curriculum(Section):
+    """Coconut's: in stage k, from 1, k · `latents_per_step` latents stand for the first k steps of
+    a trace, and the steps behind them are written, and taught as the answer is.
+
+    steps or epochs: how long a stage is. There are as many stages as give all latents, and then the
+    last, to the end of the training: all latents, and nothing but the answer is written. Each
+    begins with a fresh optimiser; the learning rate stays where the warm-up took it.
+    """
+
+    latents_per_step: Positive
+    steps: Positive | None = None
+    epochs: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Curriculum:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise ValueError(f"should have exactly one of `steps` and `epochs`, found {found}")
+        return self
+
+
 TermWeight = Annotated[Weight | Share, WrapValidator(_number_or_share)]
 WEIGHTS = ("alpha_kv", "alpha_codi", "alpha_readout", "w_cot")
 
@@ -71,6 +92,7 @@ LATENT = (
         "targets",
         "layer_map",
         "shard_window",
+        "curriculum",
     ),
     *(*JACOBI, *KV, *CODI),
 )
@@ -98,7 +120,8 @@ class Student(Section):
     becomes a latent on the token of its slot, needs targets with one token per slot (`evict.select:
     record`). kv_parts: what the KV term compares. kv_schedule: `linear` lets its weight fall to 0
     over the run. fake_quantise: keys and values pass through the store's codes before they are
-    compared. docs/methods.md has a snippet for each method.
+    compared. curriculum: Coconut's, for latents that are thought one after the other; null: none.
+    docs/methods.md has a snippet for each method.
     """
 
     reads: Literal["kv_targets", "problems"]
@@ -126,6 +149,8 @@ class Student(Section):
     codi_std: StrictBool = True
     shard_window: Positive = 16
     balance_every: Positive = 100
+    # Not among the settings that a student says it was made with where there is none.
+    curriculum: Annotated[Curriculum | None, Field(exclude_if=lambda value: value is None)] = None
 
     def taught(self, weight: str) -> bool:
         """Whether the term of that weight (`alpha_kv`, …) is part of the loss."""
@@ -159,6 +184,18 @@ class Student(Section):
             ),
             (self.model is not None, "it belongs to a `model` on the Hub", ("revision",)),
             (bool(self._shares()), "no weight is a share", ("balance_every",)),
+            (
+                self.reasoning == "sequential",
+                "in a curriculum latents are thought one after the other, and `reasoning` is not "
+                "sequential",
+                ("curriculum",),
+            ),
+            (
+                not (self.taught("alpha_kv") or self.taught("alpha_readout")),
+                "in a curriculum latents stand for steps, and alpha_kv and alpha_readout compare "
+                "them with slots",
+                ("curriculum",),
+            ),
         ):
             if not there and (wrong := self.changed(*names)):
                 raise ValueError(f"{', '.join(wrong)}: means nothing here: {why}. Leave it out")

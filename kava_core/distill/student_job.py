@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
@@ -36,7 +36,7 @@ from kava_core.problems.prompt import Prompt, read_prompt
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Cadence, Resources, Student, Training
 from kava_core.store import ShardShuffleSampler, TargetsStore
-from kava_core.targets.online import OnlineTargets
+from kava_core.targets.online import JointTargets, OnlineTargets
 from kava_core.targets.rounding import fake_quantisation
 
 
@@ -78,7 +78,7 @@ class StudentJob:
             match = _match(student, settings, material.store)
             latents = student.config.latents
             stages = Stages.of(settings, latents, sum(taught), f"students.{self.name}")
-            terms = self._terms(match, material.store, stages)
+            terms = self._terms(student.decoder, match, material.store, stages)
             adapters = None
             if training.lora is not None:
                 path = f"students.{self.name}.training"
@@ -121,11 +121,18 @@ class StudentJob:
             self._save(student, tokenizer, material, training.total_steps(len(sampler)))
 
     def _terms(
-        self, match: Match | None, store: TargetsStore | None, stages: Stages | None
+        self,
+        decoder: PreTrainedModel,
+        match: Match | None,
+        store: TargetsStore | None,
+        stages: Stages | None,
     ) -> Terms:
-        online = rounding = None
+        online: OnlineTargets | JointTargets | None = None
+        rounding = None
         if store is not None and self.settings.targets == "online":
             online = OnlineTargets.of(store, self.inputs.teacher)
+        if store is not None and self.settings.targets == "joint":
+            online = JointTargets(store, decoder)
         if store is not None and self.settings.fake_quantise:
             rounding = fake_quantisation(store)
         objective, cut = objective_of(self.settings, store, match), stages.cut if stages else None
@@ -193,7 +200,7 @@ class _Material:
             dataset = TargetsDataset(
                 store,
                 chains,
-                online=settings.targets == "online",
+                online=settings.targets != "store",
                 records=settings.curriculum is not None,
             )
             made = store.manifest.settings

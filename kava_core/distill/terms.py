@@ -12,7 +12,7 @@ from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective
 from kava_core.distill.projectors import ProjectedReasoning
 from kava_core.models.latent import LatentReasoner
-from kava_core.targets.online import OnlineTargets
+from kava_core.targets.online import JointTargets, OnlineTargets
 from kava_core.targets.rounding import Rounding
 
 Batch = dict[str, Any]
@@ -28,7 +28,7 @@ def chain_terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def student_terms(
     objective: Objective,
     match: Match | None,
-    online: OnlineTargets | None = None,
+    online: OnlineTargets | JointTargets | None = None,
     rounding: Rounding | None = None,
     cut: Callable[[Batch], Batch] | None = None,
 ) -> Terms:

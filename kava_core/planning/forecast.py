@@ -364,7 +364,7 @@ class _Stages:
         rows = training.batch_size / processes
         learn = student_step(student, self.targets.slots, _PROMPT, self.lengths, rows)
         calls, work, seconds = len(learn), processes * flops(a, learn, training), None
-        online = student.targets == "online" and student.reads == "kv_targets"
+        online = student.targets != "store" and student.reads == "kv_targets"
         read = read_batch(self.lengths, max(1, int(rows)))
         if online:
             calls, work = calls + 1, work + flops(self.shapes.teacher, read, None)

@@ -104,7 +104,9 @@ class Student(Section):
     reads: `kv_targets`, with a latent for every slot, or `problems`, without latents (No-CoT); also
     what DVC runs it after. targets: `store` reads them from kv_targets, the teacher is not even
     loaded but for its weights; `online` makes them anew in every step with the frozen teacher, by
-    the store's settings, and takes token ids and statistics from the store only. processes: how
+    the store's settings, and takes token ids and statistics from the store only; `joint` does so
+    with the student's own weights as they are, which the written chain (`w_cot`) keeps a teacher's,
+    as CODI, PCCoT and KaVa publish it. processes: how
     many share each batch, on this machine or the Ray cluster that RAY_ADDRESS names, each with a
     GPU where there are any; `auto`: as many as there are GPUs, without any one. It changes results
     by rounding.
@@ -129,7 +131,7 @@ class Student(Section):
     model: str | None = None
     revision: str | None = None
     layer_map: LayerMap = "uniform"
-    targets: Literal["store", "online"] = "store"
+    targets: Literal["store", "online", "joint"] = "store"
     processes: Processes = 1
     reasoning: Literal["jacobi", "sequential"] = "jacobi"
     iterations: NotNegative = 3
@@ -211,6 +213,20 @@ class Student(Section):
             raise ValueError(
                 f"the shares of the gradient add up to {total:g}, and something must be left to "
                 "the other terms. Lower them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _its_own_teacher(self) -> Student:
+        if self.targets == "joint" and not self.taught("w_cot"):
+            raise ValueError(
+                "targets: joint makes the student its own teacher, and nothing but w_cot teaches "
+                "that to write its chain. Set w_cot, 1 as published"
+            )
+        if self.targets == "joint" and self.model is not None:
+            raise ValueError(
+                "targets: joint makes the student its own teacher, and `model` names one that the "
+                "targets were not made for. Leave one out"
             )
         return self
 

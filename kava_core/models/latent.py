@@ -353,7 +353,7 @@ class LatentReasoner(PreTrainedModel):
             values=values,
             latent_positions=positions,
             endpoint=torch.stack([h[rows, ends] for h in output.hidden_states], dim=1),
-            cot_logits=self._chain(question_ids, question_mask, chain_ids, chain_mask),
+            cot_logits=self._chain(state, question_ids, chain_ids, chain_mask),
             readout=self.read(thought.hidden) if readout and thought.hidden is not None else None,
         )
 
@@ -509,23 +509,30 @@ class LatentReasoner(PreTrainedModel):
 
     def _chain(
         self,
+        state: State,
         question_ids: Tensor,
-        question_mask: Tensor,
         chain_ids: Tensor | None,
         chain_mask: Tensor | None,
     ) -> Tensor | None:
+        """Logits of the written chain, behind the question as `state` has read it.
+
+        Of the question only its last token is read again, which foretells the chain's first; all of
+        it where layers are recomputed, which keep no cache.
+        """
         if chain_ids is None or chain_mask is None:
             if chain_ids is not chain_mask:
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
+        width = question_ids.shape[1]
+        known = width - 1 if state.layers else 0
         output = self._feed(
-            State.before(question_mask),
-            self._embed(torch.cat((question_ids, chain_ids), 1)),
-            torch.cat((question_mask, chain_mask), 1),
+            state.first(known),
+            self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1)),
+            torch.cat((state.mask[:, known:width], chain_mask[:, :-1]), 1),
             None,
-            logits=chain_ids.shape[1] + 1,
+            logits=chain_ids.shape[1],
         )
-        return output.logits[:, :-1]
+        return output.logits
 
     # --- the decoder ----------------------------------------------------------------------------
 

@@ -91,7 +91,8 @@ def student_step(
         calls.append(Call(rows, 0, logits=latents, gradient=True))
     if student.taught("w_cot"):
         chain = longest(lengths.trace + lengths.prompt + lengths.answer, batch)
-        calls.append(Call(rows, question + chain, logits=chain, gradient=True))
+        kept = 0.0 if student.training.gradient_checkpointing else question - 1
+        calls.append(Call(rows, question + chain - 1 - kept, kept, logits=chain, gradient=True))
     return calls
 
 

@@ -298,7 +298,8 @@ class _Stages:
         seconds = None
         if self.clock is not None:
             each = self.clock.answer(a, answers, rows, traces.threads)
-            seconds = rounds * each / self._workers()
+            shards = math.ceil(self.lengths.problems / traces.shard_size)
+            seconds = rounds * each / self._workers(shards)
             seconds += self.clock.start(self.settings.resources.workers != 0)
         calls, work = rounds * len(answers), rounds * flops(a, answers, None)
         return StageCost("traces", calls, work, None, seconds)
@@ -309,7 +310,7 @@ class _Stages:
         size = min(generate.batch_size, generate.shard_size)
         read = read_batch(self.lengths, size)
         passes = batches(self.lengths.problems, size)
-        workers = self._workers()
+        workers = self._workers(self.targets.shards)
         seconds = None
         if self.clock is not None:
             seconds = passes * self.clock.read(a, generate, read) / workers
@@ -326,7 +327,7 @@ class _Stages:
         if self.clock is not None:
             size = caches.per_record + self.targets.per_record
             cut = self.clock.cut(a, settings.generate, settings.evict, size)
-            seconds = self.lengths.problems * cut / self._workers()
+            seconds = self.lengths.problems * cut / self._workers(self.targets.shards)
             seconds += self.clock.start(settings.resources.workers != 0)
         shard = 2 * round(caches.bytes / caches.shards + self.targets.bytes / caches.shards)
         return StageCost("evict", 0, 0.0, shard, seconds)
@@ -348,7 +349,8 @@ class _Stages:
         if self.clock is not None:
             answer = self.clock.answer(a, cell, rows, fidelity.threads)
             whole = self.clock.answer(a, read, rows, fidelity.threads)
-            seconds = asked * (cells * answer + whole) + self.clock.start(workers=False)
+            seconds = asked * (cells * answer + whole) / self._workers(asked * cells)
+            seconds += self.clock.start(self.settings.resources.workers != 0)
         work = asked * (cells * flops(a, cell, None) + flops(a, read, None))
         return StageCost("fidelity", asked * (cells * len(cell) + 2), work, None, seconds)
 
@@ -402,7 +404,9 @@ class _Stages:
                 seconds += rounds * each
         if self.clock is None:
             return StageCost("evaluate", calls, work, None, None)
-        return StageCost("evaluate", calls, work, None, seconds + self.clock.start(workers=False))
+        seconds /= self._workers(asked * len(systems))
+        seconds += self.clock.start(self.settings.resources.workers != 0)
+        return StageCost("evaluate", calls, work, None, seconds)
 
     def _interventions(self, student: Student | None) -> int:
         """Batches that are asked again with changed latents: each slot in three ways, all of them
@@ -435,13 +439,13 @@ class _Stages:
         saves = steps // self.settings.cadence.save_every + 1
         return saves * self.clock.written(checkpoint_bytes(a, training, where) / 2)
 
-    def _workers(self) -> int:
-        """How many will share the shards on this machine."""
+    def _workers(self, pieces: int) -> int:
+        """How many will share so many pieces of work on this machine."""
         resources = self.settings.resources
         if resources.workers == 0:
             return 1
         room = max(1, int((os.cpu_count() or 1) / resources.cpus_per_worker))
-        return min(resources.workers or room, room, self.targets.shards)
+        return min(resources.workers or room, room, pieces)
 
 
 def _cheaper(settings: Pipeline, shapes: Shapes, lengths: Lengths, now: int) -> tuple[Saving, ...]:

@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kava_core.artefacts import read_json
+from kava_core.artefacts import read_json, tree_fingerprint
 from kava_core.errors import KavaError
 from kava_core.findings.base import read_finding
-from kava_core.findings.evaluation import COMPARISONS, INSIGHTS, METRICS, Differences, Score, Scores
+from kava_core.findings.evaluation import (
+    COMPARISONS,
+    INSIGHTS,
+    METRICS,
+    WEIGHTS,
+    Differences,
+    Score,
+    Scores,
+)
 from kava_core.findings.latents import Changed, Insights, InterventionScores
 from kava_core.settings import Student
 from kava_core.store.export import (
@@ -171,6 +179,13 @@ def _metrics(student: Published) -> str:
     if any(student.name not in systems for systems in scores.values()):
         raise KavaError(
             f"{student.results} does not know the student {student.name}. Run `kava evaluate`."
+        )
+    asked = read_finding(dict[str, str], student.results / WEIGHTS, "evaluate").get(student.name)
+    if asked != (found_now := tree_fingerprint(student.folder)):
+        raise KavaError(
+            f"{student.results} measured another student {student.name} than that in "
+            f"{student.folder}: expected the files {str(asked)[:12]}…, found {found_now[:12]}…. "
+            "Run `kava evaluate` again."
         )
     compared: Differences = read_finding(Differences, student.results / COMPARISONS, "evaluate")
     plain = [name for name, each in student.students.items() if each.reads == "problems"]

@@ -154,6 +154,19 @@ def test_a_student_of_other_targets_is_refused(made: Team, tmp_path: Path) -> No
     assert not (tmp_path / "hub").exists()
 
 
+def test_what_was_measured_of_other_weights_is_not_said_of_it(made: Team, tmp_path: Path) -> None:
+    team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
+    for name in ("students", "kv_targets", "teacher", "evaluation"):
+        shutil.copytree(made.data(name), team.data(name))
+    weights = team.data("students/kava/latents.safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(KavaError, match=r"measured another student kava .* Run `kava evaluate`"):
+        team.kava("publish", "student", "kava", str(tmp_path / "hub"))
+    assert not (tmp_path / "hub").exists()
+
+
 def test_a_secret_is_not_published(made: Team, tmp_path: Path) -> None:
     team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
     shutil.copytree(made.data("students"), team.data("students"))

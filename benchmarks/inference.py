@@ -83,7 +83,9 @@ def build(dtype: torch.dtype) -> tuple[PreTrainedModel, LatentReasoner]:
         max_position_embeddings=512,
     )
     config._attn_implementation = "sdpa"
-    model = to_device(LlamaForCausalLM(config).to(dtype)).eval()
+    model = to_device(LlamaForCausalLM(config)).eval()
+    for parameter in model.parameters():  # not model.to(dtype), which rounds rotary frequencies
+        parameter.data = parameter.data.to(dtype)
     # No end of sequence: then transformers looks for none.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -141,8 +143,8 @@ def bare(decoder: PreTrainedModel, batch: int) -> Callable[[], Tensor]:
     """T + 1 calls of the shapes in which a student thinks, and one for each further token."""
     first = QUESTION + 1 + LATENTS
     columns = [first, *[LATENTS] * (ITERATIONS - 1), LATENTS + 1 + PROMPT, *[1] * (ANSWER - 1)]
-    like = decoder.get_input_embeddings().weight
-    embeds = [like.new_ones(batch, n, like.shape[1]).normal_() for n in columns]
+    size, like = decoder.config.get_text_config().hidden_size, next(decoder.parameters())
+    embeds = [torch.randn(batch, n, size).to(like) for n in columns]
 
     def answer() -> Tensor:
         cache = DynamicCache()

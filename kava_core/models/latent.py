@@ -435,6 +435,36 @@ class LatentReasoner(PreTrainedModel):
             except Refused as error:
                 raise KavaError(str(error)) from None
 
+    @torch.no_grad()
+    def prompt_embeddings(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """What a server that takes embeddings as a prompt needs to write this student's answers.
+
+        input_ids, attention_mask [B, Q], as `generate` takes them. Returns a tensor for each row,
+        without its padding: the embeddings of question, <bot>, latents, <eot> and answer prompt,
+        [tokens, E] (question and prompt alone where there are no latents). The answer reads nothing
+        else: in a causal decoder the keys and values of a latent follow from it and from what is
+        before it, however it was worked out. KavaError where latents are further apart than one
+        position, since such a server counts on consecutive ones.
+        """
+        if self.config.latents and self.config.stride != 1:
+            raise KavaError(
+                "prompt embeddings stand at consecutive positions, and the latents of this student "
+                f"are {self.config.stride} apart. Ask it by `generate`, or train one whose stride "
+                "is 1."
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        ids, mask = left_padded(input_ids.to(self.device), mask.to(self.device))
+        thought = think(self.decoder, self, self.config, ids, mask)
+        question, prompt = self._embed(ids), self._embed(self._prompt(len(ids)))
+        parts = [question, prompt]
+        if thought.latents is not None:
+            bot = self.bot.expand(len(ids), 1, -1)
+            parts[1:1] = [bot, thought.latents, self._eot(len(ids))]
+        first = (ids.shape[1] - mask.sum(1)).tolist()
+        return [row[at:] for row, at in zip(torch.cat(parts, 1), first, strict=True)]
+
     @contextmanager
     def _writing_its_own_way(self) -> Iterator[None]:
         """Inside this context the decoder's generation configuration is the student's.

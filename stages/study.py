@@ -6,12 +6,11 @@ import fcntl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,11 +19,10 @@ from kava_core.errors import KavaError
 from kava_core.findings.study import ASKED, Asking
 
 from .run import data_option, pipelines_option
+from .together import together
 
 if TYPE_CHECKING:
     from kava_core.studies.plan import Piece, StudyCell, StudyPlan
-
-T = TypeVar("T")
 
 
 @click.command()
@@ -116,7 +114,7 @@ class Bench:
         stages = self.plan.pieces(missing)
         students = stages.pop("distill", ())
         for pieces in stages.values():
-            _together(jobs, self._make, pieces)
+            together(jobs, self._make, pieces)
         for cell in missing:
             if cell.piece not in students:
                 self._ask(cell)
@@ -127,7 +125,7 @@ class Bench:
                 if cell.piece == piece:
                     self._ask(cell)
 
-        _together(jobs, make_and_ask, students)
+        together(jobs, make_and_ask, students)
 
     def _make(self, piece: Piece) -> None:
         import yaml
@@ -205,18 +203,6 @@ class Bench:
                 f"test problems were asked before with other settings ({len(others)} times, last "
                 f"{others[-1].at}): what was chosen since then was chosen on test problems"
             )
-
-
-def _together(jobs: int, work: Callable[[T], None], items: Sequence[T]) -> None:
-    """Do several at once; the first failure ends it when what runs is done."""
-    with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(work, item) for item in items]
-        try:
-            for each in as_completed(running):
-                each.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _answers(folder: Path, cell: StudyCell) -> Path:

@@ -75,6 +75,8 @@ def student_step(
     question, answer = longest(lengths.question, batch), longest(lengths.answer, batch)
     latents = slots if student.reads == "kv_targets" else 0
     rest = max(0.0, float(lengths.prompt.mean()) - prompt)
+    if student.curriculum is not None:
+        rest += longest(lengths.trace, batch)  # the most, as in its first stage
     tail = prompt + rest + answer + (1 if latents else 0)
     calls = [
         Call(rows, columns, past, gradient=True)

@@ -526,14 +526,14 @@ class LatentReasoner(PreTrainedModel):
         """Logits of the written chain, behind the question as `state` has read it.
 
         Of the question only its last token is read again, which foretells the chain's first; all of
-        it where layers are recomputed, which keep no cache.
+        it by a student without latents, whose layers may be recomputed and then keep no cache.
         """
         if chain_ids is None or chain_mask is None:
             if chain_ids is not chain_mask:
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
         width = question_ids.shape[1]
-        known = width - 1 if state.layers else 0
+        known = width - 1 if self.config.latents else 0
         output = self._feed(
             state.first(known),
             self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1)),

@@ -317,6 +317,7 @@ class LatentReasoner(PreTrainedModel):
         chain_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         readout: bool = False,
+        latents: int | None = None,
     ) -> Reasoning:
         """Teacher-forced answers after latent reasoning.
 
@@ -325,13 +326,17 @@ class LatentReasoner(PreTrainedModel):
         the written chain `C A-prompt A`; given, it is predicted from the question in the same
         weights as well (w_cot). prompt_lengths [B]: how many of a row's answer_ids end with its
         answer prompt, for a student that writes the prompt itself; the endpoint is there. readout:
-        whether to give `Reasoning.readout`.
+        whether to give `Reasoning.readout`. latents: how many it thinks in, if not in all; for
+        those that are thought one after the other.
         """
         question_ids, question_mask = left_padded(question_ids, question_mask.long())
-        thought = self._reason(question_ids, question_mask)
+        thought = self._reason(question_ids, question_mask, latents)
         state, pending = thought.state, thought.embeds
-        tail_ids = torch.cat((self._prompt(len(answer_ids)), answer_ids), 1)
-        tail_mask = torch.cat((torch.ones_like(tail_ids[:, : self._prompt_length]), answer_mask), 1)
+        prompt = self._prompt(len(answer_ids))
+        if prompt_lengths is not None:
+            prompt = prompt[:, :0]
+        tail_ids = torch.cat((prompt, answer_ids), 1)
+        tail_mask = torch.cat((torch.ones_like(prompt), answer_mask), 1)
         rest = self._eot_length + tail_ids.shape[1]
         output = self._feed(
             state,
@@ -341,12 +346,12 @@ class LatentReasoner(PreTrainedModel):
             logits=answer_ids.shape[1] + 1,
             hidden_states=True,
         )
-        at = pending.shape[1] + self._eot_length + self._prompt_length - 1
+        at = pending.shape[1] + self._eot_length + prompt.shape[1] - 1
         ends = output.hidden_states[0].new_full((len(tail_ids),), at, dtype=torch.long)
         if prompt_lengths is not None:
             ends = ends + prompt_lengths
         rows = torch.arange(len(ends), device=ends.device)
-        keys, values, positions = self._latent_slots(state, question_mask)
+        keys, values, positions = self._latent_slots(state, question_mask, latents)
         return Reasoning(
             logits=output.logits,
             keys=keys,
@@ -430,6 +435,36 @@ class LatentReasoner(PreTrainedModel):
             except Refused as error:
                 raise KavaError(str(error)) from None
 
+    @torch.no_grad()
+    def prompt_embeddings(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """What a server that takes embeddings as a prompt needs to write this student's answers.
+
+        input_ids, attention_mask [B, Q], as `generate` takes them. Returns a tensor for each row,
+        without its padding: the embeddings of question, <bot>, latents, <eot> and answer prompt,
+        [tokens, E] (question and prompt alone where there are no latents). The answer reads nothing
+        else: in a causal decoder the keys and values of a latent follow from it and from what is
+        before it, however it was worked out. KavaError where latents are further apart than one
+        position, since such a server counts on consecutive ones.
+        """
+        if self.config.latents and self.config.stride != 1:
+            raise KavaError(
+                "prompt embeddings stand at consecutive positions, and the latents of this student "
+                f"are {self.config.stride} apart. Ask it by `generate`, or train one whose stride "
+                "is 1."
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        ids, mask = left_padded(input_ids.to(self.device), mask.to(self.device))
+        thought = think(self.decoder, self, self.config, ids, mask)
+        question, prompt = self._embed(ids), self._embed(self._prompt(len(ids)))
+        parts = [question, prompt]
+        if thought.latents is not None:
+            bot = self.bot.expand(len(ids), 1, -1)
+            parts[1:1] = [bot, thought.latents, self._eot(len(ids))]
+        first = (ids.shape[1] - mask.sum(1)).tolist()
+        return [row[at:] for row, at in zip(torch.cat(parts, 1), first, strict=True)]
+
     @contextmanager
     def _writing_its_own_way(self) -> Iterator[None]:
         """Inside this context the decoder's generation configuration is the student's.
@@ -458,16 +493,20 @@ class LatentReasoner(PreTrainedModel):
 
     # --- the latent loop ------------------------------------------------------------------------
 
-    def _reason(self, question_ids: Tensor, question_mask: Tensor) -> Thought:
+    def _reason(self, question_ids: Tensor, question_mask: Tensor, latents: int | None) -> Thought:
         if self.training and self.config.latents and self.is_gradient_checkpointing:
             self.gradient_checkpointing_enable()  # was switched on elsewhere; says why not
-        return think(self.decoder, self, self.config, question_ids, question_mask)
+        settings = self.config
+        if latents is not None:
+            settings = copy.copy(settings)
+            settings.latents = latents
+        return think(self.decoder, self, settings, question_ids, question_mask)
 
     def _latent_slots(
-        self, state: State, question_mask: Tensor
+        self, state: State, question_mask: Tensor, latents: int | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         first = question_mask.shape[1] + 1
-        slots = slice(first, first + self.config.latents)
+        slots = slice(first, first + (self.config.latents if latents is None else latents))
         positions = state.positions[:, slots]
         if not self.config.latents:
             return [], [], positions[:, :0]
@@ -487,14 +526,14 @@ class LatentReasoner(PreTrainedModel):
         """Logits of the written chain, behind the question as `state` has read it.
 
         Of the question only its last token is read again, which foretells the chain's first; all of
-        it where layers are recomputed, which keep no cache.
+        it by a student without latents, whose layers may be recomputed and then keep no cache.
         """
         if chain_ids is None or chain_mask is None:
             if chain_ids is not chain_mask:
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
         width = question_ids.shape[1]
-        known = width - 1 if state.layers else 0
+        known = width - 1 if self.config.latents else 0
         output = self._feed(
             state.first(known),
             self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1)),
@@ -533,10 +572,6 @@ class LatentReasoner(PreTrainedModel):
     def _prompt(self, rows: int) -> Tensor:
         ids = torch.tensor(self.config.answer_prompt_ids, dtype=torch.long, device=self.device)
         return ids.expand(rows, -1)
-
-    @property
-    def _prompt_length(self) -> int:
-        return len(self.config.answer_prompt_ids)
 
     @property
     def _eot_length(self) -> int:

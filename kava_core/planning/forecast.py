@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kava_core.distill.curriculum import Stages
 from kava_core.errors import KavaError
 from kava_core.planning.architecture import (
     Architecture,
@@ -118,6 +119,9 @@ def forecast(
     lengths = _taught(given, settings.traces)
     shapes = Shapes.of(settings, lengths)
     caches, targets = _stores(settings, shapes.teacher, lengths)
+    for student_name, student in settings.students.items():
+        records = student.training.taught(lengths.problems)
+        Stages.of(student, targets.slots, records, f"students.{student_name}")
     disk = _disk(settings, shapes, caches, targets)
     clock = make_clock(lengths) if make_clock else None
     return Forecast(
@@ -265,7 +269,7 @@ class _Stages:
         processes = parts(settings.teacher.processes)
         share = training.model_copy(update={"batch_size": training.batch_size // processes})
         learn = teacher_step(share, self.lengths)
-        taken = training.total_steps(self.lengths.problems) * training.accumulation
+        taken = training.total_steps(training.taught(self.lengths.problems)) * training.accumulation
         asked = batches(
             min(settings.teacher.validate_on, settings.prepare.validation),
             settings.teacher.batch_size,
@@ -360,11 +364,11 @@ class _Stages:
         rows = training.batch_size / processes
         learn = student_step(student, self.targets.slots, _PROMPT, self.lengths, rows)
         calls, work, seconds = len(learn), processes * flops(a, learn, training), None
-        online = student.targets == "online" and student.reads == "kv_targets"
+        online = student.targets != "store" and student.reads == "kv_targets"
         read = read_batch(self.lengths, max(1, int(rows)))
         if online:
             calls, work = calls + 1, work + flops(self.shapes.teacher, read, None)
-        taken = training.total_steps(self.lengths.problems) * training.accumulation
+        taken = training.total_steps(training.taught(self.lengths.problems)) * training.accumulation
         if self.clock is not None:
             seconds = taken * self.clock.student_step(a, student, self.targets.slots, learn)
             if online:
@@ -435,7 +439,7 @@ class _Stages:
 
     def _saving(self, a: Architecture, training: Training, where: str) -> float:
         assert self.clock is not None
-        steps = training.total_steps(self.lengths.problems)
+        steps = training.total_steps(training.taught(self.lengths.problems))
         saves = steps // self.settings.cadence.save_every + 1
         return saves * self.clock.written(checkpoint_bytes(a, training, where) / 2)
 

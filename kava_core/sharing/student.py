@@ -23,6 +23,7 @@ from kava_core.findings.evaluation import (
 )
 from kava_core.findings.latents import Changed, Insights, InterventionScores
 from kava_core.settings import Student
+from kava_core.settings.student import Curriculum
 from kava_core.store.export import (
     check_limits,
     check_new,
@@ -142,9 +143,21 @@ def _method(student: Published) -> list[tuple[str, str]]:
     training = {k: v for k, v in plain["settings"]["training"].items() if v is not None}
     return [
         ("loss", taught),
+        *_curriculum(student.students[student.name].curriculum),
         ("training", f"{plain['steps']:,} steps, {json.dumps(training)}"),
         ("trained with", json.dumps({k: v for k, v in settings.items() if v is not None})),
     ]
+
+
+def _curriculum(found: Curriculum | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    length = f"{found.steps} steps" if found.epochs is None else f"{found.epochs} epochs"
+    what = (
+        f"Coconut's (arXiv 2412.06769): with every {length} one written step more gives way to "
+        f"{found.latents_per_step} latents; in the last stage the answer alone is written"
+    )
+    return [("curriculum", what)]
 
 
 def _weight(weight: float | dict[str, float]) -> str:

@@ -84,9 +84,12 @@ def finished(cut: Moment) -> set[tuple[str, str]]:
     return {(path, content) for path, content in pieces if not content.startswith(ZEROS)}
 
 
+MANY_FILES = ("prepare", "evaluate", "report")  # which take their time
+
+
 @pytest.mark.parametrize(
-    "name",  # the many figures of a report take their time
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "report")) for name in STAGES],
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in MANY_FILES)) for name in STAGES],
 )
 def test_what_has_its_name_is_on_the_disk(
     whole: Callable[[str], Whole], recorded: Recorded, name: str, tell: Tell

@@ -19,8 +19,9 @@ from kava_core import LatentReasoner
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.findings.latents import InterventionScores
+from kava_core.settings.student import Curriculum
 from kava_core.sharing.hub import Repository, download, upload
-from kava_core.sharing.student import _changed_table
+from kava_core.sharing.student import _changed_table, _curriculum
 from kava_core.store import TargetsStore
 from kava_core.store.export import check_limits, check_secrets
 from tests.sharing.conftest import KAVA, Team
@@ -138,6 +139,12 @@ def test_latents_that_carry_nothing_are_said_to() -> None:
     telling = {**everything, "mean": {**changed, "changed": 60.0}}
     said = _changed_table(InterventionScores.model_validate({**inert, "together": telling}))
     assert "It answers otherwise with its latents set to their mean over the problems." in said
+
+
+def test_a_card_says_which_curriculum_taught() -> None:
+    found = _curriculum(Curriculum(latents_per_step=2, epochs=3))
+    assert [name for name, _ in found] == ["curriculum"] and not _curriculum(None)
+    assert "with every 3 epochs one written step more gives way to 2 latents" in found[0][1]
 
 
 def test_a_student_of_other_targets_is_refused(made: Team, tmp_path: Path) -> None:

@@ -47,14 +47,10 @@ def tables(summary: Summary) -> str:
     """The summary in Markdown."""
     faults = [(x["fault"], x["how"], x["times"], x["outcome"]) for x in summary["faults"]]
     figures = [(x["what"], x["figure"], x["promised"]) for x in summary["figures"]]
-    return "\n".join(
-        [
-            *_table(("fault", "how it was injected", "how often", "outcome"), faults),
-            "",
-            *_table(("what was measured", "here", "what is promised"), figures),
-            "",
-        ]
-    )
+    lines = _table(("fault", "how it was injected", "how often", "outcome"), faults)
+    if figures:
+        lines += ["", *_table(("what was measured", "here", "what is promised"), figures)]
+    return "\n".join([*lines, ""])
 
 
 def _table(head: tuple[str, ...], rows: Sequence[Sequence[str | int]]) -> list[str]:

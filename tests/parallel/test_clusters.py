@@ -8,8 +8,8 @@ import time
 import pytest
 
 from kava_core.errors import KavaError
-from kava_core.parallel import shards
-from kava_core.parallel.shards import ANSWER_SECONDS, ray_running
+from kava_core.parallel import cluster as rays
+from kava_core.parallel.cluster import ANSWER_SECONDS, ray_running
 
 
 @pytest.mark.parametrize("listening", [False, True])
@@ -18,7 +18,7 @@ def test_an_address_that_answers_nobody_is_an_error_at_once(
 ) -> None:
     """Nothing is there, or something that takes calls and says nothing."""
     assert ANSWER_SECONDS <= 10
-    monkeypatch.setattr(shards, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(rays, "ANSWER_SECONDS", 1.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         if listening:
@@ -27,14 +27,14 @@ def test_an_address_that_answers_nobody_is_an_error_at_once(
         monkeypatch.setenv("RAY_ADDRESS", address)
         began = time.monotonic()
         said = rf"RAY_ADDRESS {address}, and none answered within 1 s.*ray start.*or do without"
-        with pytest.raises(KavaError, match=said), ray_running(1, "do without"):
+        with pytest.raises(KavaError, match=said), ray_running("do without"):
             pass
         assert time.monotonic() - began < 10
 
 
 def test_an_address_that_is_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:port")
-    with pytest.raises(KavaError, match="Check RAY_ADDRESS"), ray_running(1, "do without"):
+    with pytest.raises(KavaError, match="Check RAY_ADDRESS"), ray_running("do without"):
         pass
 
 
@@ -45,8 +45,8 @@ def test_a_cluster_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 3})
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        with ray_running(1, "do without"):
-            assert shards.visible_gpus() == 3
+        with ray_running("do without"):
+            assert rays.visible_gpus() == 3
         assert not ray.is_initialized()
     finally:
         cluster.shutdown()

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from kava_core.errors import KavaError
-from kava_core.parallel.shards import RAY_FOLDER, run_shards
+from kava_core.parallel.cluster import RAY_FOLDER
+from kava_core.parallel.shards import run_shards
+from kava_core.settings import Resources
 
 NO_PROCESS = 4_194_305  # above what Linux numbers processes with
 
@@ -60,8 +62,15 @@ class Squares:
 SHARDS = [7, 0, 3, 5, 2]
 
 
+def in_order(
+    job: Squares, shards: list[int], workers: int | None, **shares: float
+) -> list[tuple[int, dict[str, Any]]]:
+    resources = Resources(workers=workers, **shares)
+    return list(run_shards(job, shards, resources, folder=job.folder, examples=lambda *_: 1))
+
+
 def run(job: Squares, workers: int | None, **shares: float) -> dict[int, dict[str, Any]]:
-    results = list(run_shards(job, SHARDS, workers=workers, **shares))
+    results = in_order(job, SHARDS, workers, **shares)
     assert len(results) == len(SHARDS)
     return dict(results)
 
@@ -74,7 +83,7 @@ def expected(threads: int = 1) -> dict[int, dict[str, Any]]:
 
 
 def test_in_process_opens_once_and_goes_in_order(tmp_path: Path) -> None:
-    results = list(run_shards(Squares(tmp_path), SHARDS, workers=0))
+    results = in_order(Squares(tmp_path), SHARDS, 0)
     assert [shard for shard, _ in results] == SHARDS
     assert dict(results) == expected()
     assert Squares(tmp_path).opened == {str(os.getpid())}
@@ -91,7 +100,7 @@ def test_in_process_sets_its_threads_and_puts_them_back(tmp_path: Path) -> None:
 
 def test_no_shards_no_work(tmp_path: Path) -> None:
     for workers in (0, 2, None):  # Ray is not even started
-        assert list(run_shards(Squares(tmp_path), [], workers=workers)) == []
+        assert in_order(Squares(tmp_path), [], workers) == []
     assert not (tmp_path / "opened").exists()
 
 

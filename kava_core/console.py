@@ -102,7 +102,7 @@ def tell(message: str, **figures: Any) -> None:
     """How far the work is, beside what `reporting` says; figures: what JSON lines have besides."""
     if _log.amount == "quiet" or _log.bars:
         return
-    work = ", ".join(at_work())
+    work = ", ".join(filter(None, at_work()))
     _write("progress", f"{work}: {message}" if work else message, **figures)
 
 

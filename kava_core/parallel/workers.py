@@ -23,7 +23,7 @@ from kava_core.parallel.nodes import SEEN_WITHIN, Common, Host, looker, shared
 RETRIES = 3  # of a shard whose worker is lost
 LOOK_SECONDS = 1.0  # between looks at what has come and gone
 COUNT_SECONDS = 5.0  # between counts of the places there are
-SAY_AFTER = 5.0  # seconds without a worker
+SLOW_SECONDS = 30.0  # that a worker takes to start where there is room
 
 Result = TypeVar("Result")
 
@@ -71,7 +71,7 @@ class Demand:
 
     def check(self) -> None:
         """KavaError if there is no room for a worker, and none can come."""
-        if not cluster.grows() and not cluster.places(self.cpus, self.gpus):
+        if self.nowhere and not cluster.grows():
             raise KavaError(
                 f"expected a machine with room for a worker of {self._worker}, found "
                 f"{cluster.described()}. Lower resources.cpus_per_worker or "
@@ -86,6 +86,11 @@ class Demand:
             return self.workers or max(1, fit)
         # By default all threads of all workers have a core; who asks for more workers gets them.
         return min(self.workers or max(1, fit), cluster.places(self.cpus, self.gpus))
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether there is no node that could hold a worker."""
+        return not cluster.places(self.cpus, self.gpus)
 
     @property
     def _worker(self) -> str:
@@ -169,7 +174,7 @@ class Pool(Generic[Result]):
             self.since, self.told = now, False
         elif now - self.since > self.demand.patience:
             raise self.demand.missed()
-        elif now - self.since > SAY_AFTER and not self.told:
+        elif not self.told and (now - self.since > SLOW_SECONDS or self.demand.nowhere):
             self.told = True
             say(self.demand.waiting())
 

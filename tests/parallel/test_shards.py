@@ -112,11 +112,11 @@ class TestOnRay:
     def test_many_workers_and_a_killed_one_give_what_one_process_gives(
         self, tmp_path: Path
     ) -> None:
-        """Of four workers two have a core; one of them is killed in a shard and replaced."""
+        """Of four workers two have a core; one is killed in a shard, and another does it."""
         job = Squares(tmp_path, together=2, die=3)
         assert run(job, 4) == expected()
         assert (tmp_path / "died").exists()
-        assert len(job.opened) == 3 and str(os.getpid()) not in job.opened
+        assert len(job.opened) in (2, 3) and str(os.getpid()) not in job.opened
         assert {p.name: p.read_text() for p in tmp_path.glob("*.txt")} == {
             f"{shard}.txt": str(shard * shard) for shard in SHARDS
         }

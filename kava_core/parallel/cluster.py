@@ -32,6 +32,7 @@ ANSWER_SECONDS = 10.0  # that a cluster has to answer a first call
 # What only the head of a cluster is asked, and the server of its clients.
 HEAD_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 CLIENT_CALL = "/ray.rpc.RayletDriver/ClusterInfo"
+FOREIGN = "wants a token"
 TLS_FILES = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_SERVER_CERT")
 
 
@@ -73,7 +74,8 @@ def ray_running(otherwise: str) -> Iterator[None]:
                 ) from None
             yield
         finally:
-            started = _children() - before  # those of a parent that has ended are nobody's
+            # Those of a parent that has ended are nobody's. Of a cluster none are ours.
+            started = _children() - before if address == "local" else set()
             ray.shutdown()
             _end(started)
 
@@ -131,12 +133,18 @@ def _check_answers(address: str, otherwise: str) -> None:
     parts = urlsplit(place if "://" in place else f"//{place}")
     if parts.port is None:
         return
-    call = CLIENT_CALL if parts.scheme == "ray" else HEAD_CALL
-    found = f" (RAY_ADDRESS is auto, and the last cluster started here had {place})"
-    if why := _silence(parts.netloc, call):
+    why = _silence(parts.netloc, CLIENT_CALL if parts.scheme == "ray" else HEAD_CALL)
+    if why == FOREIGN:
+        raise KavaError(
+            f"the Ray cluster at RAY_ADDRESS {address} takes those only who have its token. Set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its "
+            f"head, or {otherwise}."
+        )
+    if why:
+        recorded = f" (the last cluster that was started here had {place})"
         raise KavaError(
             f"expected a Ray cluster at RAY_ADDRESS {address}, and {why}"
-            f"{found if address == 'auto' else ''}. Correct it or start the cluster (`ray start "
+            f"{recorded if address == 'auto' else ''}. Correct it or start the cluster (`ray start "
             f"--head`), unset it to compute here, or {otherwise}."
         )
 
@@ -156,14 +164,29 @@ def _silence(place: str, call: str) -> str:
     with _channel(place) as channel:
         ask = channel.unary_unary(call)
         try:
-            ask(b"", timeout=ANSWER_SECONDS, wait_for_ready=True)
+            ask(b"", timeout=ANSWER_SECONDS, wait_for_ready=True, metadata=_token())
         except grpc.RpcError as error:
             code = error.code()
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                return FOREIGN
             if code == grpc.StatusCode.UNIMPLEMENTED:
                 return "what answered is no Ray of that kind"
             if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
                 return f"none answered within {ANSWER_SECONDS:g} s"
-    return ""  # it may want a token, which Ray has
+    return ""
+
+
+def _token() -> list[tuple[str, str]]:
+    """The token that Ray would show, from where it takes it."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return []
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not token:
+        default = Path.home() / ".ray" / "auth_token"
+        with suppress(OSError, UnicodeDecodeError):
+            file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", default))
+            token = file.read_text(encoding="utf-8")
+    return [("authorization", f"Bearer {token.strip()}")] if token else []
 
 
 def _channel(place: str) -> grpc.Channel:

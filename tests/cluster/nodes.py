@@ -71,23 +71,26 @@ class Nodes:
 
     def remove(self, name: str) -> None:
         """All of its processes are killed."""
-        left = self.raylet(name).children(recursive=True)
+        left: list[psutil.Process] = []
+        with suppress(psutil.Error):  # what stands still does not notice
+            left = self.raylet(name).children(recursive=True)
         self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
-        for process in left:  # those that stand still do not notice
+        for process in left:
             with suppress(psutil.Error):
                 process.kill()
 
     def kill_raylet(self, name: str) -> None:
+        """It alone; what it has started finds out."""
         self.raylet(name).kill()
-        self.remove(name)  # for Ray's record of it here; nothing of it lives on
+        del self.nodes[name]
 
 
 @contextmanager
-def running_nodes(*names: str) -> Iterator[Nodes]:
-    """A cluster of a head, and a node for each name."""
+def running_nodes(*names: str, **more: Any) -> Iterator[Nodes]:
+    """A cluster of a head, and a node for each name. more: arguments of the head."""
     before = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", NICE)}
     os.environ[NICE] = "0"  # Ray's workers are nice, and wait for all else that runs here
-    head = {"num_cpus": 0, "include_dashboard": False}
+    head = {"num_cpus": 0, "include_dashboard": False, **more}
     nodes = Nodes(Cluster(initialize_head=True, head_node_args=head))
     try:
         for name in names:

@@ -58,7 +58,7 @@ class Nodes:
         (info,) = self.nodes[name].all_processes["raylet"]
         return psutil.Process(info.process.pid)
 
-    def workers(self, name: str, kind: str) -> list[psutil.Process]:
+    def workers(self, name: str, kind: str | tuple[str, ...]) -> list[psutil.Process]:
         """The processes on a node whose names begin so."""
         found = []
         for child in self.raylet(name).children(recursive=True):
@@ -105,11 +105,11 @@ def running_nodes(*names: str, **more: Any) -> Iterator[Nodes]:
 
 
 # stage → what is there as soon as it has done a part of its work, and who works
-FIRST = {
+FIRST: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "generate": ("data/.work/teacher_kv-*/output/shard-*.safetensors", "ray::_Worker"),
     "evict": ("data/.work/kv_targets-*/output/shard-*.safetensors", "ray::_Worker"),
     "evaluate": ("data/.kept/*/answers-*.json", "ray::_Worker"),
-    "distill": ("data/.work/kava-*/checkpoints/checkpoint-*/trainer_state.json", "ray::RayTrain"),
+    "distill": ("data/.work/kava-*/checkpoints/checkpoint-*/trainer_state.json", ("ray::RayTrain", "ray::execute")),
 }
 
 

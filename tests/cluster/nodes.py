@@ -109,7 +109,10 @@ FIRST: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "generate": ("data/.work/teacher_kv-*/output/shard-*.safetensors", "ray::_Worker"),
     "evict": ("data/.work/kv_targets-*/output/shard-*.safetensors", "ray::_Worker"),
     "evaluate": ("data/.kept/*/answers-*.json", "ray::_Worker"),
-    "distill": ("data/.work/kava-*/checkpoints/checkpoint-*/trainer_state.json", ("ray::RayTrain", "ray::execute")),
+    "distill": (
+        "data/.work/kava-*/checkpoints/checkpoint-*/trainer_state.json",
+        ("ray::RayTrain", "ray::execute"),
+    ),
 }
 
 

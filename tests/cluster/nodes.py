@@ -69,15 +69,17 @@ class Nodes:
                 continue
         return found
 
-    def remove(self, name: str) -> None:
-        """All of its processes are killed."""
+    def remove(self, name: str, *, graceful: bool = False) -> None:
+        """All of its processes are killed; graceful: it says goodbye, and Ray knows at once."""
         left: list[psutil.Process] = []
         with suppress(psutil.Error):  # what stands still does not notice
             left = self.raylet(name).children(recursive=True)
-        self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
+        self.cluster.remove_node(self.nodes.pop(name), allow_graceful=graceful)
         for process in left:
             with suppress(psutil.Error):
                 process.kill()
+        if graceful:
+            self.cluster.wait_for_nodes()
 
     def kill_raylet(self, name: str) -> None:
         """It alone; what it has started finds out."""
@@ -145,11 +147,11 @@ def settle(stage: Stage, **resources: Any) -> Stage:
     for pipeline in document["pipelines"].values():
         pipeline["resources"] = resources
         pipeline["generate"] = {"shard_size": 1, "batch_size": 1}
-        pipeline["cadence"] = {"log_every": 1, "save_every": 2, "gradient_share_every": 2}
+        pipeline["cadence"] = {"log_every": 1, "save_every": 1, "gradient_share_every": 2}
         if "evaluate" in pipeline:
             pipeline["evaluate"] = {**pipeline["evaluate"], "batch_size": 1}
         pipeline["students"]["kava"]["processes"] = 2 if stage.name == "distill" else 1
-        pipeline["students"]["kava"]["training"]["steps"] = 40
+        pipeline["students"]["kava"]["training"]["steps"] = 8
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
     return stage
 

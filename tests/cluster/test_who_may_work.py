@@ -48,7 +48,7 @@ def nodes(cluster: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("RAY_ADDRESS", cluster.cluster.address)
     yield cluster
     for name in list(cluster.nodes):
-        cluster.remove(name)
+        cluster.remove(name, graceful=True)
 
 
 def seen(folder: Path, shards: int = 1, **resources: Any) -> list[list[str]]:

@@ -81,6 +81,6 @@ def test_a_dead_piece_of_a_cluster_costs_nothing_but_time(
         assert LOST.get(name, "was lost in shard") in stage.said, stage.said
     assert list(stage.work.iterdir()) == []
     if "late" in nodes.nodes:
-        nodes.remove("late")
+        nodes.remove("late", graceful=True)
     tell(f"Ray: a {victim} of a three-node cluster killed", f"SIGKILL in the middle of {name}",
          "same bytes, no step lost" if victim != "driver" else "run again: same bytes")  # fmt: skip

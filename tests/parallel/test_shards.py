@@ -32,6 +32,7 @@ class Squares:
     mend: int | None = None  # a shard with an error that a person can mend
     bug: int | None = None  # a shard with any other error
     die: int | None = None  # a shard in whose middle the process is killed, once
+    deadly: int | None = None  # a shard in whose middle every process is killed
     together: int = 1  # shards wait until so many processes are at work
 
     def open(self) -> Callable[[int], dict[str, Any]]:
@@ -48,6 +49,8 @@ class Squares:
             mark = self.folder / "died"
             if shard == self.die and not mark.exists():
                 mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if shard == self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             (self.folder / f"{shard}.txt").write_text(str(shard * shard))
             return {"square": shard * shard, "threads": torch.get_num_threads()}
@@ -131,6 +134,12 @@ class TestOnRay:
     def test_another_error_says_where_to_look(self, tmp_path: Path) -> None:
         with pytest.raises(KavaError, match=r"(?s)a fault of the program.*resources\.workers: 0"):
             run(Squares(tmp_path, bug=3), 1)
+
+    @pytest.mark.slow
+    def test_a_shard_that_every_worker_dies_in_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(KavaError, match=r"4 workers died in shard 3 .*resources\.workers: 0"):
+            run(Squares(tmp_path, deadly=3), 1)
+        assert len(Squares(tmp_path).opened) == 4
 
     @pytest.mark.slow
     def test_by_default_the_workers_share_the_cores(self, tmp_path: Path) -> None:

@@ -33,6 +33,17 @@ def wait_until(what: str, done: Callable[[], Any], stage: Stage | None = None) -
     return found
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """What `start` gives: Ray lets a node have half a minute, which a busy machine may not have."""
+    for tries_left in (2, 1, 0):
+        try:
+            return start()
+        except Exception as error:
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
+    raise AssertionError
+
+
 def join(address: str, mode: str) -> None:
     """For a process that is to drive the cluster at an address."""
     os.environ.update({"RAY_ADDRESS": address, AUTH: mode})
@@ -52,7 +63,7 @@ class Nodes:
         return partial(join, self.cluster.address, os.environ.get(AUTH, "disabled"))
 
     def add(self, name: str, **more: Any) -> None:
-        self.nodes[name] = self.cluster.add_node(**{"num_cpus": 1, **more})
+        self.nodes[name] = patiently(partial(self.cluster.add_node, **{"num_cpus": 1, **more}))
 
     def raylet(self, name: str) -> psutil.Process:
         (info,) = self.nodes[name].all_processes["raylet"]
@@ -93,7 +104,7 @@ def running_nodes(*names: str, **more: Any) -> Iterator[Nodes]:
     before = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", NICE)}
     os.environ[NICE] = "0"  # Ray's workers are nice, and wait for all else that runs here
     head = {"num_cpus": 0, "include_dashboard": False, **more}
-    nodes = Nodes(Cluster(initialize_head=True, head_node_args=head))
+    nodes = Nodes(patiently(partial(Cluster, initialize_head=True, head_node_args=head)))
     try:
         for name in names:
             nodes.add(name)

@@ -183,10 +183,11 @@ def _telling(said: Path) -> UserCallback:
                     raise cause
             self.failures += 1
             if self.failures <= RESTARTS:
+                reason = str(next(iter(worker_exceptions.values()))).strip().partition("\n")[0]
                 with said.open("a", encoding="utf-8") as file:
                     file.write(
-                        f"of the training processes {_ranks(worker_exceptions)} was lost: all go "
-                        f"on from the last checkpoint ({self.failures} of {RESTARTS})\n"
+                        f"training processes {_ranks(worker_exceptions)} were lost ({reason}): all "
+                        f"go on from the last checkpoint ({self.failures} of {RESTARTS})\n"
                     )
 
     return _Telling()

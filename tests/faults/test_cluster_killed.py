@@ -22,7 +22,7 @@ from tests.faults.conftest import Tell
 from tests.faults.stage import Stage
 
 MakeStage = Callable[[str], Stage]
-LOST = {"distill": "was lost: all go on from the last checkpoint"}
+LOST = {"distill": "all go on from the last checkpoint (1 of 3)"}
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.cluster.nodes import AUTH, running_nodes, settle
+from tests.cluster.nodes import AUTH, PATIENCE, running_nodes, settle
 from tests.faults.stage import Stage
 from tests.stages.project import SCRIPTS
 
@@ -29,13 +30,18 @@ def test_a_stage_runs_as_a_job_of_the_cluster(make_stage: Callable[[str], Stage]
         submit += ["--address", f"http://{nodes.cluster.head_node.webui_url}"]
         submit += ["--runtime-env-json", json.dumps({"env_vars": {"OMP_NUM_THREADS": "2"}})]
         command = f"cd {stage.home} && {SCRIPTS / 'kava'} --log-format json generate"
-        done = subprocess.run(
-            [*submit, "--", "sh", "-c", f"'{command}'"],
-            env={**os.environ, AUTH: os.environ.get(AUTH, "disabled")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            done = subprocess.run(
+                [*submit, "--", "sh", "-c", f"'{command}'"],
+                env={**os.environ, AUTH: os.environ.get(AUTH, "disabled")},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            starting = "No available agent" in done.stderr and time.monotonic() < deadline
+            if not starting:  # what takes jobs starts after the head
+                break
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "workers, examples: 0 on" in said, said
     assert "Traceback" not in said, said

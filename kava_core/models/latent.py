@@ -435,6 +435,36 @@ class LatentReasoner(PreTrainedModel):
             except Refused as error:
                 raise KavaError(str(error)) from None
 
+    @torch.no_grad()
+    def prompt_embeddings(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """What a server that takes embeddings as a prompt needs to write this student's answers.
+
+        input_ids, attention_mask [B, Q], as `generate` takes them. Returns a tensor for each row,
+        without its padding: the embeddings of question, <bot>, latents, <eot> and answer prompt,
+        [tokens, E] (question and prompt alone where there are no latents). The answer reads nothing
+        else: in a causal decoder the keys and values of a latent follow from it and from what is
+        before it, however it was worked out. KavaError where latents are further apart than one
+        position, since such a server counts on consecutive ones.
+        """
+        if self.config.latents and self.config.stride != 1:
+            raise KavaError(
+                "prompt embeddings stand at consecutive positions, and the latents of this student "
+                f"are {self.config.stride} apart. Ask it by `generate`, or train one whose stride "
+                "is 1."
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        ids, mask = left_padded(input_ids.to(self.device), mask.to(self.device))
+        thought = think(self.decoder, self, self.config, ids, mask)
+        question, prompt = self._embed(ids), self._embed(self._prompt(len(ids)))
+        parts = [question, prompt]
+        if thought.latents is not None:
+            bot = self.bot.expand(len(ids), 1, -1)
+            parts[1:1] = [bot, thought.latents, self._eot(len(ids))]
+        first = (ids.shape[1] - mask.sum(1)).tolist()
+        return [row[at:] for row, at in zip(torch.cat(parts, 1), first, strict=True)]
+
     @contextmanager
     def _writing_its_own_way(self) -> Iterator[None]:
         """Inside this context the decoder's generation configuration is the student's.
@@ -496,14 +526,14 @@ class LatentReasoner(PreTrainedModel):
         """Logits of the written chain, behind the question as `state` has read it.
 
         Of the question only its last token is read again, which foretells the chain's first; all of
-        it where layers are recomputed, which keep no cache.
+        it by a student without latents, whose layers may be recomputed and then keep no cache.
         """
         if chain_ids is None or chain_mask is None:
             if chain_ids is not chain_mask:
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
         width = question_ids.shape[1]
-        known = width - 1 if state.layers else 0
+        known = width - 1 if self.config.latents else 0
         output = self._feed(
             state.first(known),
             self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1)),

@@ -93,7 +93,7 @@ def student_step(
         calls.append(Call(rows, 0, logits=latents, gradient=True))
     if student.taught("w_cot"):
         chain = longest(lengths.trace + lengths.prompt + lengths.answer, batch)
-        kept = 0.0 if student.training.gradient_checkpointing else question - 1
+        kept = question - 1 if latents else 0.0
         calls.append(Call(rows, question + chain - 1 - kept, kept, logits=chain, gradient=True))
     return calls
 

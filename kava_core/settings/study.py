@@ -12,8 +12,9 @@ from kava_core.errors import KavaError
 from kava_core.settings.base import NAME, Name, NotNegative, Section
 from kava_core.settings.pipeline import explain, read_document
 
-# The sections of a pipeline that decide what a study finds.
+# The sections of a pipeline that decide what a study finds, and two settings of another.
 DECISIVE = ("prepare", "teacher", "traces", "generate", "evict", "students")
+ASKING = ("evaluate.limit", "evaluate.max_new_tokens")
 
 
 class Study(Section):
@@ -58,10 +59,10 @@ class Study(Section):
             raise ValueError(f"{both[0]} stands in both settings and grid. Leave one out")
         for key in (*self.settings, *self.grid):
             section, _, rest = key.partition(".")
-            if section not in DECISIVE or not rest:
+            if key not in ASKING and (section not in DECISIVE or not rest):
                 raise ValueError(
-                    f"{key} should be a dotted key below {', '.join(DECISIVE)}: the other sections "
-                    "change nothing that a study finds"
+                    f"{key} should be a dotted key below {', '.join(DECISIVE)}, or one of "
+                    f"{', '.join(ASKING)}: the others change nothing that a study finds"
                 )
             if section == "students" and key.endswith(".training.seed"):
                 raise ValueError(f"{key}: the seeds are those of `seeds`. Leave it out")

@@ -248,7 +248,7 @@ def _cells(
     else:
         both = [plain["generate"], plain["evict"], VERSIONS["evict"]]
         targets = piece(("generate",), both, taught, "kv_targets")
-    shared = ("prepare.", "teacher.")
+    shared = ("prepare.", "teacher.", "evaluate.")
     for system in (TEACHER_COT, TEACHER_NO_COT):
         yield from cells(system, teacher, *shared)
     for student in students:

@@ -328,20 +328,47 @@ def test_the_dict_has_what_was_asked_for(generate: Callable[..., Any]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reasoning", ["jacobi", "sequential"])
-def test_prompt_embeddings_are_all_that_the_answer_reads(reasoning: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reasoning": "sequential"},
+        {"iterations": 0},
+        {"projection": False, "per_position": False},
+        {"latents": 0},
+    ],
+    ids=["jacobi", "sequential", "no iterations", "bare", "no latents"],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_a_stock_decoder_answers_from_prompt_embeddings(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """What a server gets that takes embeddings as prompts, and knows nothing of latents."""
-    student = tiny_student("qwen2", reasoning=reasoning)
-    embed = student.get_input_embeddings()
-    for question in QUESTIONS:
-        ids = torch.tensor([question])
-        found = student.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
-        prompt = embed(torch.tensor(student.config.answer_prompt_ids))
-        parts = (embed(ids[0]), student.bot[None], found.latents[0], student.eot[None], prompt)
-        written = student.decoder.generate(
-            inputs_embeds=torch.cat(parts)[None], max_new_tokens=6, eos_token_id=EOS
-        )
-        assert torch.equal(written, found.tokens)
+    student = tiny_student(name, **settings)
+    head = student.get_output_embeddings()
+    torch.manual_seed(0)  # one tied to the embeddings writes the same token again and again
+    head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
+    student.decoder.config.tie_word_embeddings = False
+    student.decoder.save_pretrained(tmp_path / "decoder")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder")
+    for side in ("left", "right"):
+        question = pad(QUESTIONS, side)
+        tokens = student.generate(*question, max_new_tokens=6, return_dict_in_generate=True).tokens
+        for row, embeds in enumerate(student.prompt_embeddings(*question)):
+            assert len(embeds) == len(QUESTIONS[row]) + len(student.config.answer_prompt_ids) + (
+                student.config.latents + 2 if student.config.latents else 0
+            )
+            written = stock.generate(
+                inputs_embeds=embeds[None], max_new_tokens=6, eos_token_id=EOS, pad_token_id=EOS
+            )[0].tolist()
+            assert tokens[row].tolist()[: len(written)] == written
+    assert len({tuple(row) for row in tokens.tolist()}) > 1
+
+
+def test_latents_that_stand_apart_have_no_prompt_embeddings() -> None:
+    student = tiny_student("llama", stride=3)
+    with pytest.raises(KavaError, match="latents of this student are 3 apart"):
+        student.prompt_embeddings(*BATCH)
 
 
 @pytest.mark.parametrize(
@@ -393,3 +420,24 @@ def test_the_teachers_way_of_writing_is_not_the_students(tmp_path: Path) -> None
     student.save_pretrained(tmp_path)
     assert student.decoder.generation_config is own
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.do_sample is False
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_thinks_the_same_thoughts_and_is_compiled_for_all_lengths() -> None:
+    graphs: list[None] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(None)
+        return graph.forward
+
+    student = tiny_student("llama", eos_token_id=-1).requires_grad_(False)
+    longer = pad([[*QUESTIONS[0], 21, 22, 23], QUESTIONS[1]], "left")
+    asked = ((BATCH, 6), (BATCH, 6), (longer, 9))
+    expected = [student.generate(*question, max_new_tokens=n) for question, n in asked]
+    for part in (student.decoder.base_model, student.decoder):
+        part.forward = torch.compile(part.forward, dynamic=True, backend=backend)
+    compiled = []
+    for (question, n), tokens in zip(asked, expected, strict=True):
+        assert torch.equal(student.generate(*question, max_new_tokens=n), tokens)
+        compiled.append(len(graphs))
+    assert compiled[0] == compiled[-1] > 0

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kava_core.errors import KavaError
-from kava_core.settings import load_pipeline, load_study
+from kava_core.settings import load_pipeline, load_study, read_document
 from kava_core.studies.plan import StudyPlan, plan_study
 from tests.settings.test_pipeline import SMALL
 
@@ -145,6 +145,18 @@ def test_further_test_sets_are_asked_of_the_same_systems(tmp_path: Path) -> None
         (("", "kava"), ("", "no-cot")),
         (("test_set=longer", "kava"), ("test_set=longer", "no-cot")),
     )
+
+
+def test_how_much_may_be_written_is_a_setting_of_a_study(tmp_path: Path) -> None:
+    long = plan(tmp_path, {"settings": {"evaluate.max_new_tokens": 99, "evaluate.limit": 3}})
+    assert {(c.evaluate.max_new_tokens, c.evaluate.limit) for c in long.cells} == {(99, 3)}
+    assert not {c.key for c in long.cells} & {c.key for c in plan(tmp_path, {}).cells}
+
+
+def test_every_study_of_the_project_can_be_planned() -> None:
+    path = Path(__file__).parents[2] / "pipelines.yaml"
+    for name in read_document(path)["studies"]:
+        assert plan_study(path, name, load_study(path, name)).cells, name
 
 
 def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:

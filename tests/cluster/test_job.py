@@ -33,7 +33,7 @@ def test_a_stage_runs_as_a_job_of_the_cluster(make_stage: Callable[[str], Stage]
         deadline = time.monotonic() + PATIENCE
         while True:
             done = subprocess.run(
-                [*submit, "--", "sh", "-c", f"'{command}'"],
+                [*submit, "--", "sh", "-c", command],
                 env={**os.environ, AUTH: os.environ.get(AUTH, "disabled")},
                 capture_output=True,
                 text=True,

@@ -46,6 +46,9 @@ class Resources(Section):
     null: a whole one, where there are GPUs. Without a share workers get none, and beside a visible
     GPU 0 is an error.
     A process of a training always has a whole one.
+    wait_for_room: seconds that a stage waits on a cluster of RAY_ADDRESS that has no room for any
+    worker, or not for all processes of a training. Elsewhere no room comes, and none is an error.
+    ray_metrics: whether the workers' examples and rates are metrics of Ray, too.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
     and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
     """
@@ -55,6 +58,8 @@ class Resources(Section):
     device: Device = "auto"
     gpus_per_worker: Annotated[Real, Field(ge=0, le=1)] | None = None
     loader_workers: NotNegative = 0
+    wait_for_room: PositiveReal = 600
+    ray_metrics: StrictBool = False
     push_caches: StrictBool = True
 
     @model_validator(mode="after")
@@ -65,6 +70,8 @@ class Resources(Section):
         ):
             if nothing and self.gpus_per_worker:
                 raise ValueError(f"gpus_per_worker: means nothing at `{where}`. Leave it out")
+        if self.workers == 0 and self.ray_metrics:
+            raise ValueError("ray_metrics: means nothing at `workers: 0`. Leave it out")
         return self
 
 

@@ -76,10 +76,9 @@ def build_store(
         for _, counts in run_shards(
             job,
             sorted(set(range(shards)) - done),
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            device=resources.device,
+            resources,
+            folder=job.folder,
+            examples=lambda _, counts: counts.examples,
         ):
             examples, tokens = examples + counts.examples, tokens + counts.tokens
             rate = _rate(examples, tokens, time.perf_counter() - began)

@@ -220,9 +220,10 @@ def _disk(
     ]
     if settings.teacher.training is not None:
         runs.append(checkpoint_bytes(shapes.teacher, settings.teacher.training, "teacher.training"))
+    resources = settings.resources
     return {
-        **({"teacher_kv": caches.bytes} if caches else {}),
-        "kv_targets": targets.bytes,
+        **({"teacher_kv": caches.bytes} if caches and resources.caches_to is None else {}),
+        **({"kv_targets": targets.bytes} if resources.targets_to is None else {}),
         "teacher": model_bytes(shapes.teacher, settings.teacher.training, "teacher.training"),
         "students": sum(
             model_bytes(shapes.students[name], student.training, f"students.{name}.training")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StrictBool, ValidationError, model_validator
 
 from kava_core.errors import KavaError
 from kava_core.settings.base import (
@@ -19,6 +19,7 @@ from kava_core.settings.base import (
     PositiveReal,
     Real,
     Section,
+    bucket_folder,
 )
 from kava_core.settings.choice import CHOICE
 from kava_core.settings.document import read_yaml, shorten, shown
@@ -36,6 +37,9 @@ MAKING = ("teacher", "generate", "evict", "traces", "fidelity")
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
 
+Bucket = Annotated[str, AfterValidator(bucket_folder)]
+
+
 class Resources(Section):
     """What is used to compute, never what is computed: not tracked by DVC.
 
@@ -48,6 +52,9 @@ class Resources(Section):
     A process of a training always has a whole one.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
     and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
+    caches_to, targets_to: a folder on object storage, s3:// or gs://, where the stores teacher_kv
+    and kv_targets are put while they are made, each under a name of its own; what lies in
+    data/NAME/ then stands for them (docs/object-storage.md).
     """
 
     workers: NotNegative | None = None
@@ -56,6 +63,8 @@ class Resources(Section):
     gpus_per_worker: Annotated[Real, Field(ge=0, le=1)] | None = None
     loader_workers: NotNegative = 0
     push_caches: StrictBool = True
+    caches_to: Bucket | None = None
+    targets_to: Bucket | None = None
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
@@ -65,6 +74,11 @@ class Resources(Section):
         ):
             if nothing and self.gpus_per_worker:
                 raise ValueError(f"gpus_per_worker: means nothing at `{where}`. Leave it out")
+        if self.caches_to is not None and self.changed("push_caches"):
+            raise ValueError(
+                "push_caches: means nothing beside `caches_to`, where DVC has only the address of "
+                "the caches. Leave it out"
+            )
         return self
 
 
@@ -105,10 +119,11 @@ class Pipeline(Section):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        if self.generate.keep == "targets" and self.resources.changed("push_caches"):
+        changed = self.resources.changed("push_caches", "caches_to")
+        if self.generate.keep == "targets" and changed:
             raise ValueError(
-                "resources.push_caches: means nothing at `generate.keep: targets`, where no caches "
-                "are kept. Leave it out"
+                f"resources.{changed[0]}: means nothing at `generate.keep: targets`, where no "
+                "caches are kept. Leave it out"
             )
         taken = self.evaluate.others.keys() & {*self.students, "teacher-cot", "teacher-no-cot"}
         if taken:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kava_core.artefacts import work_folder
+from kava_core.artefacts import ensure_folder, work_folder
 from kava_core.errors import KavaError
 from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.loading import (
@@ -36,8 +36,7 @@ from kava_core.store import (
     Geometry,
     Manifest,
     StoreSpec,
-    finalise,
-    finished_shards,
+    Work,
     merged_manifest,
     noted_shards,
     write_targets_shard,
@@ -153,13 +152,13 @@ def build_teacher_kv(
     """
     made = _Caches.of(problems, teacher, settings)
     key = {"settings": _content(settings), "inputs": made.fingerprints}
-    work = work_folder(output, "generate", key)
-    folder, quarantine = work / "output", Quarantine(work / "quarantine")
-    folder.mkdir(exist_ok=True)
+    folder = work_folder(output, "generate", key)
+    work, quarantine = Work.of(folder, resources.caches_to), Quarantine(folder / "quarantine")
+    if (found := work.found()) is not None:
+        return Build(work.result, made.all_there(found), url=work.where)
 
     def finish() -> Manifest:
-        manifest = finalise(
-            folder,
+        manifest = work.finalise(
             made.spec,
             shards=made.shards,
             settings={**made.settings, **quarantine.settings(made.shards)},
@@ -168,9 +167,10 @@ def build_teacher_kv(
         return made.all_there(manifest)
 
     return build_store(
-        GenerateJob(made.reading, folder, made.spec, quarantine),
+        GenerateJob(made.reading, work.folder, made.spec, quarantine),
         made.shards,
-        done=made.settled(quarantine, finished_shards(folder)),
+        work,
+        done=made.settled(quarantine, work.finished()),
         finish=finish,
         resources=resources,
     )
@@ -198,11 +198,11 @@ def build_targets_alone(
         "inputs": made.fingerprints,
         "evict": VERSIONS["evict"],
     }
-    work = work_folder(output, "generate", key)
-    notes, folder = work / "notes", work / "output"
-    quarantine = Quarantine(work / "quarantine")
-    for each in (notes, folder):
-        each.mkdir(exist_ok=True)
+    folder = work_folder(output, "generate", key)
+    work, quarantine = Work.of(folder, resources.targets_to), Quarantine(folder / "quarantine")
+    if (found := work.found()) is not None:
+        return Build(work.result, made.all_there(found), url=work.where)
+    notes = ensure_folder(folder / "notes")
 
     def caches() -> Iterator[CacheBatch]:
         with torch_threads(settings.threads):
@@ -222,8 +222,7 @@ def build_targets_alone(
             settings=shaped,
             fingerprints=made.fingerprints,
         )
-        manifest = finalise(
-            folder,
+        manifest = work.finalise(
             spec,
             shards=made.shards,
             settings={**shaped, "evict": plain},
@@ -232,9 +231,10 @@ def build_targets_alone(
         return made.all_there(manifest)
 
     return build_store(
-        CutJob(made.reading, notes, made.spec, folder, plan, spec, quarantine),
+        CutJob(made.reading, notes, made.spec, work.folder, plan, spec, quarantine),
         made.shards,
-        done=made.settled(quarantine, finished_shards(folder) & noted_shards(notes)),
+        work,
+        done=made.settled(quarantine, work.finished() & noted_shards(notes)),
         finish=finish,
         resources=resources,
     )
@@ -260,8 +260,14 @@ class _Caches:
         return quarantine.settled(done, allowed=allowed)
 
     def all_there(self, manifest: Manifest) -> Manifest:
-        """The manifest; KavaError unless every problem is in the store or named by it."""
+        """The manifest; KavaError unless every problem is in the store or named by it, and may
+        be missing."""
         left_out = len(quarantined(manifest))
+        if left_out and self.reading.settings.on_error == "fail":
+            raise KavaError(
+                f"the store that is there already leaves {left_out} problems out, and "
+                "generate.on_error is `fail`. Set it to `quarantine`, or delete that store."
+            )
         if manifest.records + left_out != self.problems:
             raise KavaError(
                 f"{self.problems} problems went in, and {manifest.records} are stored and "

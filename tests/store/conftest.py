@@ -41,4 +41,5 @@ def s3(service: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
         files.rm("bucket", recursive=True)
     files.mkdir("bucket")
     service.asked.clear()
+    service.unchecked.clear()
     return service

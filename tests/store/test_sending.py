@@ -69,9 +69,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_evict_makes_the_same_store_in_a_bucket(caches: Path, tmp_path: Path) -> None:
+def test_evict_makes_the_same_store_in_a_bucket(caches: Path, s3: S3, tmp_path: Path) -> None:
     near, far = evicted(caches, tmp_path / "near", HERE), evicted(caches, tmp_path / "far")
     assert content(far.url) == files(near.folder)
+    assert s3.unchecked == []
     assert str(far.url).startswith(f"{TO}/kv_targets-")
     assert [path.name for path in far.folder.iterdir()] == ["remote.json"]
     output = tmp_path / "far/data/one/kv_targets"

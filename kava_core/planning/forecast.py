@@ -307,7 +307,7 @@ class _Stages:
     def _generate(self) -> StageCost:
         settings, a = self.settings, self.shapes.teacher
         generate, evict = settings.generate, settings.evict
-        size = min(generate.batch_size, generate.shard_size)
+        size = min(generate.rows, generate.shard_size)
         read = read_batch(self.lengths, size)
         passes = batches(self.lengths.problems, size)
         workers = self._workers()

@@ -4,7 +4,7 @@ nobody keeps them, kv_targets at once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +46,7 @@ from kava_core.store.codec import encode
 from kava_core.store.summary import quarantined
 from kava_core.targets.build import Build, ShardCounts, build_store
 from kava_core.targets.evict import targets_spec
+from kava_core.targets.fitting import fitting_batch, longest
 from kava_core.targets.plan import Plan
 from kava_core.targets.quarantine import Quarantine, not_finite
 from kava_core.targets.reading import (
@@ -156,6 +157,7 @@ def build_teacher_kv(
     work, quarantine = Work.of(folder, resources.caches_to), Quarantine(folder / "quarantine")
     if (found := work.found()) is not None:
         return Build(work.result, made.all_there(found), url=work.where)
+    made = made.fitted(folder, resources)
 
     def finish() -> Manifest:
         manifest = work.finalise(
@@ -202,6 +204,7 @@ def build_targets_alone(
     work, quarantine = Work.of(folder, resources.targets_to), Quarantine(folder / "quarantine")
     if (found := work.found()) is not None:
         return Build(work.result, made.all_there(found), url=work.where)
+    made = made.fitted(folder, resources)
     notes = ensure_folder(folder / "notes")
 
     def caches() -> Iterator[CacheBatch]:
@@ -249,6 +252,25 @@ class _Caches:
     problems: int
     settings: dict[str, Any]
     fingerprints: dict[str, str]
+
+    def fitted(self, work: Path, resources: Resources) -> Self:
+        """The same with a number for `batch_size: auto`; `work`: where it is noted."""
+        reading = self.reading
+        if reading.settings.batch_size != "auto":
+            return self
+
+        def places() -> list[int]:
+            source = open_problems(reading.problems)
+            encoder = trace_encoder(source, reading.teacher, reading.settings)
+            return longest(encoder.encode_parts(source.open("train")), reading.settings.shard_size)
+
+        found = fitting_batch(reading, places, work, resources)
+        settings = reading.settings.model_copy(update={"batch_size": found})
+        return replace(
+            self,
+            reading=replace(reading, settings=settings),
+            settings={**self.settings, "generate": _content(settings)},
+        )
 
     @property
     def shards(self) -> int:

@@ -37,6 +37,13 @@ MAKING = ("teacher", "generate", "evict", "traces", "fidelity")
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
 
+def gpu_share(value: float) -> float:
+    """Of a GPU, or so many of them."""
+    if value < 0 or (value > 1 and value != int(value)):
+        raise ValueError("should be a share from 0 to 1, or a whole number of GPUs")
+    return value
+
+
 Bucket = Annotated[str, AfterValidator(bucket_folder)]
 
 
@@ -47,7 +54,8 @@ class Resources(Section):
     the cores there are.
     device: `auto` computes on GPUs where there are any; `cpu` shows a command and its workers none.
     gpus_per_worker: the share of a GPU that each worker gets, but those of evict, which need none;
-    null: a whole one, where there are GPUs. Without a share workers get none, and beside a visible
+    null: a whole one, where there are GPUs; 2 and more: so many, over which a teacher that does not
+    fit one is spread. Without a share workers get none, and beside a visible
     GPU 0 is an error.
     A process of a training always has a whole one.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
@@ -60,7 +68,7 @@ class Resources(Section):
     workers: NotNegative | None = None
     cpus_per_worker: PositiveReal = 1
     device: Device = "auto"
-    gpus_per_worker: Annotated[Real, Field(ge=0, le=1)] | None = None
+    gpus_per_worker: Annotated[Real, AfterValidator(gpu_share)] | None = None
     loader_workers: NotNegative = 0
     push_caches: StrictBool = True
     caches_to: Bucket | None = None

@@ -15,7 +15,8 @@ from typing import Self
 import torch
 
 from kava_core.eviction import CacheBatch, Targets
-from kava_core.models.loading import DTYPES, load_model, to_device
+from kava_core.models.loading import DTYPES, load_model
+from kava_core.models.placing import place_frozen
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
 from kava_core.settings import Generate
@@ -46,7 +47,7 @@ class OnlineTargets:
         KavaError if the store does not say in words of this version how it was made.
         """
         generate, plan = stored_settings(store, Generate), Plan.of_store(store)
-        model = to_device(load_model(str(teacher), DTYPES[generate.model_dtype]))
+        model = place_frozen(load_model(str(teacher), DTYPES[generate.model_dtype]))
         return cls(TeacherPass(model), store_codec(generate), plan.cut, Rounding.of(store))
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.loading import DTYPES, load_model, load_tokenizer, to_device
+from kava_core.models.loading import DTYPES, load_model, load_tokenizer
+from kava_core.models.placing import place_frozen
 from kava_core.models.teacher_pass import (
     TeacherCache,
     TeacherPass,
@@ -71,7 +72,7 @@ class Reading:
 
     def _load(self) -> TeacherPass:
         dtype = DTYPES[self.settings.model_dtype]
-        return TeacherPass(to_device(load_model(str(self.teacher), dtype)))
+        return TeacherPass(place_frozen(load_model(str(self.teacher), dtype)))
 
     def sift(self, read: Read, unfit: dict[int, str]) -> Read:
         """The same without records that cannot be kept (row → why); KavaError where the settings

@@ -3,18 +3,20 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Students trained at once, each in one thread.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: smoke quickstart repro test test-slow test-browser test-pretrained faults licences lint format
 .PHONY: environment clean
 
 smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
-	dvc repro pipelines/smoke/dvc.yaml
+	kava repro --jobs $(JOBS) --pipeline smoke
 	kava show --pipeline smoke
 
 quickstart: environment repro  ## environment, then the whole pipeline, then its table
 
-repro:  ## the active pipeline of pipelines.yaml; does what is out of date
-	dvc repro
+repro:  ## `dvc repro` of the active pipeline, with students side by side
+	kava repro --jobs $(JOBS)
 	@kava show
 
 environment: $(VENV)/.installed

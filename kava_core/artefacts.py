@@ -50,6 +50,12 @@ def folder_fingerprint(folder: Path, names: list[str]) -> str:
     return fingerprint({name: file_digest(folder / name) for name in sorted(names)})
 
 
+def tree_fingerprint(folder: Path) -> str:
+    """One hash over every file below `folder` (name and content of each)."""
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    return folder_fingerprint(folder, files)
+
+
 def read_regular(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """The bytes of `path`, if it is a regular file of at most `largest` bytes; KavaError if not.
 

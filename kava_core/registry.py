@@ -40,10 +40,10 @@ class Registry(Generic[K]):
     base: type[K]
     own: Mapping[str, type[K]]
 
-    def names(self, base: type) -> list[str]:
-        """Every name that may be one of a `base`, ours first; nothing is imported for it."""
+    def names(self) -> list[str]:
+        """Every name, ours first; nothing is imported for it."""
         others = sorted({point.name for point in _points(self.group)} - set(self.own))
-        return [*(name for name, kind in self.own.items() if issubclass(kind, base)), *others]
+        return [*self.own, *others]
 
     def find(self, name: str) -> type[K]:
         """The kind called `name`; KeyError if nobody offers it.

@@ -16,7 +16,7 @@ VERSIONS = {
     "generate": 1,
     "evict": 2,
     "fidelity": 1,
-    "distill": 2,
-    "evaluate": 3,
+    "distill": 3,
+    "evaluate": 4,
     "report": 2,
 }

@@ -36,6 +36,7 @@ COMMANDS = {
     "distill": (".distill", "distill", "Student: train one from the targets."),
     "evaluate": (".evaluate", "evaluate", "Metrics: accuracy and cost of every system."),
     "report": (".report", "report", "Report: one HTML page and a table."),
+    "repro": (".repro", "repro", "Repro: what `dvc repro` does, with students side by side."),
     "show": (".show", "show", "Show the results of a pipeline."),
     "ask": (".ask", "ask", "Put a question to a trained student."),
     "serve": (".serve", "serve", "Serve a student to clients of OpenAI's API."),

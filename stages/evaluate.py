@@ -16,11 +16,11 @@ def evaluate(run: AnyRun) -> None:
 
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
     answer at once (teacher-no-cot), every student of the pipeline, and those of
-    `evaluate.others`. Writes evaluation/: metrics
-    and comparisons per test set and system, predictions.parquet with all that was generated, what
-    `dvc metrics` and `dvc plots` show, lm_eval.json, the accuracy by another harness' rules,
-    similarity.json, the cosine similarity of each student's latents to its targets, and
-    interpretability.json, what the latents hold. Seconds and memory go to
+    `evaluate.others`. Writes evaluation/: metrics and comparisons per test set and system,
+    predictions.parquet with all that was generated, what `dvc metrics` and `dvc plots` show,
+    lm_eval.json, the accuracy by another harness' rules, similarity.json, the cosine similarity of
+    each student's latents to its targets, interpretability.json, what the latents hold, and
+    weights.json, the fingerprints of what was asked. Seconds and memory go to
     measured/evaluation.json. Killed and run again, it goes on where it was; a system that is as it
     was when it was last asked is not asked again.
     """
@@ -30,7 +30,7 @@ def evaluate(run: AnyRun) -> None:
     from kava_core.evaluation.results import costs_of, write_results
     from kava_core.evaluation.systems import Systems
     from kava_core.findings.base import write_finding
-    from kava_core.findings.evaluation import MEASURED
+    from kava_core.findings.evaluation import MEASURED, WEIGHTS
     from kava_core.hardware import hardware
     from kava_core.leftovers import keep_only
     from kava_core.parallel.devices import check_own_gpu
@@ -63,6 +63,7 @@ def evaluate(run: AnyRun) -> None:
     scores = write_results(
         built, list(material.test_sets.values()), found, [*students, *settings.others]
     )
+    write_finding(built / WEIGHTS, plan.weights)
     write_finding(run.path("measured", MEASURED), costs_of(found.examinations, hardware()))
     publish((built, output))
     keep_only(output, "evaluate", plan.folders)

@@ -54,7 +54,10 @@ def prepare(run: AnyRun) -> None:
         allow_leakage=settings.allow_leakage,
         test_sets={
             name: FurtherSet(
-                more.source, Location(more.path, more.hub_config, more.revision), more.split
+                more.source,
+                None if more.path is None else Location(more.path, more.hub_config, more.revision),
+                more.split,
+                more.size,
             )
             for name, more in settings.test_sets.items()
         },

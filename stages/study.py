@@ -6,12 +6,11 @@ import fcntl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,11 +19,10 @@ from kava_core.errors import KavaError
 from kava_core.findings.study import ASKED, Asking
 
 from .run import data_option, pipelines_option
+from .together import together
 
 if TYPE_CHECKING:
     from kava_core.studies.plan import Piece, StudyCell, StudyPlan
-
-T = TypeVar("T")
 
 
 @click.command()
@@ -44,13 +42,14 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
 
     Trains every student with every seed at every point of the grid and asks it the problems of the
     study's split. Writes DATA/studies/NAME/: results.csv, answers.parquet, summary.json and
-    index.html; when test problems were asked is in asked.jsonl. Killed and run again, or with more
-    seeds or values, it does what is missing.
+    index.html, and with `interventions` their interventions.csv; when test problems were asked is
+    in asked.jsonl. Killed and run again, or with more seeds or values, it does what is missing.
     """
     from rich.console import Console
 
     from kava_core.artefacts import atomic_path
     from kava_core.findings.base import read_finding
+    from kava_core.findings.latents import InterventionScores
     from kava_core.findings.study import CellAnswers
     from kava_core.reporting.study import as_page, as_table
     from kava_core.settings import load_study
@@ -66,8 +65,13 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
             cell: read_finding(CellAnswers, _answers(folder, cell), f"study {name}")
             for cell in plan.cells
         }
-        summary = summarise(plan, found)
-        write_study(folder, plan, found, summary)
+        changes = {
+            cell: read_finding(InterventionScores, _changes(folder, cell), f"study {name}")
+            for cell in plan.cells
+            if cell.changed
+        }
+        summary = summarise(plan, found, changes)
+        write_study(folder, plan, found, changes, summary)
         with atomic_path(folder / "index.html") as temporary:
             temporary.write_text(as_page(summary), encoding="utf-8")
     if as_json:
@@ -104,13 +108,13 @@ class Bench:
     def run(self, jobs: int) -> None:
         """Do what is missing; KavaError if a stage fails, with what it said last."""
         cells = self.plan.cells
-        missing = tuple(cell for cell in cells if not _answers(self.folder, cell).is_file())
+        missing = tuple(cell for cell in cells if not _done(self.folder, cell))
         say(f"study {self.plan.name}: {len(cells)} cells, {len(missing)} to do")
         self._say_asked_before()
         stages = self.plan.pieces(missing)
         students = stages.pop("distill", ())
         for pieces in stages.values():
-            _together(jobs, self._make, pieces)
+            together(jobs, self._make, pieces)
         for cell in missing:
             if cell.piece not in students:
                 self._ask(cell)
@@ -121,7 +125,7 @@ class Bench:
                 if cell.piece == piece:
                     self._ask(cell)
 
-        _together(jobs, make_and_ask, students)
+        together(jobs, make_and_ask, students)
 
     def _make(self, piece: Piece) -> None:
         import yaml
@@ -162,12 +166,12 @@ class Bench:
         from kava_core.findings.base import write_finding
         from kava_core.studies.cells import ask_cell
 
-        if _answers(self.folder, cell).is_file():
-            return  # asked as a cell of another point of the grid
         with self.asking:
-            split = self.plan.study.split
-            found = ask_cell(cell, self.folder / "made" / cell.piece.name, split)
-            if split == "test":
+            self._change(cell)
+            if _answers(self.folder, cell).is_file():
+                return  # asked as a cell of another point of the grid
+            found = ask_cell(cell, self.folder / "made" / cell.piece.name)
+            if self.plan.study.split == "test":
                 asking = Asking(
                     at=datetime.now(UTC).isoformat(timespec="seconds"),
                     system=cell.system,
@@ -183,6 +187,14 @@ class Bench:
         seed = "" if cell.seed is None else f", seed {cell.seed}"
         say(f"{words}{seed}: {100 * sum(found.correct) / len(found.correct):.1f} %")
 
+    def _change(self, cell: StudyCell) -> None:
+        from kava_core.findings.base import write_finding
+        from kava_core.studies.cells import change_cell
+
+        if cell.changed and not _changes(self.folder, cell).is_file():
+            found = change_cell(cell, self.folder / "made" / cell.piece.name)
+            write_finding(_changes(self.folder, cell), found, spaced=False)
+
     def _say_asked_before(self) -> None:
         keys = {cell.key for cell in self.plan.cells}
         others = [asking for asking in _asked(self.folder) if asking.key not in keys]
@@ -193,20 +205,17 @@ class Bench:
             )
 
 
-def _together(jobs: int, work: Callable[[T], None], items: Sequence[T]) -> None:
-    """Do several at once; the first failure ends it when what runs is done."""
-    with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(work, item) for item in items]
-        try:
-            for each in as_completed(running):
-                each.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def _answers(folder: Path, cell: StudyCell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
+
+
+def _changes(folder: Path, cell: StudyCell) -> Path:
+    return folder / "cells" / f"{cell.changed_name}.json"
+
+
+def _done(folder: Path, cell: StudyCell) -> bool:
+    changed = not cell.changed or _changes(folder, cell).is_file()
+    return changed and _answers(folder, cell).is_file()
 
 
 def _asked(folder: Path) -> list[Asking]:

@@ -140,7 +140,7 @@ def test_dvc_tracks_the_version_of_the_package(install: Install, tmp_path: Path)
 
 def test_nothing_is_imported_before_it_is_named(install: Install, tmp_path: Path) -> None:
     install("raise SystemExit('imported')")
-    assert "last" in REGISTRY.names(REGISTRY.base)
+    assert "last" in REGISTRY.names()
     assert load(tmp_path, changed("evict.policy", "rkv")).evict.policy.name == "rkv"
 
 
@@ -201,10 +201,14 @@ class Last(GeneratedSource):
 """
 
 
-def test_a_source_that_generates_is_no_test_set(install: Install, tmp_path: Path) -> None:
+def test_a_source_that_generates_is_a_test_set_of_some_size(
+    install: Install, tmp_path: Path
+) -> None:
     install(GENERATED, group="kava.sources")
     assert load(tmp_path, changed("prepare.source", "last")).prepare.source.name == "last"
-    with pytest.raises(KavaError, match=r"source last: expected a RowSource here"):
+    with pytest.raises(KavaError, match=r"source last needs the number `size`"):
         load(tmp_path, changed("prepare.test_sets", {"more": {"source": "last", "path": "x"}}))
+    more = load(tmp_path, changed("prepare.test_sets", {"more": {"source": "last", "size": 3}}))
+    assert more.prepare.test_sets["more"].size == 3
     settings = load_pipeline(Path(__file__).parents[1] / "pipelines.yaml", "smoke")[1]
     assert settings.prepare.source.name == "synthetic"

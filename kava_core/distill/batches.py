@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from kava_core.models.batching import pad
@@ -102,7 +103,8 @@ def writes_rest(store: TargetsStore) -> bool:
 class TargetsDataset(Dataset[dict[str, Any]]):
     """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
 
-    online: instead of them `records`, from whose tokens the teacher makes the targets anew.
+    online: instead of them `records`, from whose tokens the teacher makes the targets anew;
+    records: beside them.
     `cot_ids` [B, N] are those of the chains of thought, right-padded, in which slots have places.
     Where the student writes the rest of the trace (`writes_rest`), the rest and the answer prompt
     belong to its answer, and `prompt_lengths` says where in it the endpoint is.
@@ -110,10 +112,13 @@ class TargetsDataset(Dataset[dict[str, Any]]):
     Nothing is kept between batches. Codes are worked out on the trainer's device, not here.
     """
 
-    def __init__(self, store: TargetsStore, chains: bool, online: bool = False) -> None:
+    def __init__(
+        self, store: TargetsStore, chains: bool, online: bool = False, records: bool = False
+    ) -> None:
         self.store = store
         self.chains = chains
         self.online = online
+        self.records = records
         self.writes_rest = writes_rest(store)
 
     def __len__(self) -> int:
@@ -135,9 +140,9 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         if self.writes_rest:
             batch["prompt_lengths"] = torch.tensor([len(r.answer_prompt_ids) for r in records])
         batch["cot_ids"], _ = pad([r.cot_ids for r in records], "right")
-        if self.online:
+        if self.online or self.records:
             batch["records"] = records
-        else:
+        if not self.online:
             batch["targets"] = self.store.batch(indices)
         return batch
 
@@ -161,10 +166,18 @@ class TargetsDataset(Dataset[dict[str, Any]]):
 
 
 class ChainDataset(Dataset[dict[str, Any]]):
-    """Whole sequences `Q C A-prompt A`, supervised from the first token of C on: the teacher's."""
+    """Whole sequences `Q C A-prompt A`, supervised from the first token of C on: the teacher's.
 
-    def __init__(self, traces: Sequence[Record]) -> None:
+    more: further tensors of a batch, from its records.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[Record],
+        more: Callable[[Sequence[Record]], dict[str, Tensor]] | None = None,
+    ) -> None:
         self.traces = traces
+        self.more = more
 
     def __len__(self) -> int:
         return len(self.traces)
@@ -176,4 +189,6 @@ class ChainDataset(Dataset[dict[str, Any]]):
         taught = mask.clone()
         for row, trace in enumerate(chosen):
             taught[row, : len(trace.question_ids)] = 0
-        return {"ids": [t.id for t in chosen], "input_ids": ids, "mask": mask, "taught": taught}
+        more = self.more(chosen) if self.more else {}
+        ours = {"ids": [t.id for t in chosen], "input_ids": ids, "mask": mask, "taught": taught}
+        return {**ours, **more}

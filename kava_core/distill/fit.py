@@ -33,6 +33,7 @@ from kava_core.distill.callbacks import (
     Window,
 )
 from kava_core.distill.checkpoints import last_whole_checkpoint, step_of
+from kava_core.distill.curriculum import Stages
 from kava_core.distill.exact_match import Asking, Questions
 from kava_core.distill.terms import Batch, Terms
 from kava_core.distill.tracking import Tracking
@@ -76,6 +77,7 @@ def fit(
     balance: Balance | None = None,
     questions: Questions | None = None,
     tracking: Tracking | None = None,
+    stages: Stages | None = None,
 ) -> None:
     """Train `model` in place.
 
@@ -87,7 +89,8 @@ def fit(
     DVCLive's format. held_out: indices of the dataset that the sampler leaves out, on which the
     terms are measured every `training.held_out.every` steps. balance: what the terms are multiplied
     with; None: nothing. questions: what is asked every `training.exact_match.every` steps.
-    tracking: who else is told of the run; None: nobody.
+    tracking: who else is told of the run; None: nobody. stages: of a curriculum, at whose
+    beginnings the optimiser begins anew, and with which the learning rate is constant.
 
     A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
@@ -106,7 +109,7 @@ def fit(
         weight_decay=training.weight_decay,
         adam_beta2=training.adam_beta2,
         warmup_steps=round(training.warmup * steps),
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant_with_warmup" if stages else "cosine",
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),  # without it, bf16 is refused there
@@ -135,6 +138,7 @@ def fit(
         task = display.add_task(title, total=steps, note="")
         stop = Stop(termination, folder / STOP_FILE)
         callbacks: list[TrainerCallback] = [Epochs(sampler, training), window, stop]
+        callbacks += [stages] if stages else []
         if group.rank() == 0:
             callbacks += [ProgressBar(display, task), Curves(curves)]
             callbacks += tracking.callbacks() if tracking else []

@@ -24,9 +24,9 @@ PIECE = 2**24  # entries of logits that are held at once: 64 MB in float32
 def chain_loss(model: nn.Module, ids: Tensor, mask: Tensor, taught: Tensor) -> Tensor:
     """CE of the taught tokens given all before them: the mean over a record's, then over records.
 
-    model: a causal LM, or what wraps one for several processes. ids, mask, taught [B, N]; every
-    record has a taught token, never the first. `kava_core.models.head.check_head` says whether a
-    model's logits are known.
+    model: a causal LM, or what wraps one for several processes. ids, mask, taught [B, N], or the
+    mask as the model's attention takes it, [B, 1, N, N]; every record has a taught token, never the
+    first. `kava_core.models.head.check_head` says whether a model's logits are known.
     """
     wanted = taught[:, 1:].bool()
     decoder = cast(PreTrainedModel, getattr(model, "module", model))

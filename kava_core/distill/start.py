@@ -133,6 +133,8 @@ def check_records(student: LatentReasoner, dataset: AnswerDataset | TargetsDatas
     config = student.config
     latents = config.latents * config.stride + 2 if config.latents else 0  # and <bot>, <eot>
     between = np.maximum(lengths.chain, latents) if dataset.chains else latents
+    if isinstance(dataset, TargetsDataset) and dataset.records:
+        between = lengths.chain + latents  # of which a curriculum replaces one by the other
     needed = lengths.question + between + lengths.answer
     longest = int(needed.argmax())
     check_context(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
 from kava_core.distill.batches import AnswerDataset, TargetsDataset
+from kava_core.distill.curriculum import Stages
 from kava_core.distill.exact_match import Questions
 from kava_core.distill.fit import fit
 from kava_core.distill.held_out import hold_out
@@ -35,7 +36,7 @@ from kava_core.problems.prompt import Prompt, read_prompt
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Cadence, Resources, Student, Training
 from kava_core.store import ShardShuffleSampler, TargetsStore
-from kava_core.targets.online import OnlineTargets
+from kava_core.targets.online import JointTargets, OnlineTargets
 from kava_core.targets.rounding import fake_quantisation
 
 
@@ -75,7 +76,9 @@ class StudentJob:
             student = start_student(settings, model, tokenizer, material.store, material.prompt)
             check_records(student, material.dataset)
             match = _match(student, settings, material.store)
-            terms = self._terms(match, material.store)
+            latents = student.config.latents
+            stages = Stages.of(settings, latents, sum(taught), f"students.{self.name}")
+            terms = self._terms(student.decoder, match, material.store, stages)
             adapters = None
             if training.lora is not None:
                 path = f"students.{self.name}.training"
@@ -106,6 +109,7 @@ class StudentJob:
                 balance=Balance.of(settings),
                 questions=material.questions(training, held_out, tokenizer),
                 tracking=self.tracking,
+                stages=stages,
             )
             if group.rank() > 0:
                 return
@@ -116,13 +120,23 @@ class StudentJob:
                 student.decoder = end_lora(adapters, training.lora, self.folder, self._base())
             self._save(student, tokenizer, material, training.total_steps(len(sampler)))
 
-    def _terms(self, match: Match | None, store: TargetsStore | None) -> Terms:
-        online = rounding = None
+    def _terms(
+        self,
+        decoder: PreTrainedModel,
+        match: Match | None,
+        store: TargetsStore | None,
+        stages: Stages | None,
+    ) -> Terms:
+        online: OnlineTargets | JointTargets | None = None
+        rounding = None
         if store is not None and self.settings.targets == "online":
             online = OnlineTargets.of(store, self.inputs.teacher)
+        if store is not None and self.settings.targets == "joint":
+            online = JointTargets(store, decoder)
         if store is not None and self.settings.fake_quantise:
             rounding = fake_quantisation(store)
-        return student_terms(objective_of(self.settings, store, match), match, online, rounding)
+        objective, cut = objective_of(self.settings, store, match), stages.cut if stages else None
+        return student_terms(objective, match, online, rounding, cut)
 
     def _base(self) -> Base:
         """What adapters of this student belong on; a folder of this project by its path in it."""
@@ -183,7 +197,12 @@ class _Material:
         chains = settings.taught("w_cot")
         if settings.reads == "kv_targets":
             store = TargetsStore.open(source)
-            dataset = TargetsDataset(store, chains, online=settings.targets == "online")
+            dataset = TargetsDataset(
+                store,
+                chains,
+                online=settings.targets != "store",
+                records=settings.curriculum is not None,
+            )
             made = store.manifest.settings
             prompt = read_prompt(made, source)
             return cls(store, dataset, list(store.sizes), str(made["traces"]), prompt)
@@ -238,8 +257,7 @@ def _steps(settings: Student, source: Path) -> int:
         records = len(TargetsStore.open(source, checksums=False))
     else:
         records = open_problems(source).count("train")
-    held_out = settings.training.held_out
-    return settings.training.total_steps(records - (held_out.records if held_out else 0))
+    return settings.training.total_steps(settings.training.taught(records))
 
 
 def _match(student: LatentReasoner, settings: Student, store: TargetsStore | None) -> Match | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.batches import ChainDataset
 from kava_core.distill.exact_match import Questions
 from kava_core.distill.fit import fit
+from kava_core.distill.forgetting import check_forgets, forgetful_terms, steps_of
 from kava_core.distill.held_out import hold_out
 from kava_core.distill.job import run_training
 from kava_core.distill.start import check_teacher, start_teacher
@@ -88,15 +90,19 @@ class TeacherJob:
         problems: ProblemFolder,
     ) -> PreTrainedModel:
         check_head(model)
+        if self.settings.forgets is not None:
+            check_forgets(model.config.get_text_config())
         adapters = None
         if training.lora is not None:
             adapters = add_lora(model, training.lora, seed=training.seed, path="teacher.training")
         traces = encoded_traces(self.work, encoder, problems, model.config.get_text_config())
         taught, held_out = hold_out([len(traces)], training, "teacher.training")
+        forgets = self.settings.forgets
+        more = partial(steps_of, keeps=forgets.keeps) if forgets else None
         fit(
             model,
-            chain_terms,
-            ChainDataset(traces),
+            forgetful_terms(forgets) if forgets else chain_terms,
+            ChainDataset(traces, more),
             ShardShuffleSampler(taught, seed=training.seed),
             training,
             self.cadence,
@@ -170,9 +176,7 @@ def train_teacher(
     if training is None:
         job()
     else:
-        records = problems.count("train")
-        held_out = training.held_out.records if training.held_out else 0
-        steps = training.total_steps(records - held_out)
+        steps = training.total_steps(training.taught(problems.count("train")))
         run_training(job, "teacher", training, settings.processes, resources, steps=lambda: steps)
     return TrainedTeacher(about, steps, job.folder, job.curves)
 

@@ -12,7 +12,7 @@ from kava_core.distill.match import Match
 from kava_core.distill.objective import Objective
 from kava_core.distill.projectors import ProjectedReasoning
 from kava_core.models.latent import LatentReasoner
-from kava_core.targets.online import OnlineTargets
+from kava_core.targets.online import JointTargets, OnlineTargets
 from kava_core.targets.rounding import Rounding
 
 Batch = dict[str, Any]
@@ -28,16 +28,19 @@ def chain_terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def student_terms(
     objective: Objective,
     match: Match | None,
-    online: OnlineTargets | None = None,
+    online: OnlineTargets | JointTargets | None = None,
     rounding: Rounding | None = None,
+    cut: Callable[[Batch], Batch] | None = None,
 ) -> Terms:
     """A student's, weighted, ready for `fit`; match None means there are no targets.
 
     online: makes the targets from the batch's `records`; None takes its stored `targets`.
-    rounding: what the student's keys and values go through before they are compared.
+    rounding: what the student's keys and values go through before they are compared. cut: what
+    becomes of a batch before it is taught, in a curriculum.
     """
 
     def terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        batch = cut(batch) if cut else batch
         reasoning = model(
             batch["question_ids"],
             batch["question_mask"],
@@ -47,6 +50,7 @@ def student_terms(
             batch.get("chain_mask"),
             batch.get("prompt_lengths"),
             objective.alpha_readout > 0,
+            batch.get("latents"),
         )
         taught = objective.alpha_kv or objective.alpha_codi or objective.alpha_readout
         if match is None or not taught:

@@ -7,6 +7,7 @@ that an answer takes, and what a student's latents hold.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -124,9 +125,11 @@ class Material:
 
 @dataclass(frozen=True)
 class Plan:
-    """All parts of an evaluation, in the order in which one process makes them."""
+    """All parts of an evaluation, in the order in which one process makes them; and system → the
+    fingerprint of what is asked."""
 
     parts: tuple[Part, ...]
+    weights: Mapping[str, str]
 
     @classmethod
     def of(
@@ -154,9 +157,10 @@ class Plan:
             for name, test_set in material.test_sets.items()
         }
         store = TargetsStore.open(targets).manifest.digest if systems.native else None
+        weights = {name: systems.fingerprint(name) for name in systems.names}
         parts: list[Part] = []
         for name in systems.names:
-            own = {**common, "system": systems.fingerprint(name)}
+            own = {**common, "system": weights[name]}
             for each, test_set in material.test_sets.items():
                 folder = kept_folder(output / each / name, "evaluate", [own, asked[each]])
                 parts.append(Part("memory", name, folder / "memory.json", each))
@@ -180,7 +184,7 @@ class Plan:
             parts.append(Part("similarity", name, folder / "similarity.json"))
             if settings.interpret_records:
                 parts.append(Part("latents", name, folder / "latents.json"))
-        return cls(tuple(parts))
+        return cls(tuple(parts), weights)
 
     @property
     def folders(self) -> set[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kava_core.artefacts import fingerprint, folder_fingerprint, read_json
+from kava_core.artefacts import fingerprint, read_json, tree_fingerprint
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint
@@ -110,8 +110,7 @@ class Systems:
         folder = self.students.get(name) or self.others.get(name)
         if folder is None:
             return fingerprint([name, model_fingerprint(str(self.teacher))])
-        files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-        return folder_fingerprint(folder, files)
+        return tree_fingerprint(folder)
 
     def open(
         self, name: str, encoder: TraceEncoder, dtype: torch.dtype = torch.float32

@@ -12,6 +12,7 @@ METRICS, COMPARISONS, SUMMARY = "metrics.json", "comparisons.json", "summary.jso
 PREDICTIONS, SIMILARITY = "predictions.parquet", "similarity.json"
 INSIGHTS = "interpretability.json"
 HARNESS = "lm_eval.json"
+WEIGHTS = "weights.json"  # system → fingerprint of what was asked
 MEASURED = "evaluation.json"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from kava_core.findings.base import Finding
 from kava_core.findings.evaluation import Difference
 from kava_core.findings.scores import Percent
 
 RESULTS, ANSWERS, SUMMARY, ASKED = "results.csv", "answers.parquet", "summary.json", "asked.jsonl"
+INTERVENTIONS = "interventions.csv"
 
 
 class CellAnswers(Finding):
@@ -40,6 +43,23 @@ class Asking(Finding):
     key: str
 
 
+class Carried(Finding):
+    """What the latents of a student carry, of each seed, in their order.
+
+    n: problems; untouched, removed, mean, donor: exact match with the latents as they are, set to
+    zero, to their mean over the problems, and to another problem's. followed: % of answers with
+    another problem's latents that are that problem's, of those whose own is another one. None where
+    there is no other problem, or none with another answer. All as in `InterventionScores`.
+    """
+
+    n: int
+    untouched: list[Percent]
+    removed: list[Percent]
+    mean: list[Percent]
+    donor: list[Percent | None]
+    followed: list[Percent | None]
+
+
 class Group(Finding):
     """A system at one point of the grid, over its seeds.
 
@@ -55,6 +75,8 @@ class Group(Finding):
     deviation: float | None
     forward_passes: float
     n: int
+    # Not written where nobody was asked with changed latents.
+    carried: Annotated[Carried | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 class Compared(Finding):

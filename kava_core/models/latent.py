@@ -317,6 +317,7 @@ class LatentReasoner(PreTrainedModel):
         chain_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         readout: bool = False,
+        latents: int | None = None,
     ) -> Reasoning:
         """Teacher-forced answers after latent reasoning.
 
@@ -325,13 +326,17 @@ class LatentReasoner(PreTrainedModel):
         the written chain `C A-prompt A`; given, it is predicted from the question in the same
         weights as well (w_cot). prompt_lengths [B]: how many of a row's answer_ids end with its
         answer prompt, for a student that writes the prompt itself; the endpoint is there. readout:
-        whether to give `Reasoning.readout`.
+        whether to give `Reasoning.readout`. latents: how many it thinks in, if not in all; for
+        those that are thought one after the other.
         """
         question_ids, question_mask = left_padded(question_ids, question_mask.long())
-        thought = self._reason(question_ids, question_mask)
+        thought = self._reason(question_ids, question_mask, latents)
         state, pending = thought.state, thought.embeds
-        tail_ids = torch.cat((self._prompt(len(answer_ids)), answer_ids), 1)
-        tail_mask = torch.cat((torch.ones_like(tail_ids[:, : self._prompt_length]), answer_mask), 1)
+        prompt = self._prompt(len(answer_ids))
+        if prompt_lengths is not None:
+            prompt = prompt[:, :0]
+        tail_ids = torch.cat((prompt, answer_ids), 1)
+        tail_mask = torch.cat((torch.ones_like(prompt), answer_mask), 1)
         rest = self._eot_length + tail_ids.shape[1]
         output = self._feed(
             state,
@@ -341,19 +346,19 @@ class LatentReasoner(PreTrainedModel):
             logits=answer_ids.shape[1] + 1,
             hidden_states=True,
         )
-        at = pending.shape[1] + self._eot_length + self._prompt_length - 1
+        at = pending.shape[1] + self._eot_length + prompt.shape[1] - 1
         ends = output.hidden_states[0].new_full((len(tail_ids),), at, dtype=torch.long)
         if prompt_lengths is not None:
             ends = ends + prompt_lengths
         rows = torch.arange(len(ends), device=ends.device)
-        keys, values, positions = self._latent_slots(state, question_mask)
+        keys, values, positions = self._latent_slots(state, question_mask, latents)
         return Reasoning(
             logits=output.logits,
             keys=keys,
             values=values,
             latent_positions=positions,
             endpoint=torch.stack([h[rows, ends] for h in output.hidden_states], dim=1),
-            cot_logits=self._chain(question_ids, question_mask, chain_ids, chain_mask),
+            cot_logits=self._chain(state, question_ids, chain_ids, chain_mask),
             readout=self.read(thought.hidden) if readout and thought.hidden is not None else None,
         )
 
@@ -458,16 +463,20 @@ class LatentReasoner(PreTrainedModel):
 
     # --- the latent loop ------------------------------------------------------------------------
 
-    def _reason(self, question_ids: Tensor, question_mask: Tensor) -> Thought:
+    def _reason(self, question_ids: Tensor, question_mask: Tensor, latents: int | None) -> Thought:
         if self.training and self.config.latents and self.is_gradient_checkpointing:
             self.gradient_checkpointing_enable()  # was switched on elsewhere; says why not
-        return think(self.decoder, self, self.config, question_ids, question_mask)
+        settings = self.config
+        if latents is not None:
+            settings = copy.copy(settings)
+            settings.latents = latents
+        return think(self.decoder, self, settings, question_ids, question_mask)
 
     def _latent_slots(
-        self, state: State, question_mask: Tensor
+        self, state: State, question_mask: Tensor, latents: int | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         first = question_mask.shape[1] + 1
-        slots = slice(first, first + self.config.latents)
+        slots = slice(first, first + (self.config.latents if latents is None else latents))
         positions = state.positions[:, slots]
         if not self.config.latents:
             return [], [], positions[:, :0]
@@ -479,23 +488,30 @@ class LatentReasoner(PreTrainedModel):
 
     def _chain(
         self,
+        state: State,
         question_ids: Tensor,
-        question_mask: Tensor,
         chain_ids: Tensor | None,
         chain_mask: Tensor | None,
     ) -> Tensor | None:
+        """Logits of the written chain, behind the question as `state` has read it.
+
+        Of the question only its last token is read again, which foretells the chain's first; all of
+        it where layers are recomputed, which keep no cache.
+        """
         if chain_ids is None or chain_mask is None:
             if chain_ids is not chain_mask:
                 raise KavaError("chain_ids and chain_mask belong together. Give both, or neither.")
             return None
+        width = question_ids.shape[1]
+        known = width - 1 if state.layers else 0
         output = self._feed(
-            State.before(question_mask),
-            self._embed(torch.cat((question_ids, chain_ids), 1)),
-            torch.cat((question_mask, chain_mask), 1),
+            state.first(known),
+            self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1)),
+            torch.cat((state.mask[:, known:width], chain_mask[:, :-1]), 1),
             None,
-            logits=chain_ids.shape[1] + 1,
+            logits=chain_ids.shape[1],
         )
-        return output.logits[:, :-1]
+        return output.logits
 
     # --- the decoder ----------------------------------------------------------------------------
 
@@ -526,10 +542,6 @@ class LatentReasoner(PreTrainedModel):
     def _prompt(self, rows: int) -> Tensor:
         ids = torch.tensor(self.config.answer_prompt_ids, dtype=torch.long, device=self.device)
         return ids.expand(rows, -1)
-
-    @property
-    def _prompt_length(self) -> int:
-        return len(self.config.answer_prompt_ids)
 
     @property
     def _eot_length(self) -> int:

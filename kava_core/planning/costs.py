@@ -75,6 +75,8 @@ def student_step(
     question, answer = longest(lengths.question, batch), longest(lengths.answer, batch)
     latents = slots if student.reads == "kv_targets" else 0
     rest = max(0.0, float(lengths.prompt.mean()) - prompt)
+    if student.curriculum is not None:
+        rest += longest(lengths.trace, batch)  # the most, as in its first stage
     tail = prompt + rest + answer + (1 if latents else 0)
     calls = [
         Call(rows, columns, past, gradient=True)
@@ -91,7 +93,8 @@ def student_step(
         calls.append(Call(rows, 0, logits=latents, gradient=True))
     if student.taught("w_cot"):
         chain = longest(lengths.trace + lengths.prompt + lengths.answer, batch)
-        calls.append(Call(rows, question + chain, logits=chain, gradient=True))
+        kept = 0.0 if student.training.gradient_checkpointing else question - 1
+        calls.append(Call(rows, question + chain - 1 - kept, kept, logits=chain, gradient=True))
     return calls
 
 

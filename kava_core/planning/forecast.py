@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kava_core.distill.curriculum import Stages
 from kava_core.errors import KavaError
 from kava_core.planning.architecture import (
     Architecture,
@@ -118,6 +119,9 @@ def forecast(
     lengths = _taught(given, settings.traces)
     shapes = Shapes.of(settings, lengths)
     caches, targets = _stores(settings, shapes.teacher, lengths)
+    for student_name, student in settings.students.items():
+        records = student.training.taught(lengths.problems)
+        Stages.of(student, targets.slots, records, f"students.{student_name}")
     disk = _disk(settings, shapes, caches, targets)
     clock = make_clock(lengths) if make_clock else None
     return Forecast(
@@ -266,7 +270,7 @@ class _Stages:
         processes = parts(settings.teacher.processes)
         share = training.model_copy(update={"batch_size": training.batch_size // processes})
         learn = teacher_step(share, self.lengths)
-        taken = training.total_steps(self.lengths.problems) * training.accumulation
+        taken = training.total_steps(training.taught(self.lengths.problems)) * training.accumulation
         asked = batches(
             min(settings.teacher.validate_on, settings.prepare.validation),
             settings.teacher.batch_size,
@@ -299,7 +303,8 @@ class _Stages:
         seconds = None
         if self.clock is not None:
             each = self.clock.answer(a, answers, rows, traces.threads)
-            seconds = rounds * each / self._workers()
+            shards = math.ceil(self.lengths.problems / traces.shard_size)
+            seconds = rounds * each / self._workers(shards)
             seconds += self.clock.start(self.settings.resources.workers != 0)
         calls, work = rounds * len(answers), rounds * flops(a, answers, None)
         return StageCost("traces", calls, work, None, seconds)
@@ -310,7 +315,7 @@ class _Stages:
         size = min(generate.rows, generate.shard_size)
         read = read_batch(self.lengths, size)
         passes = batches(self.lengths.problems, size)
-        workers = self._workers()
+        workers = self._workers(self.targets.shards)
         seconds = None
         if self.clock is not None:
             seconds = passes * self.clock.read(a, generate, read) / workers
@@ -327,7 +332,7 @@ class _Stages:
         if self.clock is not None:
             size = caches.per_record + self.targets.per_record
             cut = self.clock.cut(a, settings.generate, settings.evict, size)
-            seconds = self.lengths.problems * cut / self._workers()
+            seconds = self.lengths.problems * cut / self._workers(self.targets.shards)
             seconds += self.clock.start(settings.resources.workers != 0)
         shard = 2 * round(caches.bytes / caches.shards + self.targets.bytes / caches.shards)
         return StageCost("evict", 0, 0.0, shard, seconds)
@@ -349,7 +354,8 @@ class _Stages:
         if self.clock is not None:
             answer = self.clock.answer(a, cell, rows, fidelity.threads)
             whole = self.clock.answer(a, read, rows, fidelity.threads)
-            seconds = asked * (cells * answer + whole) + self.clock.start(workers=False)
+            seconds = asked * (cells * answer + whole) / self._workers(asked * cells)
+            seconds += self.clock.start(self.settings.resources.workers != 0)
         work = asked * (cells * flops(a, cell, None) + flops(a, read, None))
         return StageCost("fidelity", asked * (cells * len(cell) + 2), work, None, seconds)
 
@@ -359,11 +365,11 @@ class _Stages:
         rows = training.batch_size / processes
         learn = student_step(student, self.targets.slots, _PROMPT, self.lengths, rows)
         calls, work, seconds = len(learn), processes * flops(a, learn, training), None
-        online = student.targets == "online" and student.reads == "kv_targets"
+        online = student.targets != "store" and student.reads == "kv_targets"
         read = read_batch(self.lengths, max(1, int(rows)))
         if online:
             calls, work = calls + 1, work + flops(self.shapes.teacher, read, None)
-        taken = training.total_steps(self.lengths.problems) * training.accumulation
+        taken = training.total_steps(training.taught(self.lengths.problems)) * training.accumulation
         if self.clock is not None:
             seconds = taken * self.clock.student_step(a, student, self.targets.slots, learn)
             if online:
@@ -403,7 +409,9 @@ class _Stages:
                 seconds += rounds * each
         if self.clock is None:
             return StageCost("evaluate", calls, work, None, None)
-        return StageCost("evaluate", calls, work, None, seconds + self.clock.start(workers=False))
+        seconds /= self._workers(asked * len(systems))
+        seconds += self.clock.start(self.settings.resources.workers != 0)
+        return StageCost("evaluate", calls, work, None, seconds)
 
     def _interventions(self, student: Student | None) -> int:
         """Batches that are asked again with changed latents: each slot in three ways, all of them
@@ -432,17 +440,17 @@ class _Stages:
 
     def _saving(self, a: Architecture, training: Training, where: str) -> float:
         assert self.clock is not None
-        steps = training.total_steps(self.lengths.problems)
+        steps = training.total_steps(training.taught(self.lengths.problems))
         saves = steps // self.settings.cadence.save_every + 1
         return saves * self.clock.written(checkpoint_bytes(a, training, where) / 2)
 
-    def _workers(self) -> int:
-        """How many will share the shards on this machine."""
+    def _workers(self, pieces: int) -> int:
+        """How many will share so many pieces of work on this machine."""
         resources = self.settings.resources
         if resources.workers == 0:
             return 1
         room = max(1, int((os.cpu_count() or 1) / resources.cpus_per_worker))
-        return min(resources.workers or room, room, self.targets.shards)
+        return min(resources.workers or room, room, pieces)
 
 
 def _cheaper(settings: Pipeline, shapes: Shapes, lengths: Lengths, now: int) -> tuple[Saving, ...]:

@@ -185,7 +185,9 @@ def _asked(settings: Pipeline) -> int:
         return min(size, limit) if limit else size
 
     own = of(settings.prepare.source.name, settings.prepare.test)
-    return own + sum(of(each.source.name, None) for each in settings.prepare.test_sets.values())
+    return own + sum(
+        of(each.source.name, each.size) for each in settings.prepare.test_sets.values()
+    )
 
 
 def _spread(mean: float, high: float) -> np.ndarray:

@@ -70,6 +70,8 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
     for name, student in plain["students"].items():
         _fewer_steps(student["training"])
         student["processes"] = 1
+        if student.get("curriculum") is not None:
+            student["curriculum"] = {"latents_per_step": plain["evict"]["budget"], "steps": 1}
         if student["model"] is not None:
             _narrow(student, shapes.students[name], folder / "students" / name, layers)
     plain["evaluate"] |= {
@@ -88,6 +90,7 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
 def _fewer_steps(training: dict[str, Any] | None) -> None:
     if training is None:
         return
+    training.pop("records", None)
     training |= {"steps": STEPS, "epochs": None, "batch_size": _BATCH, "threads": 1}
     if training["lora"] is not None:
         training["lora"]["rank"] = min(4, training["lora"]["rank"])

@@ -166,7 +166,7 @@ def _with_hint(bad: BadRow, source: RowSource, row: Row) -> BadRow:
 
 @dataclass(frozen=True)
 class ReadSet:
-    """A test set that was read: what became of its rows, and from what it was read."""
+    """A test set: what became of its rows, and from what it was read, {} if it was drawn."""
 
     read: Problems
     origin: dict[str, Any]

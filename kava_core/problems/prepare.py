@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,14 @@ from typing import TypeVar
 from kava_core.answers import has_value
 from kava_core.errors import KavaError
 from kava_core.problems.bad import BadRecords
-from kava_core.problems.load import Reading, ReadSet, check_form, load_splits, load_test_set
+from kava_core.problems.load import (
+    Problems,
+    Reading,
+    ReadSet,
+    check_form,
+    load_splits,
+    load_test_set,
+)
 from kava_core.problems.readers import Location
 from kava_core.problems.records import Problem
 from kava_core.problems.rows import BadRow
@@ -22,11 +30,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FurtherSet:
-    """A test set beside the source's own; `split` None: its `test`, or the only one it has."""
+    """A test set beside the source's own: read from `location`, or, of `size`, drawn.
 
-    source: RowSource
-    location: Location
+    split None: its `test`, or the only one it has.
+    """
+
+    source: Source
+    location: Location | None = None
     split: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,7 @@ def prepare_problems(
     wrong = _Wrong()
     further = {}
     for name, asked in (test_sets or {}).items():
-        read = partial(load_test_set, split=asked.split)
-        asked_set = wrong.of(partial(read, name, asked.source, asked.location, reading))
+        asked_set = wrong.of(partial(_further, name, asked, reading, seed))
         if asked_set is not None:
             further[name] = asked_set
     problems = {name: found.read.problems for name, found in further.items()}
@@ -90,6 +101,21 @@ def prepare_problems(
     for name, found in {**splits.taught(), **splits.asked()}.items():
         _check_answers(name, found)
     return replace(splits, leaked=count_leaks(splits, allow_leakage))
+
+
+def _further(name: str, asked: FurtherSet, reading: Reading, seed: int) -> ReadSet:
+    source = asked.source
+    if isinstance(source, RowSource) and asked.location is not None:
+        return load_test_set(name, source, asked.location, reading, split=asked.split)
+    if not isinstance(source, GeneratedSource) or asked.size is None:
+        raise KavaError(
+            f"test_sets.{name}: expected a source to read from a path, or one to draw a size from, "
+            f"found {source.name}. Set `path` or `size`."
+        )
+    check_form(source, reading.traces)
+    drawn = source.splits(0, 0, asked.size, seed=seed, traces=reading.traces).test
+    problems = [replace(p, id=f"{name}-{p.id.rpartition('-')[2]}") for p in drawn]
+    return ReadSet(Problems(len(problems), problems, Counter(), []), {})
 
 
 class _Wrong:
@@ -129,7 +155,8 @@ def _joined(splits: ProblemSplits, further: Mapping[str, ReadSet]) -> ProblemSpl
         dropped=splits.dropped
         | {name: found.read.counts() for name, found in further.items() if found.read.counts()},
         bad=splits.bad | {name: found.read.bad for name, found in further.items()},
-        origins=splits.origins | {name: found.origin for name, found in further.items()},
+        origins=splits.origins
+        | {name: found.origin for name, found in further.items() if found.origin},
     )
 
 

@@ -107,6 +107,7 @@ class StudentSettings(Finding):
     alpha_codi: float | Share = 0.0
     alpha_readout: float | Share = 0.0
     w_cot: float | Share = 0.0
+    curriculum: dict[str, int | None] | None = None
 
 
 class StudentFile(Finding):

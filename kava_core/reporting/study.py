@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,40 @@ def score_of(group: Group) -> str:
     """As 87.3 ± 1.2 %."""
     deviation = "" if group.deviation is None else f" ± {group.deviation:.1f}"
     return f"{group.mean:.1f}{deviation} %"
+
+
+def spread_of(scores: Sequence[float | None]) -> str:
+    """Mean ± standard deviation of the seeds that have a number."""
+    there = [score for score in scores if score is not None]
+    if not there:
+        return "–"
+    deviation = f" ± {statistics.stdev(there):.1f}" if len(there) > 1 else ""
+    return f"{statistics.fmean(there):.1f}{deviation}"
+
+
+def carried_of(group: Group) -> list[str]:
+    """Its latents as they are, removed, mean-filled, a donor's, and how often it is followed."""
+    carried = group.carried
+    if carried is None:
+        return []
+    scores = (carried.untouched, carried.removed, carried.mean, carried.donor, carried.followed)
+    return [spread_of(each) for each in scores]
+
+
+CHANGED = ("as they are", "removed", "mean-filled", "a donor's", "follow the donor")
+
+
+def changes_of(summary: StudySummary) -> str:
+    """What the numbers of `carried_of` are; "" where there are none."""
+    asked = {group.carried.n for group in summary.groups if group.carried}
+    if not asked:
+        return ""
+    problems = " or ".join(f"{n:,}" for n in sorted(asked))
+    return (
+        f"The first {problems} of these problems asked again with all latents changed: exact match "
+        "in %, and the answers that are the donor's own of those whose own is another one; mean ± "
+        "standard deviation over seeds."
+    )
 
 
 def against(compared: Compared) -> str:
@@ -82,7 +117,15 @@ def as_table(summary: StudySummary) -> RenderableType:
             numbers = difference_of(each), p_of(each.difference.p_value), p_of(each.p_holm)
             differences.add_row(Text(student), Text(against(each)), *numbers)
         parts.append(differences)
-    return Stack(*parts, Text(words_of(summary), style="dim"))
+    parts.append(Text(words_of(summary), style="dim"))
+    if changes := changes_of(summary):
+        carried = table("student", *CHANGED)
+        for group in summary.groups:
+            if group.carried:
+                name = f"{group.system} {group.variant}".rstrip()
+                carried.add_row(Text(name), *carried_of(group))
+        parts += [carried, Text(changes, style="dim")]
+    return Stack(*parts)
 
 
 def as_page(summary: StudySummary) -> str:
@@ -104,6 +147,9 @@ def as_page(summary: StudySummary) -> str:
         words=words_of(summary),
         rows=rows,
         compared=compared,
+        changes=changes_of(summary),
+        changed=CHANGED,
+        carried=[(group, carried_of(group)) for group in summary.groups if group.carried],
         drawing=_dots(summary.groups),
     )
 

@@ -123,7 +123,8 @@ def _system(
         "readout": settings.alpha_readout,
         "chain": settings.w_cot,
     }
-    taught = " + ".join(["answer", *(_weighed(term, w) for term, w in terms.items() if w)])
+    answer = "answer" if settings.curriculum is None else "what is still written, then the answer"
+    taught = " + ".join([answer, *(_weighed(term, w) for term, w in terms.items() if w)])
     if settings.reads == "problems":
         return System(name, score, "direct", "answers at once", taught, settings.training)
     how = f"{slots} latents, one after the other"

@@ -35,13 +35,10 @@ from kava_core.settings.base import Real, Section
 CHOICE = "choice"  # type of the error that holds the errors of a chosen kind's own settings
 
 
-def choice_of(registry: Registry[Any], base: type | None = None) -> Any:
-    """What turns the annotation `Annotated[Base, *choice_of(registry)]` into a setting.
-
-    base: that of the kinds which may stand here, where not all of the registry's may.
-    """
+def choice_of(registry: Registry[Any]) -> Any:
+    """What turns the annotation `Annotated[Base, *choice_of(registry)]` into a setting."""
     return (
-        PlainValidator(functools.partial(_read, registry, base or registry.base)),
+        PlainValidator(functools.partial(_read, registry)),
         PlainSerializer(functools.partial(_write, registry)),
     )
 
@@ -66,11 +63,11 @@ def _write(registry: Registry[Any], chosen: Any) -> dict[str, Any]:
     }
 
 
-def _read(registry: Registry[Any], base: type, value: Any) -> Any:
+def _read(registry: Registry[Any], value: Any) -> Any:
     what = registry.what
-    if isinstance(value, base) and registry.has(type(value)):
+    if isinstance(value, registry.base) and registry.has(type(value)):
         return value
-    names = registry.names(base)
+    names = registry.names()
     given = dict(value) if isinstance(value, dict) else {"name": value}
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in names:
@@ -79,8 +76,6 @@ def _read(registry: Registry[Any], base: type, value: Any) -> Any:
         )
     try:
         kind: Any = registry.find(name)
-        if not issubclass(kind, base):
-            raise KavaError(f"expected a {base.__name__} here, found another kind of {what}.")
         if (installed := registry.packages(kind)) and "packages" in given:
             _check_packages(f"{what} {name}", given.pop("packages"), installed)
         settings = _section(kind).model_validate(given)

@@ -12,29 +12,44 @@ from kava_core.problems.records import TraceForm
 from kava_core.problems.sources import (
     REGISTRY,
     GeneratedSource,
-    RowSource,
     Source,
 )
 from kava_core.settings.base import Name, Positive, Section
 from kava_core.settings.choice import choice_of
 
 SourceChoice = Annotated[Source, *choice_of(REGISTRY)]
-RowSourceChoice = Annotated[RowSource, *choice_of(REGISTRY, RowSource)]
 
 
 class TestSet(Section):
-    """Further problems to ask; split null: `test`, or the only split there is.
+    """Further problems to ask; split null: `test`, or the only split there is. size: how many are
+    drawn, by the pipeline's seed, of a source that draws its problems.
 
     The other settings are those of `Prepare`.
     """
 
     __test__ = False  # no test of pytest's
 
-    source: RowSourceChoice
-    path: str
+    source: SourceChoice
+    path: str | None = None
     hub_config: str | None = None
     revision: str | None = None
     split: str | None = None
+    # Not among the settings that test sets say they were made with where nothing is drawn.
+    size: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        name = self.source.name
+        if isinstance(self.source, GeneratedSource):
+            if self.size is None:
+                raise ValueError(f"source {name} needs the number `size`")
+            if foreign := self.changed("path", "hub_config", "revision", "split"):
+                raise ValueError(f"source {name} has no {', '.join(foreign)}")
+        elif self.path is None:
+            raise ValueError(f"source {name} needs a `path`: a file, a folder or a Hub name")
+        elif self.size is not None:
+            raise ValueError(f"size: source {name} draws no problems. Leave it out")
+        return self
 
 
 class Prepare(Section):

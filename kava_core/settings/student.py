@@ -36,6 +36,27 @@ def _number_or_share(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         ) from None
 
 
+class Curriculum(Section):
+    """Coconut's: in stage k, from 1, k · `latents_per_step` latents stand for the first k steps of
+    a trace, and the steps behind them are written, and taught as the answer is.
+
+    steps or epochs: how long a stage is. There are as many stages as give all latents, and then the
+    last, to the end of the training: all latents, and nothing but the answer is written. Each
+    begins with a fresh optimiser; the learning rate stays where the warm-up took it.
+    """
+
+    latents_per_step: Positive
+    steps: Positive | None = None
+    epochs: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Curriculum:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise ValueError(f"should have exactly one of `steps` and `epochs`, found {found}")
+        return self
+
+
 TermWeight = Annotated[Weight | Share, WrapValidator(_number_or_share)]
 WEIGHTS = ("alpha_kv", "alpha_codi", "alpha_readout", "w_cot")
 
@@ -71,6 +92,7 @@ LATENT = (
         "targets",
         "layer_map",
         "shard_window",
+        "curriculum",
     ),
     *(*JACOBI, *KV, *CODI),
 )
@@ -82,7 +104,9 @@ class Student(Section):
     reads: `kv_targets`, with a latent for every slot, or `problems`, without latents (No-CoT); also
     what DVC runs it after. targets: `store` reads them from kv_targets, the teacher is not even
     loaded but for its weights; `online` makes them anew in every step with the frozen teacher, by
-    the store's settings, and takes token ids and statistics from the store only. processes: how
+    the store's settings, and takes token ids and statistics from the store only; `joint` does so
+    with the student's own weights as they are, which the written chain (`w_cot`) keeps a teacher's,
+    as CODI, PCCoT and KaVa publish it. processes: how
     many share each batch, on this machine or the Ray cluster that RAY_ADDRESS names, each with a
     GPU where there are any; `auto`: as many as there are GPUs, without any one. It changes results
     by rounding.
@@ -98,7 +122,8 @@ class Student(Section):
     becomes a latent on the token of its slot, needs targets with one token per slot (`evict.select:
     record`). kv_parts: what the KV term compares. kv_schedule: `linear` lets its weight fall to 0
     over the run. fake_quantise: keys and values pass through the store's codes before they are
-    compared. docs/methods.md has a snippet for each method.
+    compared. curriculum: Coconut's, for latents that are thought one after the other; null: none.
+    docs/methods.md has a snippet for each method.
     """
 
     reads: Literal["kv_targets", "problems"]
@@ -106,7 +131,7 @@ class Student(Section):
     model: str | None = None
     revision: str | None = None
     layer_map: LayerMap = "uniform"
-    targets: Literal["store", "online"] = "store"
+    targets: Literal["store", "online", "joint"] = "store"
     processes: Processes = 1
     reasoning: Literal["jacobi", "sequential"] = "jacobi"
     iterations: NotNegative = 3
@@ -126,6 +151,8 @@ class Student(Section):
     codi_std: StrictBool = True
     shard_window: Positive = 16
     balance_every: Positive = 100
+    # Not among the settings that a student says it was made with where there is none.
+    curriculum: Annotated[Curriculum | None, Field(exclude_if=lambda value: value is None)] = None
 
     def taught(self, weight: str) -> bool:
         """Whether the term of that weight (`alpha_kv`, …) is part of the loss."""
@@ -159,6 +186,18 @@ class Student(Section):
             ),
             (self.model is not None, "it belongs to a `model` on the Hub", ("revision",)),
             (bool(self._shares()), "no weight is a share", ("balance_every",)),
+            (
+                self.reasoning == "sequential",
+                "in a curriculum latents are thought one after the other, and `reasoning` is not "
+                "sequential",
+                ("curriculum",),
+            ),
+            (
+                not (self.taught("alpha_kv") or self.taught("alpha_readout")),
+                "in a curriculum latents stand for steps, and alpha_kv and alpha_readout compare "
+                "them with slots",
+                ("curriculum",),
+            ),
         ):
             if not there and (wrong := self.changed(*names)):
                 raise ValueError(f"{', '.join(wrong)}: means nothing here: {why}. Leave it out")
@@ -174,6 +213,20 @@ class Student(Section):
             raise ValueError(
                 f"the shares of the gradient add up to {total:g}, and something must be left to "
                 "the other terms. Lower them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _its_own_teacher(self) -> Student:
+        if self.targets == "joint" and not self.taught("w_cot"):
+            raise ValueError(
+                "targets: joint makes the student its own teacher, and nothing but w_cot teaches "
+                "that to write its chain. Set w_cot, 1 as published"
+            )
+        if self.targets == "joint" and self.model is not None:
+            raise ValueError(
+                "targets: joint makes the student its own teacher, and `model` names one that the "
+                "targets were not made for. Leave one out"
             )
         return self
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, StrictInt, ValidationError, model_validator
 
 from kava_core.errors import KavaError
-from kava_core.settings.base import NAME, Name, Section
+from kava_core.settings.base import NAME, Name, NotNegative, Section
 from kava_core.settings.pipeline import explain, read_document
 
 # The sections of a pipeline that decide what a study finds.
@@ -21,9 +21,12 @@ class Study(Section):
 
     students: null: all of the pipeline's. seeds: each in turn is every student's `training.seed`,
     with `reseed: all` the teacher's too. split: whose problems are asked; settings are chosen on
-    validation problems. baseline: the student with which the others are compared; null: none are.
-    settings: dotted key of the pipeline → another value, for the whole study; what is not there yet
-    is made, so a student can be added. grid: dotted key → values, crossed with each other.
+    validation problems. test_sets: those of `prepare.test_sets` that are asked beside the own one.
+    interventions: the first so many problems that every student with latents is asked again with
+    its latents changed; 0: none. baseline: the student with which the others are compared; null:
+    none are. settings: dotted key of the pipeline → another value, for the whole study; what is not
+    there yet is made, so a student can be added. grid: dotted key → values, crossed with each
+    other. `students.*.KEY` is the key of every student of the study.
     """
 
     pipeline: Name
@@ -31,15 +34,23 @@ class Study(Section):
     seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)]
     reseed: Literal["students", "all"] = "students"
     split: Literal["validation", "test"] = "validation"
+    test_sets: tuple[Name, ...] = ()
+    interventions: NotNegative = 0
     baseline: Name | None = None
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _means_something(self) -> Study:
-        for setting, named in (("students", self.students or ()), ("seeds", self.seeds)):
+        for setting, named in (
+            ("students", self.students or ()),
+            ("seeds", self.seeds),
+            ("test_sets", self.test_sets),
+        ):
             if len(set(named)) < len(named):
                 raise ValueError(f"{setting}: each counts once. Name it once")
+        if self.test_sets and self.split != "test":
+            raise ValueError("test_sets: are asked in a study of `split: test`. Set it")
         for key, values in self.grid.items():
             if any(value in values[:i] for i, value in enumerate(values)):
                 raise ValueError(f"grid: {key} has a value twice. Name it once")
@@ -54,6 +65,18 @@ class Study(Section):
                 )
             if section == "students" and key.endswith(".training.seed"):
                 raise ValueError(f"{key}: the seeds are those of `seeds`. Leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Study:
+        keys = (*self.settings, *self.grid)
+        for every in (key for key in keys if key.startswith("students.*.")):
+            own = re.escape(every.removeprefix("students.*."))
+            for key in keys:
+                if key != every and re.fullmatch(rf"students\.{NAME}\.{own}", key):
+                    raise ValueError(
+                        f"{key} stands beside {every}, which means it too. Leave it out"
+                    )
         return self
 
 

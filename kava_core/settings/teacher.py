@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, model_validator
 
-from kava_core.settings.base import Positive, PositiveReal, Processes, Section
+from kava_core.settings.base import Positive, PositiveReal, Processes, Real, Section
 from kava_core.settings.training import Training
 
 
@@ -32,12 +32,23 @@ class Scratch(Section):
         return self
 
 
+class Forgets(Section):
+    """In the part `share` of its training records, drawn anew each time, the teacher sees of
+    earlier steps only what `keeps` says: the tokens of their `results`, or the last token of each
+    (`steps`).
+    """
+
+    keeps: Literal["results", "steps"]
+    share: Annotated[Real, Field(gt=0, le=1)] = 0.5
+
+
 class Teacher(Section):
     """`model: scratch` builds one; anything else is a Hugging Face folder or id to start from.
 
     revision: of a model on the Hub; null: its newest. `training: null` takes the model as it is (it
     can already write the chain of thought). processes: how many share each batch of the training,
-    as a student's (`settings.student`).
+    as a student's (`settings.student`). forgets: teaches it to do without tokens that are evicted;
+    null: it always sees all.
     """
 
     model: str = "scratch"
@@ -45,6 +56,8 @@ class Teacher(Section):
     scratch: Scratch = Scratch()
     training: Training | None
     processes: Processes = 1
+    # Not among the settings that a teacher says it was made with where it sees all.
+    forgets: Annotated[Forgets | None, Field(exclude_if=lambda value: value is None)] = None
     validate_on: Positive = 200
     batch_size: Positive = 128
     max_new_tokens: Positive = 256
@@ -61,8 +74,8 @@ class Teacher(Section):
             )
         if self.training is not None:
             self.training.check_shared(self.processes)
-        elif self.changed("processes"):
-            raise ValueError("processes: means nothing at `training: null`. Leave it out")
+        elif wrong := self.changed("processes", "forgets"):
+            raise ValueError(f"{wrong[0]}: means nothing at `training: null`. Leave it out")
         lora = self.training.lora if self.training else None
         if lora is not None and self.model == "scratch":
             raise ValueError(

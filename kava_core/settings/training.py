@@ -60,10 +60,11 @@ class ExactMatch(Section):
 
 
 class Training(Section):
-    """How weights are fitted; AdamW with a cosine schedule.
+    """How weights are fitted; AdamW with a cosine schedule (in a curriculum a constant one).
 
     steps or epochs: how long, in optimiser steps or in passes over the training records; an epoch
-    drops the records that fill no batch. precision: that of the arithmetic; weights and optimiser
+    drops the records that fill no batch. records: how many are learnt from, the first ones; null:
+    all. precision: that of the arithmetic; weights and optimiser
     stay float32. adam_beta2: decay of AdamW's second moment; short runs, whose gradients change in
     size within hundreds of steps, learn faster with 0.99. gradient_checkpointing: compute
     activations again in the backward pass instead of keeping them, the same numbers in less memory
@@ -87,6 +88,8 @@ class Training(Section):
     held_out: HeldOut | None = None
     # Not among the settings that a model says it was made with where there is none.
     exact_match: Annotated[ExactMatch | None, Field(exclude_if=lambda value: value is None)] = None
+    # Likewise.
+    records: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     seed: StrictInt = 0
     threads: Positive = 2
 
@@ -120,12 +123,17 @@ class Training(Section):
         """Whether whole weights are what is kept, or a part of it; else adapters alone."""
         return self.lora is None or self.lora.save != "adapter"
 
+    def taught(self, records: int) -> int:
+        """How many of so many training records are learnt from."""
+        left = records - (self.held_out.records if self.held_out else 0)
+        return left if self.records is None else min(self.records, left)
+
     def steps_per_epoch(self, records: int) -> int:
-        """Optimiser steps of a pass over `records` training records, held-out ones not counted."""
+        """Optimiser steps of a pass over `records` that are learnt from."""
         return -(-(records // self.batch_size) // self.accumulation)
 
     def total_steps(self, records: int) -> int:
-        """Optimiser steps of the whole training on `records` records."""
+        """Optimiser steps of the whole training on `records` that are learnt from."""
         if self.epochs is not None:
             return self.epochs * self.steps_per_epoch(records)
         assert self.steps is not None

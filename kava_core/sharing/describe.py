@@ -9,7 +9,7 @@ from typing import Any
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.models.loading import load_tokenizer, model_fingerprint, tokenizer_fingerprint
-from kava_core.problems.folder import open_problems
+from kava_core.problems.folder import ProblemFolder, open_problems
 from kava_core.store import Expectation
 from kava_core.store.manifest import Manifest, read_manifest
 from kava_core.store.provenance import DataFacts, Provenance, TeacherFacts
@@ -60,16 +60,14 @@ def check_teacher(teacher: Path, manifest: Manifest, store: Path) -> None:
 
 def data_facts(folder: Path, fingerprint: str | None, licence: str | None) -> DataFacts | None:
     """What problems.json says; None if there is none, or its training problems are others than
-    those of the fingerprint."""
+    those of the fingerprint, and no traces/ beside it has these with the teacher's own chains."""
     if not (folder / "problems.json").is_file():
         return None
     problems = open_problems(folder)
-    if problems.fingerprint("train") != fingerprint:
-        return None
     about: dict[str, Any] = read_json(folder / "problems.json")
     counts: dict[str, Any] = read_json(folder / "metrics.json")
     settings, read = about.get("settings", {}), about.get("read", {}).get("train", {})
-    return DataFacts(
+    given = DataFacts(
         source=settings.get("source", {"name": "unknown"}),
         path=read.get("dataset") or _shown(settings.get("path")),
         hub_config=settings.get("hub_config"),
@@ -81,6 +79,27 @@ def data_facts(folder: Path, fingerprint: str | None, licence: str | None) -> Da
         seed=settings.get("seed"),
         licence=licence,
     )
+    if problems.fingerprint("train") == fingerprint:
+        return given
+    return _as_written(given, folder.parent / "traces", problems, fingerprint)
+
+
+def _as_written(
+    given: DataFacts, folder: Path, problems: ProblemFolder, fingerprint: str | None
+) -> DataFacts | None:
+    """The same with chains of the teacher's in traces/; None if it is not these that are meant."""
+    if not (folder / "problems.json").is_file():
+        return None
+    made_from: dict[str, str] = read_json(folder / "problems.json")["fingerprints"]
+    if (
+        made_from["problems"] != problems.fingerprint("train", "validation")
+        or open_problems(folder).fingerprint("train") != fingerprint
+    ):
+        return None
+    counts: dict[str, Any] = read_json(folder / "metrics.json")
+    kept, written = counts["chains"]["kept"], sum(counts["chains"].values())
+    told = f"written by the teacher, {kept:,} of {written:,} kept"
+    return given.model_copy(update={"problems": counts["train"]["problems"], "written": told})
 
 
 def teacher_facts(folder: Path) -> TeacherFacts:

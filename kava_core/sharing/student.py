@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kava_core.artefacts import read_json
+from kava_core.artefacts import read_json, tree_fingerprint
 from kava_core.errors import KavaError
 from kava_core.findings.base import read_finding
-from kava_core.findings.evaluation import COMPARISONS, INSIGHTS, METRICS, Differences, Score, Scores
+from kava_core.findings.evaluation import (
+    COMPARISONS,
+    INSIGHTS,
+    METRICS,
+    WEIGHTS,
+    Differences,
+    Score,
+    Scores,
+)
 from kava_core.findings.latents import Changed, Insights, InterventionScores
 from kava_core.settings import Student
+from kava_core.settings.student import Curriculum
 from kava_core.store.export import (
     building,
     check_limits,
@@ -135,9 +144,21 @@ def _method(student: Published) -> list[tuple[str, str]]:
     training = {k: v for k, v in plain["settings"]["training"].items() if v is not None}
     return [
         ("loss", taught),
+        *_curriculum(student.students[student.name].curriculum),
         ("training", f"{plain['steps']:,} steps, {json.dumps(training)}"),
         ("trained with", json.dumps({k: v for k, v in settings.items() if v is not None})),
     ]
+
+
+def _curriculum(found: Curriculum | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    length = f"{found.steps} steps" if found.epochs is None else f"{found.epochs} epochs"
+    what = (
+        f"Coconut's (arXiv 2412.06769): with every {length} one written step more gives way to "
+        f"{found.latents_per_step} latents; in the last stage the answer alone is written"
+    )
+    return [("curriculum", what)]
 
 
 def _weight(weight: float | dict[str, float]) -> str:
@@ -171,6 +192,13 @@ def _metrics(student: Published) -> str:
     if any(student.name not in systems for systems in scores.values()):
         raise KavaError(
             f"{student.results} does not know the student {student.name}. Run `kava evaluate`."
+        )
+    asked = read_finding(dict[str, str], student.results / WEIGHTS, "evaluate").get(student.name)
+    if asked != (found_now := tree_fingerprint(student.folder)):
+        raise KavaError(
+            f"{student.results} measured another student {student.name} than that in "
+            f"{student.folder}: expected the files {str(asked)[:12]}…, found {found_now[:12]}…. "
+            "Run `kava evaluate` again."
         )
     compared: Differences = read_finding(Differences, student.results / COMPARISONS, "evaluate")
     plain = [name for name, each in student.students.items() if each.reads == "problems"]

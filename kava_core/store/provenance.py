@@ -25,7 +25,8 @@ CARD, KEY = "README.md", "kava"
 
 class DataFacts(Finding):
     """The problems: their source with its settings, where it was read (a Hub name or the last part
-    of a path), how many, how their steps are written, their licence (None: nobody said)."""
+    of a path), how many, how their steps are written, their licence (None: nobody said). written:
+    whose the steps are, where they are not the source's own."""
 
     source: dict[str, Any]
     path: str | None
@@ -37,6 +38,7 @@ class DataFacts(Finding):
     traces: str
     seed: int | None
     licence: str | None
+    written: str | None = None
 
 
 class TeacherFacts(Finding):
@@ -113,6 +115,7 @@ def data_rows(data: DataFacts | None) -> list[tuple[str, str]]:
     return [
         ("data", ", ".join([source, *read])),
         ("split", f"{data.split}, {data.problems:,} problems, traces as {data.traces}"),
+        *([] if data.written is None else [("chains of thought", data.written)]),
         ("licence of the data", data.licence or "not stated by who exported this"),
     ]
 

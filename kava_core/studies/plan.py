@@ -23,6 +23,7 @@ from kava_core.settings.pipeline import explain, read_document
 from kava_core.versions import VERSIONS
 
 Point = Mapping[str, JsonValue]  # dotted key of the grid → its value
+EVERY = "students.*."
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Piece:
 class StudyCell:
     """One system, asked once.
 
-    variant: the values of the grid that concern it, in words; seed: that of its training, None for
-    a teacher that all seeds share; piece: the student, or the teacher; key: all that decides what
-    it answers.
+    variant: the values of the grid that concern it, and a further test set, in words; seed: that of
+    its training, None for a teacher that all seeds share; piece: the student, or the teacher; key:
+    all that decides what it answers. asked: the split, or the further test set. changed: how many
+    problems it is asked again with its latents changed.
     """
 
     system: str
@@ -61,11 +63,18 @@ class StudyCell:
     key: str
     piece: Piece
     evaluate: Evaluate = field(compare=False, repr=False)
+    asked: str
+    changed: int = 0
 
     @property
     def name(self) -> str:
         """Of the file of its answers."""
         return f"{self.system}-{self.key[:16]}"
+
+    @property
+    def changed_name(self) -> str:
+        """Of the file of what it answers with its latents changed."""
+        return f"{self.name}-changed-{self.changed}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             f"{path}: studies.{name}.pipeline: there is no pipeline {study.pipeline!r}. There are: "
             f"{', '.join(pipelines)}."
         )
-    base = _with(pipelines[study.pipeline] or {}, study.settings)
+    base = _with(pipelines[study.pipeline] or {}, study.settings, study.students)
     there = tuple(map(str, base.get("students") or {}))
     names = study.students or there
     baseline = [study.baseline] if study.baseline else []
@@ -111,10 +120,17 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             )
     cells: dict[tuple[str, str, int | None], StudyCell] = {}
     pairs: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}
+    further = (base.get("prepare") or {}).get("test_sets") or {}
+    if unknown := [each for each in study.test_sets if each not in further]:
+        raise KavaError(
+            f"{path}: studies.{name}.test_sets: there is no test set {unknown[0]!r} in "
+            f"prepare.test_sets. There are: {', '.join(map(str, further)) or 'none'}."
+        )
     for point in _points(study):
-        groups: dict[str, str] = {}
+        groups: dict[tuple[str, str], str] = {}
         for seed in study.seeds:
-            raw = _seeded(_with(base, point), names, seed, study, f"{path}: studies.{name}")
+            raw = _with(base, point, names)
+            raw = _seeded(raw, names, seed, study, f"{path}: studies.{name}")
             try:
                 settings = Pipeline.model_validate(raw)
             except ValidationError as error:
@@ -122,10 +138,11 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
                 raise KavaError(explain(path, where, error)) from None
             for cell in _cells(raw, settings, names, point, seed, study):
                 cells.setdefault((cell.variant, cell.system, cell.seed), cell)
-                groups[cell.system] = cell.variant
-        if study.baseline is not None:
-            other = (groups[study.baseline], study.baseline)
-            pairs |= {((groups[s], s), other): None for s in names if s != study.baseline}
+                groups[cell.asked, cell.system] = cell.variant
+        for asked in (study.split, *study.test_sets):
+            for other in baseline:
+                right = (groups[asked, other], other)
+                pairs |= {((groups[asked, s], s), right): None for s in names if s != other}
     return StudyPlan(name, study, tuple(cells.values()), tuple(pairs))
 
 
@@ -134,10 +151,19 @@ def _points(study: Study) -> Iterator[Point]:
         yield dict(zip(study.grid, values, strict=True))
 
 
-def _with(pipeline: Any, changes: Point) -> dict[str, Any]:
-    """A copy of the pipeline with other values at dotted keys."""
+def _with(pipeline: Any, changes: Point, students: tuple[str, ...] | None = ()) -> dict[str, Any]:
+    """A copy of the pipeline with other values at dotted keys, a section's before its parts'.
+
+    students: those that a key of `students.*` means; None: all that are there.
+    """
     changed: dict[str, Any] = _apart(pipeline)
-    for key, value in changes.items():
+    single = {key: changes[key] for key in changes if not key.startswith(EVERY)}
+    if students is None:
+        students = tuple(map(str, _with(pipeline, single).get("students") or {}))
+    for every in changes.keys() - single:
+        own = every.removeprefix(EVERY)
+        single |= {f"students.{student}.{own}": changes[every] for student in students}
+    for key in sorted(single, key=lambda key: key.count(".")):
         *sections, last = key.split(".")
         place = changed
         for i, section in enumerate(sections):
@@ -147,7 +173,7 @@ def _with(pipeline: Any, changes: Point) -> dict[str, Any]:
                     f"{place[section]!r}. Write it as one, or change it as a whole."
                 )
             place = place[section]
-        place[last] = _apart(value)
+        place[last] = _apart(single[key])
     return changed
 
 
@@ -187,16 +213,28 @@ def _cells(
         key = fingerprint([stage, section, VERSIONS[stage[0]], [p.key for p in before]])
         return Piece(stage, key, makes, raw, before)
 
-    def cell(system: str, asked: Piece, *concerned_by: str) -> StudyCell:
+    def cells(system: str, made: Piece, *concerned_by: str) -> Iterator[StudyCell]:
         own = seed if system in students or study.reseed == "all" else None
-        variant = " ".join(
+        concerning = [
             f"{key}={value if isinstance(value, str) else canonical_json(value)}"
             for key, value in point.items()
             if f"{key}.".startswith(concerned_by)
-        )
+        ]
         asking = [settings.evaluate.limit, settings.evaluate.max_new_tokens, VERSIONS["evaluate"]]
-        key = fingerprint([system, study.split, asking, asked.key])
-        return StudyCell(system, variant, own, key, asked, settings.evaluate)
+        latent = system in students and settings.students[system].reads == "kv_targets"
+        for asked in (study.split, *study.test_sets):
+            further = [f"test_set={asked}"] if asked != study.split else []
+            key = fingerprint([system, asked, asking, made.key])
+            yield StudyCell(
+                system,
+                " ".join([*concerning, *further]),
+                own,
+                key,
+                made,
+                settings.evaluate,
+                asked,
+                study.interventions if latent and not further else 0,
+            )
 
     problems = piece(("prepare",), plain["prepare"], (), "problems", "test_sets")
     teacher = piece(("teacher",), plain["teacher"], (problems,), "teacher")
@@ -212,7 +250,7 @@ def _cells(
         targets = piece(("generate",), both, taught, "kv_targets")
     shared = ("prepare.", "teacher.")
     for system in (TEACHER_COT, TEACHER_NO_COT):
-        yield cell(system, teacher, *shared)
+        yield from cells(system, teacher, *shared)
     for student in students:
         reads = settings.students[student].reads
         before = (*taught, *((*made_by, targets) if reads == "kv_targets" else ()))
@@ -220,4 +258,5 @@ def _cells(
             ("distill", student), plain["students"][student], before, f"students/{student}"
         )
         latent = ("generate.", "evict.") if reads == "kv_targets" else ()
-        yield cell(student, made, *shared, "traces.", *latent, f"students.{student}.")
+        own = (EVERY, f"students.{student}.")
+        yield from cells(student, made, *shared, "traces.", *latent, *own)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from transformers import PreTrainedModel
 
 from kava_core.eviction import CacheBatch, Targets
 from kava_core.models.loading import DTYPES, load_model
@@ -46,8 +47,13 @@ class OnlineTargets:
 
         KavaError if the store does not say in words of this version how it was made.
         """
+        dtype = DTYPES[stored_settings(store, Generate).model_dtype]
+        return cls.of_model(store, place_frozen(load_model(str(teacher), dtype)))
+
+    @classmethod
+    def of_model(cls, store: TargetsStore, model: PreTrainedModel) -> Self:
+        """Those of `store`, by its settings, but made by another model, on its device."""
         generate, plan = stored_settings(store, Generate), Plan.of_store(store)
-        model = place_frozen(load_model(str(teacher), DTYPES[generate.model_dtype]))
         return cls(TeacherPass(model), store_codec(generate), plan.cut, Rounding.of(store))
 
     @torch.no_grad()
@@ -81,3 +87,26 @@ class OnlineTargets:
             slot_positions=targets.slot_positions,
             slot_mask=targets.slot_positions >= 0,
         )
+
+
+class JointTargets:
+    """Targets of a student's own weights as they are in this step: it is its own teacher.
+
+    store: whose settings say how targets are made. decoder: the student's; it reads without dropout
+    and without gradient, and is left as it was.
+    """
+
+    def __init__(self, store: TargetsStore, decoder: PreTrainedModel) -> None:
+        self.store, self.decoder = store, decoder
+        self.online: OnlineTargets | None = None  # when the decoder is on its device
+
+    def __call__(self, records: Sequence[Record]) -> TargetTensors:
+        """The targets of B records, as those of `OnlineTargets`."""
+        training = self.decoder.training
+        try:
+            self.decoder.eval()
+            if self.online is None:
+                self.online = OnlineTargets.of_model(self.store, self.decoder)
+            return self.online(records)
+        finally:
+            self.decoder.train(training)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from kava_core.distill.teacher_job import TrainedTeacher, train_teacher
@@ -14,7 +16,7 @@ from kava_core.settings import Cadence, Resources, Teacher
 from tests.evaluation.talker import problems
 
 
-def trained(folder: Path, processes: int) -> TrainedTeacher:
+def trained(folder: Path, processes: int, **more: Any) -> TrainedTeacher:
     everything = problems()
     batch = len(everything) // 2 * 2
     write_problems(folder / "problems", ProblemSplits(*[everything] * 3), "equations", {})
@@ -23,6 +25,7 @@ def trained(folder: Path, processes: int) -> TrainedTeacher:
             "scratch": {"vocabulary": 280, "hidden_size": 32, "intermediate_size": 32},
             "training": {"steps": 3, "batch_size": batch, "threads": 1},
             "processes": processes,
+            **more,
         }
     )
     return train_teacher(
@@ -51,3 +54,13 @@ def test_a_teacher_may_learn_in_two_processes(tmp_path: Path) -> None:
     one.save({"n": 1})
     two.save({"n": 1})
     assert [teacher.about["settings"]["processes"] for teacher in (one, two)] == [1, 2]
+
+
+def test_a_teacher_that_forgets_is_another_one_and_says_so(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", 1)
+    forgets = {"keeps": "steps", "share": 1.0}
+    other = trained(tmp_path / "other", 1, forgets=forgets)
+    assert other.about["settings"]["forgets"] == forgets
+    assert "forgets" not in whole.about["settings"]
+    one, two = (load_file(t.folder / "model.safetensors") for t in (whole, other))
+    assert any(not torch.equal(x, two[name]) for name, x in one.items())

@@ -278,6 +278,24 @@ def stage(found: Forecast, name: str) -> float:
     return seconds
 
 
+def test_workers_share_what_they_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+
+    def planned(workers: int) -> Forecast:
+        sections = {
+            "fidelity": {"policies": ["rkv"], "budgets": [2], "limit": 64, "batch_size": 8},
+            "evaluate": {"batch_size": 2},
+            "resources": {"workers": workers},
+        }
+        settings = Pipeline.model_validate({**SMALL, **sections})
+        return forecast("small", settings, tmp_path, lambda _: Rates(1e9, 1e9))
+
+    one, four = planned(1), planned(4)
+    for shared in ("fidelity", "evaluate"):
+        assert stage(four, shared) == pytest.approx(stage(one, shared) / 4), shared
+    assert stage(four, "teacher") == stage(one, "teacher")
+
+
 @pytest.mark.slow  # not long, but of use on a quiet machine only
 def test_time_holds_within_a_factor_of_a_half(ready: Path, tmp_path: Path) -> None:
     settings = settings_with(

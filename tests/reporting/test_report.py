@@ -118,6 +118,14 @@ def test_what_teaches_a_student_is_told_by_its_weights(own: Pipeline) -> None:
     found = read_findings(own.folder, own.students)
     kava = next(s for s in systems_of(found, "synthetic") if s.name == "kava")
     assert kava.taught == "answer + keys at 30% of the gradient + 1 × CODI + 0.5 × readout"
+    student["settings"] |= {
+        **dict.fromkeys(("alpha_kv", "alpha_codi", "alpha_readout"), 0.0),
+        "curriculum": {"latents_per_step": 1, "steps": 9, "epochs": None},
+    }
+    write_json(path, student)
+    found = read_findings(own.folder, own.students)
+    kava = next(s for s in systems_of(found, "synthetic") if s.name == "kava")
+    assert kava.taught == "what is still written, then the answer"
 
 
 def test_the_gap_is_measured_from_no_cot_to_the_chain_of_thought(

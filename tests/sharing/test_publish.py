@@ -19,8 +19,9 @@ from kava_core import LatentReasoner
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.findings.latents import InterventionScores
+from kava_core.settings.student import Curriculum
 from kava_core.sharing.hub import Repository, download, upload
-from kava_core.sharing.student import _changed_table
+from kava_core.sharing.student import _changed_table, _curriculum
 from kava_core.store import TargetsStore
 from kava_core.store.export import check_limits, check_secrets
 from tests.sharing.conftest import KAVA, Team
@@ -140,6 +141,12 @@ def test_latents_that_carry_nothing_are_said_to() -> None:
     assert "It answers otherwise with its latents set to their mean over the problems." in said
 
 
+def test_a_card_says_which_curriculum_taught() -> None:
+    found = _curriculum(Curriculum(latents_per_step=2, epochs=3))
+    assert [name for name, _ in found] == ["curriculum"] and not _curriculum(None)
+    assert "with every 3 epochs one written step more gives way to 2 latents" in found[0][1]
+
+
 def test_a_student_of_other_targets_is_refused(made: Team, tmp_path: Path) -> None:
     team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
     for name in ("students", "kv_targets", "teacher"):
@@ -151,6 +158,19 @@ def test_a_student_of_other_targets_is_refused(made: Team, tmp_path: Path) -> No
         team.kava("publish", "student", "kava", str(tmp_path / "hub"))
     with pytest.raises(KavaError, match="has no student 'x'"):
         team.kava("publish", "student", "x", str(tmp_path / "hub"))
+    assert not (tmp_path / "hub").exists()
+
+
+def test_what_was_measured_of_other_weights_is_not_said_of_it(made: Team, tmp_path: Path) -> None:
+    team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
+    for name in ("students", "kv_targets", "teacher", "evaluation"):
+        shutil.copytree(made.data(name), team.data(name))
+    weights = team.data("students/kava/latents.safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(KavaError, match=r"measured another student kava .* Run `kava evaluate`"):
+        team.kava("publish", "student", "kava", str(tmp_path / "hub"))
     assert not (tmp_path / "hub").exists()
 
 

@@ -22,7 +22,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import dynamic_module_utils, pipeline
 
-from kava_core.artefacts import read_json, write_json
+from kava_core.artefacts import read_json, tree_fingerprint, write_json
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer
@@ -171,7 +171,12 @@ def test_again_it_has_the_same_bytes_and_only_what_was_measured_differs(
         "predictions.parquet",
         "similarity.json",
         "summary.json",
+        "weights.json",
     ]
+    weights = read_json(home / "data/tiny/evaluation/weights.json")
+    students = home / "data/tiny/students"
+    assert weights["no-cot"] == tree_fingerprint(students / "no-cot")
+    assert {"teacher-cot", "teacher-no-cot"} < weights.keys()
     one, two = (
         read_json(root / "data/tiny/measured/evaluation.json")["systems"] for root in (made, home)
     )

@@ -125,15 +125,12 @@ def test_every_method_has_a_snippet_and_a_row() -> None:
 def test_a_method_trains_with_the_terms_it_says(home: Path, name: str) -> None:
     snippet = METHODS[name]
     settings = Student.model_validate(snippet["students"][name])
-    quick = {**snippet["students"][name]["training"], **QUICK}
-    write(
-        home,
-        {
-            **PIPELINE,
-            "evict": {**PIPELINE["evict"], **snippet.get("evict", {})},
-            "students": {name: {**snippet["students"][name], "training": quick}},
-        },
-    )
+    quick: dict[str, Any] = {"training": {**snippet["students"][name]["training"], **QUICK}}
+    if settings.curriculum is not None:
+        quick["curriculum"] = {**snippet["students"][name]["curriculum"], "steps": 1}
+    plain = {**snippet["students"][name], **quick}
+    changed = {"evict": {**PIPELINE["evict"], **snippet.get("evict", {})}}
+    write(home, {**PIPELINE, **changed, "students": {name: plain}})
     if "evict" in snippet:
         call(evict, home)
     call(distill, home, name)
@@ -151,9 +148,7 @@ def test_a_method_trains_with_the_terms_it_says(home: Path, name: str) -> None:
     )
     assert (asked.passes > 0).all()
     about = read_json(folder / "student.json")
-    assert about["settings"] == Student.model_validate(
-        {**snippet["students"][name], "training": quick}
-    ).model_dump(mode="json")
+    assert about["settings"] == Student.model_validate(plain).model_dump(mode="json")
     assert ("model" in about["fingerprints"]) == (settings.model is not None)
     assert not list((home / "data/.work").glob(f"{name}-*"))
 

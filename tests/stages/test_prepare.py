@@ -120,6 +120,34 @@ def test_every_source_becomes_problems_and_a_test_set_beside_them(
     assert metrics(data, "problems")["train"]["by_source"] == {source: 5}
 
 
+def test_longer_chains_than_are_taught_can_be_drawn_as_a_test_set(tmp_path: Path) -> None:
+    longer = {"source": {"name": "last-digit", "steps": [8, 9]}, "size": 6}
+    settings: dict[str, Any] = {
+        "source": {"name": "last-digit", "steps": [2, 4]},
+        "traces": "checked",
+        "train": 8,
+        "validation": 2,
+        "test": 3,
+    }
+    taught = contents(run(tmp_path, **settings) / "problems")
+    data = run(tmp_path, **settings, test_sets={"longer": longer})
+    assert contents(data / "problems") == taught
+    asked = open_test_sets(data / "test_sets").load_all()
+    assert {name: len(found) for name, found in asked.items()} == {"last-digit": 3, "longer": 6}
+    assert {len(p.steps) for p in asked["longer"]} == {8, 9}
+    assert [p.id for p in asked["longer"]][:2] == ["longer-000000", "longer-000001"]
+    assert all("= " in step for p in asked["longer"] for step in p.steps)  # as they are taught
+    again = run(tmp_path, **{**settings, "seed": 1}, test_sets={"longer": longer})
+    assert open_test_sets(again / "test_sets").load("longer") != asked["longer"]
+    few = {"name": "last-digit", "steps": [1, 1]}
+    with pytest.raises(KavaError, match=r"also stand in train or validation: \d of again"):
+        run(
+            tmp_path,
+            **{**settings, "source": few},
+            test_sets={"again": {"source": few, "size": 90}},
+        )
+
+
 def test_what_was_left_out_is_counted_in_the_metrics(tmp_path: Path) -> None:
     rows = [*ROWS["metamath"], {"query": "Hm?", "response": "I do not know."}]
     hard = [*HARD, {"input": "x?", "target": None}, {"input": "y" * 50, "target": 1}]
@@ -403,7 +431,7 @@ def test_a_tokenizer_beside_a_teacher_that_learns_its_own_is_refused(
         ),
         (
             {"source": "svamp", "path": "x", "test_sets": {"svamp": {"source": "svamp"}}},
-            "prepare.test_sets.svamp.path: Field required",
+            "prepare.test_sets.svamp: source svamp needs a `path`",
         ),
         (
             {
@@ -439,7 +467,23 @@ def test_a_tokenizer_beside_a_teacher_that_learns_its_own_is_refused(
         ),
         (
             {"source": "svamp", "path": "x", "test_sets": {"s": {"source": "synthetic"}}},
-            "prepare.test_sets.s.source: should be one of gsm8k",
+            "prepare.test_sets.s: source synthetic needs the number `size`",
+        ),
+        (
+            {
+                "source": "svamp",
+                "path": "x",
+                "test_sets": {"s": {"source": "synthetic", "size": 4, "split": "test"}},
+            },
+            "prepare.test_sets.s: source synthetic has no split",
+        ),
+        (
+            {
+                "source": "svamp",
+                "path": "x",
+                "test_sets": {"s": {"source": "math", "path": "x", "size": 4}},
+            },
+            "prepare.test_sets.s: size: source math draws no problems",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from kava_core.distill.curriculum import Stages
 from kava_core.errors import KavaError
 from kava_core.planning.lengths import lengths_of
 from kava_core.problems.prompt import Example, Prompt
@@ -31,6 +32,7 @@ TABLE = {
 OTHERS = {
     "kava-llama-1b-metamath", "kava-qwen3-06b-aug", "kava-smollm2-135m-aug", "codi-llama-1b-aug",
     "codi-llama-1b-aug-nl", "codi-gpt2-aug", "pccot-llama-1b-aug", "pccot-gpt2-aug",
+    "coconut-gpt2-aug", "kava-gpt2-aug",
 }  # fmt: skip
 # One of each family of models, and of each way to keep targets and to think.
 FAMILIES = [
@@ -38,6 +40,7 @@ FAMILIES = [
     "kava-qwen25-05b-aug-nl",
     "kava-qwen3-06b-aug",
     "codi-gpt2-aug",
+    "coconut-gpt2-aug",
 ]
 
 
@@ -92,6 +95,19 @@ def test_codi_and_pccot_are_as_their_own_papers_publish_them() -> None:
     for name in ("pccot-llama-1b-aug", "pccot-gpt2-aug"):
         pccot = settings_of(name).students["pccot"]
         assert (pccot.alpha_codi, pccot.alpha_kv, pccot.w_cot, pccot.iterations) == (1, 0, 1, 3)
+
+
+def test_coconut_is_as_its_own_paper_publishes_it(tmp_path: Path) -> None:
+    settings = settings_of("coconut-gpt2-aug")
+    coconut = settings.students["coconut"]
+    assert (coconut.reasoning, coconut.projection) == ("sequential", False)
+    records = planned("coconut-gpt2-aug", settings, tmp_path).problems
+    stages = Stages.of(coconut, settings.evict.budget, records, "students.coconut")
+    assert stages is not None and (stages.per_step, stages.count) == (2, 3)
+    epoch = coconut.training.steps_per_epoch(records)
+    assert stages.length == 3 * epoch and coconut.training.total_steps(records) == 22 * epoch
+    assert coconut.training.batch_size * coconut.training.accumulation == 128
+    assert (coconut.training.learning_rate, coconut.training.lora) == (1e-4, None)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from kava_core.errors import KavaError
 from kava_core.models.loading import save_model
 from kava_core.problems.folder import open_problems, write_problems
+from kava_core.sharing.describe import describe
 from kava_core.store import TargetsStore
 from stages.cli import kava
 from tests.targets.test_traces import DRAWN, SPLITS, TOKENIZER, teacher
@@ -63,6 +65,21 @@ def test_all_students_learn_from_the_same_chains(home: Path, keep: str) -> None:
     about = json.loads((home / "data/small/students/no-cot/student.json").read_text())
     assert about["fingerprints"]["problems"] == kept.fingerprint("train")
     assert store.manifest.fingerprints["problems"] == kept.fingerprint("train")
+
+
+def test_a_store_of_them_says_whose_chains_they_are(home: Path) -> None:
+    run(home, "traces", "generate", "evict", traces=DRAWN.model_dump())
+    store, problems = home / "data/small/kv_targets", home / "data/small/problems"
+    data = describe(store, teacher=None, problems=problems, licence="mit").data
+    metrics = json.loads((home / "data/small/traces/metrics.json").read_text())
+    assert data is not None and data.licence == "mit"
+    assert data.problems == metrics["train"]["problems"]
+    written = sum(metrics["chains"].values())
+    assert data.written == f"written by the teacher, {metrics['chains']['kept']} of {written} kept"
+    # Other problems than those that the teacher wrote for are not what the store was made from.
+    fewer = dataclasses.replace(SPLITS, train=SPLITS.train[1:])
+    write_problems(problems, fewer, "equations", {})
+    assert describe(store, teacher=None, problems=problems, licence=None).data is None
 
 
 def test_without_the_section_there_is_no_such_stage(home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import shutil
@@ -26,7 +27,13 @@ SCRATCH = {
     "intermediate_size": 48,
 }
 TINY: dict[str, Any] = {
-    "prepare": {"source": "synthetic", "train": 32, "validation": 12, "test": 14},
+    "prepare": {
+        "source": "synthetic",
+        "train": 32,
+        "validation": 12,
+        "test": 14,
+        "test_sets": {"longer": {"source": {"name": "synthetic", "steps": [5, 5]}, "size": 3}},
+    },
     "teacher": {"scratch": SCRATCH, "training": TRAINING, "validate_on": 4, "max_new_tokens": 8},
     "generate": {"threads": 1},
     "evict": {"budget": 3, "threads": 1},
@@ -145,6 +152,28 @@ def test_more_seeds_train_what_is_new_and_test_problems_are_remembered(copy: Ben
     assert "asked before with other settings (3 times" in said
     (new,) = set(copy.made()) - set(made)
     assert new.startswith("no-cot-")
+
+
+def test_latents_are_changed_and_test_sets_asked_of_what_is_trained(copy: Bench) -> None:
+    made, before = copy.made(), (copy.folder / "results.csv").read_text()
+    copy.write(interventions=5, test_sets=["longer"])
+    said = copy.kava("study", "tiny")
+    assert "12 cells, 8 to do" in said and copy.made() == made
+    assert "What the latents carry" in (copy.folder / "index.html").read_text()
+    after = (copy.folder / "results.csv").read_text()
+    longer = [line for line in after.splitlines() if "test_set=longer," in line]
+    assert len(longer) == 6 and set(before.splitlines()) | set(longer) == set(after.splitlines())
+    assert all(",3," in line for line in longer)
+    with (copy.folder / "interventions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["system"], row["seed"], row["n"]) for row in rows] == [
+        ("kava", "0", "5"),
+        ("kava", "1", "5"),
+    ]
+    own, asked = (copy.folder / "interventions.csv").read_bytes(), len(copy.asked())
+    assert asked == 12  # what was asked before is not asked again
+    assert "12 cells, 0 to do" in copy.kava("study", "tiny")
+    assert (copy.folder / "interventions.csv").read_bytes() == own
 
 
 def test_a_stage_that_fails_is_named_with_what_it_said(copy: Bench) -> None:

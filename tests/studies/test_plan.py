@@ -102,6 +102,51 @@ def test_settings_are_for_all_and_may_add_a_student(tmp_path: Path) -> None:
     assert {cell.piece.settings["evict"]["policy"] for cell in found.cells} == {"random"}
 
 
+def test_a_key_of_every_student_is_each_ones_own(tmp_path: Path) -> None:
+    study = {
+        "seeds": [0],
+        "baseline": "no-cot",
+        "grid": {"students.*.training.records": [4, 8]},
+        "settings": {
+            "students.third.training.warmup": 0.5,
+            "students.*.training": {"steps": 7, "batch_size": 4},
+            "students.third": {"reads": "kv_targets"},
+        },
+    }
+    found = plan(tmp_path, study)
+    for cell in found.cells[2:]:
+        training = cell.piece.settings["students"][cell.system]["training"]
+        assert (training["batch_size"], training["steps"]) == (4, 7)
+        assert training.get("warmup") == (0.5 if cell.system == "third" else None)
+        assert cell.variant == f"students.*.training.records={training['records']}"
+    assert pieces(found)["distill"] == 6 and pieces(found)["teacher"] == 1
+    assert [left[1] for left, _ in found.pairs] == ["kava", "third"] * 2
+    assert all(left[0] == right[0] for left, right in found.pairs)  # each among its like
+    one = plan(tmp_path, {"seeds": [0], "students": ["kava"], "grid": study["grid"]})
+    raw = one.cells[-1].piece.settings["students"]
+    assert "records" in raw["kava"]["training"] and "records" not in raw["no-cot"]["training"]
+
+
+def test_further_test_sets_are_asked_of_the_same_systems(tmp_path: Path) -> None:
+    longer = {"source": {"name": "synthetic", "steps": [6, 6]}, "size": 4}
+    small = copy.deepcopy(SMALL)
+    small["prepare"]["test_sets"] = {"longer": longer}
+    study = {"split": "test", "seeds": [0], "baseline": "no-cot"}
+    own = plan(tmp_path, study, small)
+    found = plan(tmp_path, {**study, "test_sets": ["longer"]}, small)
+    assert cells(found)[:2] == [
+        ("teacher-cot", "", None),
+        ("teacher-cot", "test_set=longer", None),
+    ]
+    assert len(found.cells) == 8 and len({cell.key for cell in found.cells}) == 8
+    assert pieces(found) == pieces(own)
+    assert {cell.key for cell in own.cells} < {cell.key for cell in found.cells}
+    assert found.pairs == (
+        (("", "kava"), ("", "no-cot")),
+        (("test_set=longer", "kava"), ("test_set=longer", "no-cot")),
+    )
+
+
 def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
     def keys(pipeline: dict[str, Any]) -> list[str]:
         return [cell.key for cell in plan(tmp_path, {}, pipeline).cells]
@@ -136,6 +181,19 @@ def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
         (
             {"grid": {"evict.bugdet": [4]}},
             "studies.s: pipelines.small.evict.bugdet: no such setting",
+        ),
+        ({"test_sets": ["x"]}, "test_sets: are asked in a study of `split: test`"),
+        (
+            {"test_sets": ["x"], "split": "test"},
+            "no test set 'x' in prepare.test_sets. There are: n",
+        ),
+        ({"interventions": -1}, "studies.s.interventions: Input should be greater than or equal"),
+        (
+            {
+                "settings": {"students.*.training.steps": 3},
+                "grid": {"students.kava.training.steps": [4]},
+            },
+            "students.kava.training.steps stands beside students.*.training.steps",
         ),
         ({"grid": {"evict.budget.x": [4]}}, "expected evict.budget to be a mapping, found 4"),
     ],

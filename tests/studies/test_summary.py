@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
 import statistics
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kava_core.errors import KavaError
 from kava_core.findings.differences import holm, seeded_bootstrap
+from kava_core.findings.latents import InterventionScores
 from kava_core.findings.study import CellAnswer, CellAnswers, StudySummary
 from kava_core.findings.tables import read_table
-from kava_core.reporting.study import as_page
+from kava_core.reporting.study import as_page, as_table
 from kava_core.studies.plan import StudyCell, StudyPlan
 from kava_core.studies.summary import summarise, write_study
 from tests.studies.test_plan import plan
@@ -42,7 +45,7 @@ def answers(found: StudyPlan) -> dict[StudyCell, CellAnswers]:
 
 def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -> None:
     found = answers(small)
-    summary = summarise(small, found)
+    summary = summarise(small, found, {})
     groups = {(group.variant, group.system): group for group in summary.groups}
     assert list(groups) == [
         ("", "teacher-cot"),
@@ -68,18 +71,18 @@ def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -
     assert [first.p_holm, second.p_holm] == holm(
         [first.difference.p_value, second.difference.p_value]
     )
-    assert summarise(small, found) == summary
+    assert summarise(small, found, {}) == summary
 
 
 def test_the_files_have_every_answer_and_the_same_bytes_again(
     small: StudyPlan, tmp_path: Path
 ) -> None:
     found = answers(small)
-    summary = summarise(small, found)
+    summary = summarise(small, found, {})
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-        write_study(folder, small, found, summary)
+        write_study(folder, small, found, {}, summary)
     for name in ("results.csv", "answers.parquet", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert as_page(summary) == as_page(summary)
@@ -103,9 +106,54 @@ def test_the_files_have_every_answer_and_the_same_bytes_again(
 
 
 def test_the_page_shows_it_all(small: StudyPlan) -> None:
-    page = as_page(summarise(small, answers(small)))
+    page = as_page(summarise(small, answers(small), {}))
     for words in ("kava", "evict.budget=8", "no-cot", "50 test problems", "Holm over 2"):
         assert words in page
+
+
+def changed(followed: float | None) -> InterventionScores:
+    """As if so many per cent of 40 answers followed a donor; None: no donor has another answer."""
+    difference = {"difference": 0.0, "ci95": (0.0, 0.0), "p_value": 1.0}
+    same = {"exact_match": 50.0, "ci95": (40.0, 60.0), "difference": difference, "changed": 9.0}
+    follows = followed and {"share": followed, "ci95": (0.0, 100.0), "n": 40, "untouched": 2.5}
+    given = {**same, "exact_match": 10.0, "follows": follows}
+    together = {"removed": same, "mean": same, "shuffled": None, "donor": given}
+    alone = {"removed": [same], "mean": [same], "donor": [given]}
+    plain = {"n": 50, "none": 90.0, "ci95": (80.0, 95.0), "iterations": []}
+    return InterventionScores.model_validate({**plain, "together": together, "alone": alone})
+
+
+def test_what_latents_carry_is_told_for_every_seed(tmp_path: Path) -> None:
+    small = plan(tmp_path, {"interventions": 50, "split": "test"})
+    asked = [cell for cell in small.cells if cell.changed]
+    assert [(cell.system, cell.seed) for cell in asked] == [("kava", 0), ("kava", 1)]
+    changes = dict(zip(asked, map(changed, (80.0, 90.0)), strict=True))
+    found = answers(small)
+    summary = summarise(small, found, changes)
+    kava = next(group for group in summary.groups if group.system == "kava")
+    assert kava.carried is not None and kava.carried.n == 50
+    assert (kava.carried.untouched, kava.carried.donor) == ([90.0, 90.0], [10.0, 10.0])
+    assert kava.carried.followed == [80.0, 90.0]
+    assert sum(group.carried is not None for group in summary.groups) == 1
+    write_study(tmp_path, small, found, changes, summary)
+    with (tmp_path / "interventions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["system"], row["seed"], row["counted"]) for row in rows] == [
+        ("kava", "0", "40"),
+        ("kava", "1", "40"),
+    ]
+    assert [float(row["followed"]) for row in rows] == [80.0, 90.0]
+    assert (rows[0]["shuffled"], rows[0]["followed_untouched"]) == ("", "2.5000")
+    page, told = as_page(summary), io.StringIO()
+    Console(file=told, width=120).print(as_table(summary))
+    for words in ("follow the donor", "85.0 ± 7.1", "The first 50 of these problems"):
+        assert words in page and words in " ".join(told.getvalue().split())
+    assert StudySummary.model_validate_json(summary.model_dump_json()) == summary
+    nobody = summarise(small, found, dict.fromkeys(asked, changed(None)))
+    assert nobody.groups[2].carried.followed == [None, None]
+    assert "–" in as_page(nobody)
+    plain = plan(tmp_path, {})
+    assert "carried" not in summarise(plain, answers(plain), {}).model_dump_json()
 
 
 def test_other_problems_are_not_compared(small: StudyPlan) -> None:
@@ -113,4 +161,4 @@ def test_other_problems_are_not_compared(small: StudyPlan) -> None:
     cell = next(cell for cell in small.cells if cell.system == "no-cot")
     found[cell] = found[cell].model_copy(update={"ids": [f"q{i}" for i in range(50)]})
     with pytest.raises(KavaError, match="were asked different problems"):
-        summarise(small, found)
+        summarise(small, found, {})

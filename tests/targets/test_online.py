@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,10 @@ from kava_core.eviction.policies.rkv import RKV
 from kava_core.eviction.policies.steps import Steps
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model
-from kava_core.settings import Evict, Generate
-from kava_core.store import TargetsStore, finalise
+from kava_core.settings import Evict, Generate, Student
+from kava_core.store import TargetsStore, TargetTensors, finalise
 from kava_core.targets.evict import EvictJob, cache_batch, targets_spec
-from kava_core.targets.online import OnlineTargets
+from kava_core.targets.online import JointTargets, OnlineTargets
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
 from tests.distill.toy import toy_objective, toy_traces
@@ -56,11 +58,13 @@ def made(
     return store, OnlineTargets.of(store, folder / "teacher")
 
 
-def losses(
-    architecture: str, store: TargetsStore, online: OnlineTargets | None
-) -> dict[str, Tensor]:
-    student = LatentReasoner.from_teacher(
-        tiny_model(architecture, torch.float32),
+def student_of(architecture: str, store: TargetsStore, dropout: float = 0.0) -> LatentReasoner:
+    teacher = tiny_model(architecture, torch.float32)
+    for module in teacher.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    return LatentReasoner.from_teacher(
+        teacher,
         latents=store.geometry.slots,
         iterations=2,
         reasoning="jacobi",
@@ -70,6 +74,15 @@ def losses(
         eos_token_id=EOS,
         seed=0,
     ).eval()
+
+
+def losses(
+    architecture: str,
+    store: TargetsStore,
+    online: OnlineTargets | JointTargets | None,
+    student: LatentReasoner | None = None,
+) -> dict[str, Tensor]:
+    student = student or student_of(architecture, store)
     dataset = TargetsDataset(store, chains=True, online=online is not None)
     terms = student_terms(toy_objective(store, w_cot=1.0), Match.of(store), online)
     return terms(student, dataset.__getitems__(ORDER))
@@ -150,3 +163,52 @@ def test_nothing_of_the_teacher_learns(tmp_path: Path) -> None:
     sum(losses("llama", store, online).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in online.teacher.model.parameters())
     assert all(torch.equal(x, before[n]) for n, x in online.teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_student_that_is_its_own_teacher_is_compared_with_what_it_is_now(
+    tmp_path: Path, architecture: str
+) -> None:
+    store, online = made(tmp_path, architecture, *CASES["bfloat16"])
+    student = student_of(architecture, store, dropout=0.5).train()
+    joint = JointTargets(store, student.decoder)
+    records = [store.index.record(i) for i in ORDER]
+    for found, expected in zip(slots(joint(records)), slots(online(records)), strict=True):
+        assert torch.equal(found, expected)  # it begins as the teacher, and drops nothing out
+    assert all(module.training for module in student.modules())
+    with torch.no_grad():
+        for parameter in student.decoder.parameters():
+            parameter.mul_(1.1)
+    now = OnlineTargets.of_model(store, copy.deepcopy(student.decoder))
+    for found, expected in zip(slots(joint(records)), slots(now(records)), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.equal(joint(records).keys, online(records).keys)
+
+
+def slots(targets: TargetTensors) -> list[Tensor]:
+    return [targets.keys, targets.values, targets.endpoint, targets.slot_positions]
+
+
+def test_no_gradient_flows_through_a_students_own_targets(tmp_path: Path) -> None:
+    store, _ = made(tmp_path, "llama", *CASES["float32"])
+    gradients = []
+    for own in (True, False):
+        student = student_of("llama", store)
+        fixed = OnlineTargets.of_model(store, copy.deepcopy(student.decoder))
+        targets = JointTargets(store, student.decoder) if own else fixed
+        torch.stack(list(losses("llama", store, targets, student).values())).sum().backward()
+        gradients.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(x, gradients[1][name]) for name, x in gradients[0].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"w_cot": 0.0}, "nothing but w_cot teaches"), ({"model": "other"}, "and `model` names one")],
+)
+def test_a_student_that_cannot_be_its_own_teacher_is_refused(
+    changes: dict[str, Any], said: str
+) -> None:
+    plain = {"reads": "kv_targets", "targets": "joint", "alpha_kv": 1.0, "w_cot": 1.0}
+    with pytest.raises(ValueError, match=said):
+        Student.model_validate({**plain, "training": {"steps": 1}, **changes})

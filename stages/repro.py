@@ -1,0 +1,76 @@
+"""`kava repro`: what `dvc repro` does, with students side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from kava_core.errors import KavaError
+
+from .together import together
+
+AFTER_STUDENTS = ("evaluate", "report")
+
+
+@click.command("repro")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many students are trained at once.",
+)
+@click.option("--pipeline", help="Name of the pipeline; default: the active one of pipelines.yaml.")
+def repro(jobs: int, pipeline: str | None) -> None:
+    """Let DVC do what is out of date, as `dvc repro` does, but several students at once.
+
+    DVC runs one stage after the other, and students need nothing of one another: here a DVC of its
+    own trains each. What comes out is the same, and so is what DVC then knows. Each student takes
+    `training.threads` threads. Killed and run again, it does what is missing.
+    """
+    from kava_core.settings import load_any_pipeline
+
+    from .graph import FOLDER, dvc_file
+
+    name, settings = load_any_pipeline(Path("pipelines.yaml"), pipeline)
+    file = FOLDER / name / "dvc.yaml"
+    if jobs > 1 and len(settings.students) > 1:
+        stages = dvc_file(name, settings)["stages"]
+        before = [f"{file}:{s}" for s in stages if s not in ("distill", *AFTER_STUDENTS)]
+        if before:
+            _dvc("repro", *before)
+        students = [f"{file}:distill@{student}" for student in settings.students]
+        together(jobs, _train, students)
+    _dvc("repro", *([] if pipeline is None else [str(file)]))
+
+
+def _train(stage: str) -> None:
+    """Run that stage alone; what it says comes in whole lines, since others speak too."""
+    command = _command("--wait-for-lock", "repro", "--single-item", stage)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            click.echo(line, nl=False)
+    _check(command, process.returncode)
+
+
+def _dvc(*arguments: str) -> None:
+    command = _command(*arguments)
+    _check(command, subprocess.run(command, check=False).returncode)
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def _check(command: list[str], status: int) -> None:
+    if status:
+        raise KavaError(
+            f"`{' '.join(['dvc', *command[3:]])}` ended with status {status}; why stands above. "
+            "Run the same command again once it is mended: what is done is kept."
+        )

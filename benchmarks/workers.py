@@ -45,7 +45,7 @@ from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
-from kava_core.settings import Evaluate, Evict, Fidelity, FidelityBits, Generate
+from kava_core.settings import Evaluate, Evict, Fidelity, FidelityBits, Generate, Resources
 from kava_core.store import StoreSpec, TeacherStore, finalise, write_teacher_shard
 from kava_core.targets.evict import EvictJob, cache_batch, targets_spec
 from kava_core.targets.generate import GenerateJob, Reading, teacher_spec
@@ -89,18 +89,24 @@ class Timed:
 
 @dataclass(frozen=True)
 class Bench:
-    """A job to be made anew for every run, its shards, and how many examples one holds."""
+    """A job to be made anew for every run, its shards, how many examples one holds, and a folder
+    that all workers see."""
 
     make: Callable[[], Job[Any]]
     shards: Sequence[int]
     examples: int
+    folder: Path
 
     def run(self, workers: int) -> tuple[float, float]:
         """Examples per second without starting up, and the seconds that starting up takes."""
         called = time.time()
         spans: dict[int, list[tuple[float, float]]] = {}
         for _, (pid, began, ended) in run_shards(
-            Timed(self.make()), self.shards, workers=workers, device="cpu"
+            Timed(self.make()),
+            self.shards,
+            Resources(workers=workers, device="cpu"),
+            folder=self.folder,
+            examples=lambda *_: self.examples,
         ):
             spans.setdefault(pid, []).append((began, ended))
         rate = 0.0
@@ -197,10 +203,10 @@ def benches(home: Path) -> dict[str, Bench]:
         return replace(answered, work=Path(tempfile.mkdtemp(dir=home)))
 
     return {
-        "generate": Bench(lambda: generated, range(SHARDS), SHARD),
-        "evict": Bench(lambda: cut, range(SHARDS), EVICTED),
-        "fidelity": Bench(fresh, range(material.shards), SHARD),
-        "evaluate": Bench(lambda: asking, parts.of_kind("answers", "student", name), SHARD),
+        "generate": Bench(lambda: generated, range(SHARDS), SHARD, home),
+        "evict": Bench(lambda: cut, range(SHARDS), EVICTED, home),
+        "fidelity": Bench(fresh, range(material.shards), SHARD, home),
+        "evaluate": Bench(lambda: asking, parts.of_kind("answers", "student", name), SHARD, home),
     }
 
 

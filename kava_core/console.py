@@ -98,6 +98,24 @@ def warn(message: str) -> None:
     _write("warning", message)
 
 
+def tell(message: str, **figures: Any) -> None:
+    """How far the work is, beside what `reporting` says; figures: what JSON lines have besides."""
+    if _log.amount == "quiet" or _log.bars:
+        return
+    work = ", ".join(filter(None, at_work()))
+    _write("progress", f"{work}: {message}" if work else message, **figures)
+
+
+def at_work() -> tuple[str, str]:
+    """The pipeline and the stage at work; empty where none is."""
+    return _log.work or ("", "")
+
+
+def pause() -> float:
+    """Seconds between two words about progress."""
+    return min(SILENCE, TALK) if _log.amount == "verbose" else SILENCE
+
+
 def complain(message: str, error: BaseException | None = None) -> None:
     """What a command ended with; the traceback of `error` where much was asked for."""
     trace = "".join(traceback.format_exception(error)) if error and _log.amount == "verbose" else ""
@@ -140,15 +158,14 @@ def reporting(pipeline: str, stage: str) -> Iterator[None]:
 @contextmanager
 def _lines(work: str) -> Iterator[None]:
     over, began = threading.Event(), time.monotonic()
-    pause = min(SILENCE, TALK) if _log.amount == "verbose" else SILENCE
 
     def report() -> None:
-        while not over.wait(pause):
+        while not over.wait(pause()):
             tasks = [task for display in list(_displays) for task in display.tasks]
-            at_work = [task for task in tasks if not task.finished]
-            for task in at_work:
+            unfinished = [task for task in tasks if not task.finished]
+            for task in unfinished:
                 _write("progress", f"{work}: {_line(task)}", **_figures(task))
-            if not at_work:
+            if not unfinished:
                 seconds = readable_time(time.monotonic() - began)
                 _write("progress", f"{work}: at work for {seconds}")
 

@@ -44,9 +44,7 @@ def run_training(
     KavaErrors are those of the job, of `count_processes` and of `run_processes`.
     """
     device, gpus = resources.device, resources.gpus_per_worker
-    count = count_processes(
-        processes, training.batch_size, device=device, gpus=gpus, threads=training.threads
-    )
+    count = count_processes(processes, training.batch_size, device=device, gpus=gpus)
     if not count:
         job()
         return
@@ -60,4 +58,5 @@ def run_training(
             cpus=resources.cpus_per_worker,
             device=device,
             gpus=gpus,
+            patience=resources.wait_for_room,
         )

@@ -42,15 +42,22 @@ def compare_systems(job: EvaluateJob, material: Material, resources: Resources) 
         for number, _ in run_shards(
             job,
             missing.ready,
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            device=resources.device,
+            resources,
+            folder=job.plan.parts[0].file.parent,
+            examples=lambda number, _: _problems(job.plan.parts[number], job, material),
             then=missing.after,
         ):
             part = job.plan.parts[number]
             display.update(task, advance=1, note=f"{part.system}, {part.test_set or part.kind}")
     return _together(job, material)
+
+
+def _problems(part: Part, job: EvaluateJob, material: Material) -> int:
+    """How many problems a part asks, or scores the answers of."""
+    if part.kind not in ("answers", "scores"):
+        return 0
+    size = job.settings.batch_size
+    return min(size, len(material.test_sets[part.test_set].problems) - part.number * size)
 
 
 def _finished(parts: Sequence[Part]) -> set[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from kava_core.artefacts import clear, disk_errors
+from kava_core.artefacts import clear, disk_errors, ensure_folder
 from kava_core.console import progress, say, warn
 from kava_core.errors import KavaError
 from kava_core.evaluation.asking import ask
@@ -151,10 +151,11 @@ def validate(job: ValidateJob, resources: Resources) -> dict[str, float]:
         for part, count in run_shards(
             replace(job),  # without what this one has read
             missing,
-            workers=0 if alone else resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=None if alone else resources.gpus_per_worker,
-            device=resources.device,
+            resources.model_copy(update={"workers": 0, "gpus_per_worker": None})
+            if alone
+            else resources,
+            folder=ensure_folder(job.work),
+            examples=lambda _, count: count,
         ):
             display.update(task, advance=count, note=job.place(part)[0])
     found: dict[str, float] = {"n": len(job.asked)}

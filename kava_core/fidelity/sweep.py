@@ -32,10 +32,9 @@ def try_grid(job: FidelityJob, material: Material, resources: Resources) -> list
         for shard, made in run_shards(
             job,
             missing,
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            device=resources.device,
+            resources,
+            folder=job.work,
+            examples=lambda shard, made: made * len(material.batches[material.place(shard)[0]]),
         ):
             cell = material.grid.cells[material.place(shard)[1][-1]]
             display.update(task, advance=made, note=f"{cell.series}, {cell.budget or ''}")

@@ -11,25 +11,40 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from kava_core.artefacts import ensure_folder
 from kava_core.console import console, say
 from kava_core.errors import KavaError
 from kava_core.parallel import group
-from kava_core.parallel.devices import NO_GPU, check_own_gpu, gpu_share
-from kava_core.parallel.shards import ray_running, room, visible_gpus
+from kava_core.parallel.cluster import (
+    described,
+    grows,
+    places,
+    ray_running,
+    visible_gpus,
+    worker_environment,
+)
+from kava_core.parallel.devices import check_own_gpu, gpu_share
+from kava_core.parallel.nodes import SEEN_WITHIN, Common, Host, looker, shared
 from kava_core.settings.base import Device, Processes
 
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
 FOLLOW_SECONDS = 0.5
+RESTARTS = 3  # of all processes, after one was lost
+START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 ALONE = "set `processes` to 1"
 
 
 def count_processes(
-    asked: Processes, batch_size: int, *, device: Device, gpus: float | None, threads: int
+    asked: Processes, batch_size: int, *, device: Device, gpus: float | None
 ) -> int:
     """How many processes to start for a training; 0: none, this one does it.
 
@@ -39,7 +54,7 @@ def count_processes(
     process, for a Ray that is started.
     """
     if asked == "auto":
-        there = _gpus(device, threads)
+        there = _gpus(device)
         found = max((n for n in range(1, there + 1) if batch_size % n == 0), default=1)
         if found < there:
             say(f"{found} of {there} GPUs train: batch_size {batch_size} is shared evenly")
@@ -53,12 +68,12 @@ def count_processes(
     return 0
 
 
-def _gpus(device: Device, threads: int) -> int:
+def _gpus(device: Device) -> int:
     if device == "cpu":
         return 0
     if "RAY_ADDRESS" not in os.environ:
         return torch.cuda.device_count()
-    with ray_running(threads, ALONE):
+    with ray_running(ALONE):
         return int(visible_gpus())
 
 
@@ -72,60 +87,114 @@ def run_processes(
     cpus: float,
     device: Device,
     gpus: float | None,
+    patience: float,
 ) -> None:
     """Run `job`, which can be pickled, in `processes` processes at once, until all are done.
 
     folder: for Ray's own notes, on the shared disk. stop_file: made when SIGTERM arrives here; the
     job watches for it. cpus: reserved for each process. device, gpus: as in `gpu_share`; who gets a
     share gets a whole GPU, since processes that talk through NCCL cannot have the same one.
+    patience: seconds that are waited for room where nodes may come.
 
-    KavaErrors of the job arrive as they are. A process that dies ends all the others; what they
-    saved is kept, and the same call goes on from there.
+    KavaErrors of the job arrive as they are. A process that dies, or whose node does, ends all the
+    others; all start again, three times, and the job goes on from what it saved. It may not come
+    back alone: its group is gone with it.
     """
-    with ray_running(threads, ALONE):
+    with ray_running(ALONE), shared(ensure_folder(folder)) as common:
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchTrainer
 
         each = math.ceil(gpu_share(device, gpus, visible_gpus()))
-        places = room(cpus, each)
-        if places < processes:
-            raise KavaError(
-                f"expected room for {processes} processes of {cpus:g} CPUs and {each} GPUs, "
-                f"found room for {places}. Lower `processes` or resources.cpus_per_worker"
-                + (", or set resources.device to cpu." if each else ".")
-            )
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(processes, cpus, each, patience)
         said = folder / "said.txt"
         said.unlink(missing_ok=True)
         interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own and leaves it
         trainer = TorchTrainer(
-            lambda: _run(job, said),
+            lambda: _run(job, said, common),
             scaling_config=ScalingConfig(
                 num_workers=processes,
                 use_gpu=each > 0,
                 resources_per_worker={"CPU": cpus, **({"GPU": each} if each else {})},
             ),
-            # A process may not come back alone: its group is gone with it.
             run_config=RunConfig(  # type: ignore[call-arg]  # known at run time, of Train V2
                 name="train",
                 storage_path=str(folder),
-                failure_config=FailureConfig(max_failures=0),
-                worker_runtime_env={} if each else {"env_vars": NO_GPU},
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=RESTARTS, controller_failure_limit=RESTARTS
+                ),
+                callbacks=[_telling(said)],  # type: ignore[list-item]
+                worker_runtime_env={"env_vars": worker_environment(threads, each)},
             ),
         )
         try:
-            with _passing_on_sigterm(stop_file), _repeating(said):
+            with _passing_on_sigterm(stop_file), _repeating(said), _waiting(patience):
                 trainer.fit()
         except (RayError, TrainingFailedError) as error:
-            raise _explained(error) from None
+            raise _explained(error, processes, patience) from None
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, interrupt)
 
 
-def _run(job: Callable[[], None], said: Path) -> None:
+def _check_room(processes: int, cpus: float, gpus: float, patience: float) -> None:
+    """KavaError for more processes than fit where no nodes come; elsewhere what is waited for."""
+    there = places(cpus, gpus)
+    if there >= processes:
+        return
+    asked = f"room for {processes} processes of {cpus:g} CPUs and {gpus:g} GPUs"
+    if not grows():
+        raise KavaError(
+            f"expected {asked}, found room for {there}. Lower `processes` or "
+            "resources.cpus_per_worker" + (", or set resources.device to cpu." if gpus else ".")
+        )
+    say(
+        f"waiting for {asked}, for at most {patience:g} s (resources.wait_for_room); there are "
+        f"{described()}"
+    )
+
+
+@contextmanager
+def _waiting(patience: float) -> Iterator[None]:
+    """Let Ray Train wait so long for room, in as many pieces as it starts anew."""
+    before = os.environ.get(START_SECONDS)
+    os.environ[START_SECONDS] = str(patience / (RESTARTS + 1))
+    try:
+        yield
+    finally:
+        os.environ.pop(START_SECONDS)
+        if before is not None:
+            os.environ[START_SECONDS] = before
+
+
+def _telling(said: Path) -> UserCallback:
+    """What the controller of a run does when processes fail: it says so, and a KavaError ends the
+    run, which would end alike if it was repeated."""
+    from ray.train import UserCallback
+
+    class _Telling(UserCallback):
+        failures = 0
+
+        def after_exception(
+            self, run_context: object, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(cause := getattr(error, "_base_exc", error), KavaError):
+                    raise cause
+            self.failures += 1
+            if self.failures <= RESTARTS:
+                with said.open("a", encoding="utf-8") as file:
+                    file.write(
+                        f"of the training processes {_ranks(worker_exceptions)} was lost: all go "
+                        f"on from the last checkpoint ({self.failures} of {RESTARTS})\n"
+                    )
+
+    return _Telling()
+
+
+def _run(job: Callable[[], None], said: Path, common: Common) -> None:
     """In a process of the group: the first one's words are passed on, the others keep theirs."""
+    common.check(Host(*looker()(str(common.mark), common.token, SEEN_WITHIN)))
     if group.rank() > 0:
         console.quiet = True
         job()
@@ -135,21 +204,34 @@ def _run(job: Callable[[], None], said: Path) -> None:
         job()
 
 
-def _explained(error: Exception) -> Exception:
+def _explained(error: Exception, processes: int, patience: float) -> Exception:
     """The job's own error if it is one that a person can mend."""
-    failures = getattr(error, "worker_failures", {None: error})
+    from ray.train.v2.api.exceptions import ControllerError
+
+    if isinstance(error, ControllerError):
+        failure = error.controller_failure
+        own = getattr(failure, "controller_failure", failure)  # of a callback's, once more
+        if isinstance(own, KavaError):
+            return own
+        if "Timeout" in type(own).__name__:
+            return KavaError(
+                f"expected room for {processes} training processes within {patience:g} s, found "
+                f"{described()}. Lower `processes`, start nodes with more, or raise "
+                "resources.wait_for_room; what was saved is kept, and the same command goes on."
+            )
+    failures = getattr(error, "worker_failures", None) or {-1: error}
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
-    for cause in causes.values():
-        if isinstance(cause, KavaError):
-            return cause
-    ranks = ", ".join(str(rank) for rank in sorted(causes) if rank is not None) or "?"
     first = " / ".join(
         f"{type(x).__name__}: {str(x).strip().splitlines()[0]}" for x in causes.values()
     )
     return KavaError(
-        f"of the training processes {ranks} failed ({first}). What was saved is kept; run the same "
-        "command again to go on, or with `processes: 1` to see the error itself."
+        f"of the training processes {_ranks(causes)} failed ({first}). What was saved is kept; run "
+        "the same command again to go on, or with `processes: 1` to see the error itself."
     )
+
+
+def _ranks(failures: Mapping[int, Exception]) -> str:
+    return ", ".join(str(rank) for rank in sorted(failures) if rank >= 0) or "?"
 
 
 @contextmanager

@@ -58,6 +58,9 @@ class Resources(Section):
     fit one is spread. Without a share workers get none, and beside a visible
     GPU 0 is an error.
     A process of a training always has a whole one.
+    wait_for_room: seconds that a stage waits on a cluster of RAY_ADDRESS that has no room for any
+    worker, or not for all processes of a training. Elsewhere no room comes, and none is an error.
+    ray_metrics: whether the workers' examples and rates are metrics of Ray, too.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
     and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
     caches_to, targets_to: a folder on object storage, s3:// or gs://, where the stores teacher_kv
@@ -70,6 +73,8 @@ class Resources(Section):
     device: Device = "auto"
     gpus_per_worker: Annotated[Real, AfterValidator(gpu_share)] | None = None
     loader_workers: NotNegative = 0
+    wait_for_room: PositiveReal = 600
+    ray_metrics: StrictBool = False
     push_caches: StrictBool = True
     caches_to: Bucket | None = None
     targets_to: Bucket | None = None
@@ -87,6 +92,8 @@ class Resources(Section):
                 "push_caches: means nothing beside `caches_to`, where DVC has only the address of "
                 "the caches. Leave it out"
             )
+        if self.workers == 0 and self.ray_metrics:
+            raise ValueError("ray_metrics: means nothing at `workers: 0`. Leave it out")
         return self
 
 

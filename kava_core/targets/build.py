@@ -91,10 +91,9 @@ def build_store(
         for shard, counts in run_shards(
             job,
             sorted(set(range(shards)) - done),
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            device=resources.device,
+            resources,
+            folder=job.folder,
+            examples=lambda _, counts: counts.examples,
         ):
             work.wrote(shard)
             examples, tokens = examples + counts.examples, tokens + counts.tokens

@@ -95,10 +95,9 @@ def fitting_batch(
         ((_, noted),) = run_shards(
             job,
             [0],
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            device=resources.device,
+            resources,
+            folder=work,
+            examples=lambda *_: len(job.places),
         )
         write_json(file, noted)
         say(f"generate: batches of {noted}, the largest that fit")

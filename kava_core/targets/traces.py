@@ -217,10 +217,9 @@ def _run(job: WriteJob, problems: int, resources: Resources) -> None:
         for _, count in run_shards(
             job,
             left,
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            device=resources.device,
+            resources,
+            folder=job.folder,
+            examples=lambda _, count: count,
         ):
             display.update(task, advance=count, note="")
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from kava_core.parallel.shards import RAY_FOLDER
+from kava_core.parallel.cluster import RAY_FOLDER
 from tests.faults.conftest import Tell
 from tests.faults.stage import Stage
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from kava_core.parallel.shards import _own_folder
+from kava_core.parallel.cluster import _own_folder
 from stages.cli import kava
 from tests.faults import starve
 from tests.faults.conftest import Tell

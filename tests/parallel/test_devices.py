@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kava_core.parallel import group
 from kava_core.parallel.devices import check_own_gpu, gpu_share
 from kava_core.parallel.processes import count_processes, run_processes
 from kava_core.parallel.shards import run_shards
+from kava_core.settings import Resources
 from kava_core.settings.base import Device, Processes
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -72,9 +74,9 @@ def test_no_share_beside_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KavaError, match=said):
         check_own_gpu("auto", 0)
     with pytest.raises(KavaError, match=said):
-        count_processes(1, 8, device="auto", gpus=0, threads=1)
+        count_processes(1, 8, device="auto", gpus=0)
     with pytest.raises(KavaError, match=said):
-        list(run_shards(Sees(Path(), 1), [0], workers=0, gpus_per_worker=0))
+        seen(Sees(Path(), 1), 1, workers=0, gpus_per_worker=0)
 
 
 # --- workers --------------------------------------------------------------------------------------
@@ -99,23 +101,30 @@ class Sees:
         return work
 
 
+def seen(job: Sees, shards: int, **resources: Any) -> list[str]:
+    found = run_shards(
+        job, range(shards), Resources(**resources), folder=job.folder, examples=lambda *_: 1
+    )
+    return [each for _, each in found]
+
+
 @pytest.mark.usefixtures("eight_gpus")
 class TestOfEight:
     def test_each_worker_sees_one_of_its_own(self, tmp_path: Path) -> None:
-        found = [seen for _, seen in run_shards(Sees(tmp_path, 3), range(3), workers=None)]
+        found = seen(Sees(tmp_path, 3), 3)
         assert len(set(found)) == 3 and set(found) <= set("01234567")
 
     def test_workers_with_half_a_gpu_share_one(self, tmp_path: Path) -> None:
         job = Sees(tmp_path, 2)
-        found = [seen for _, seen in run_shards(job, range(2), workers=2, gpus_per_worker=0.5)]
+        found = seen(job, 2, workers=2, gpus_per_worker=0.5)
         assert len(found) == 2 and set(found) <= set("01234567") and len(set(found)) == 1
 
     def test_on_the_cpu_a_worker_sees_none(self, tmp_path: Path) -> None:
-        assert list(run_shards(Sees(tmp_path, 1), [0], workers=1, device="cpu")) == [(0, "")]
+        assert seen(Sees(tmp_path, 1), 1, workers=1, device="cpu") == [""]
 
     def test_no_share_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(KavaError, match=r"gpus_per_worker is 0 beside visible GPUs \(8\)"):
-            list(run_shards(Sees(tmp_path, 1), [0], workers=1, gpus_per_worker=0))
+            seen(Sees(tmp_path, 1), 1, workers=1, gpus_per_worker=0)
 
     @pytest.mark.parametrize(("device", "asked"), [("auto", 0.5), ("cpu", None)])
     def test_each_process_of_a_training_has_a_whole_one_or_none(
@@ -136,6 +145,7 @@ class TestOfEight:
             cpus=1,
             device=device,
             gpus=asked,
+            patience=60,
         )
         notes = [(tmp_path / f"rank-{rank}").read_text().split() for rank in range(2)]
         if device == "cpu":
@@ -168,7 +178,7 @@ class Notes:
 
 
 def count(asked: Processes, batch_size: int, device: Device = "auto") -> int:
-    return count_processes(asked, batch_size, device=device, gpus=None, threads=1)
+    return count_processes(asked, batch_size, device=device, gpus=None)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def in_two(training: Training) -> None:
         cpus=1,
         device="auto",
         gpus=None,
+        patience=60,
     )
 
 
@@ -207,4 +208,5 @@ class TestTwo:
                 cpus=1,
                 device="auto",
                 gpus=None,
+                patience=60,
             )

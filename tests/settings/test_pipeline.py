@@ -189,6 +189,12 @@ def changed(key: str, value: Any) -> dict[str, Any]:
             {"workers": 0, "gpus_per_worker": 0.5},
             "resources: gpus_per_worker: means nothing at `workers: 0`",
         ),
+        (
+            "resources",
+            {"workers": 0, "ray_metrics": True},
+            "resources: ray_metrics: means nothing at `workers: 0`",
+        ),
+        ("resources", {"wait_for_room": 0}, "resources.wait_for_room: Input should be greater"),
         ("resources", {"device": "cuda"}, "resources.device: Input should be 'auto' or 'cpu'"),
         ("teacher.processes", 0, "teacher.processes"),
         ("teacher.processes", 5, "teacher: training.batch_size 64 must be a multiple of processes"),

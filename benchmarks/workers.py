@@ -1,12 +1,14 @@
 """What a second worker is worth: examples per second of two workers over those of one.
 
-    python benchmarks/workers.py [--json] [--rounds 3]
+    python benchmarks/workers.py [--json] [--rounds 3] [--stage evict …]
 
 The jobs of generate, evict, fidelity and evaluate run on Ray as their stages run them, each worker
-with one torch thread. Rounds alternate between one worker and two; medians are reported. A
-worker's rate is taken from the end of its first shard to the end of its last, so that starting
-processes, importing and loading models are out of it; they are reported beside it. A machine that
-does anything else takes from two workers what one does not miss: run it on two idle cores.
+with one torch thread. Eviction has caches of random numbers in shards of 128 records: in one of
+eight it would be done before Ray had handed out the next. Rounds alternate between one worker and
+two; medians are reported. A worker's rate is taken from the end of its first shard to the end of
+its last, so that starting processes, importing and loading models are out of it; they are reported
+beside it. A machine that does anything else takes from two workers what one does not miss: run it
+on two idle cores.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import click
 import ray
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -41,16 +44,19 @@ from kava_core.problems.folder import write_problems, write_test_sets
 from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
+from kava_core.record import Record
 from kava_core.settings import Evaluate, Evict, Fidelity, FidelityBits, Generate, Resources
-from kava_core.store import TeacherStore
+from kava_core.store import StoreSpec, TeacherStore, finalise, write_teacher_shard
 from kava_core.targets.evict import EvictJob, cache_batch, targets_spec
-from kava_core.targets.generate import GenerateJob, Reading, build_teacher_kv, teacher_spec
+from kava_core.targets.generate import GenerateJob, Reading, teacher_spec
 from kava_core.targets.plan import Plan as TargetsPlan
 from kava_core.targets.quarantine import Quarantine
 from stages.cli import quiet
 
 TARGET = 1.8
+STAGES = ("generate", "evict", "fidelity", "evaluate")
 SHARD, SHARDS = 8, 24
+EVICTED = 128  # records of a shard of eviction
 MODEL: dict[str, Any] = {
     "hidden_size": 256,
     "layers": 4,
@@ -111,6 +117,30 @@ class Bench:
         return rate, max(done[0][0] for done in spans.values()) - called
 
 
+def write_random_caches(folder: Path, spec: StoreSpec, traces: Sequence[Record]) -> TeacherStore:
+    """A teacher's store of these traces, again and again, with random numbers."""
+    folder.mkdir()
+    geometry = spec.geometry
+    shape = (len(geometry.rows), geometry.kv_heads, geometry.head_dim)
+    for shard in range(SHARDS):
+        records = [
+            replace(traces[(shard + i) % len(traces)], id=f"{shard}-{i}") for i in range(EVICTED)
+        ]
+        tokens = sum(len(record.cot_ids) for record in records)
+        write_teacher_shard(
+            folder,
+            spec,
+            shard,
+            records,
+            keys=torch.randn(tokens, *shape),
+            values=torch.randn(tokens, *shape),
+            importance=torch.rand(tokens, *shape[:2]),
+            endpoint=torch.randn(EVICTED, geometry.model_layers + 1, geometry.hidden_size),
+        )
+    finalise(folder, spec, shards=SHARDS, settings={}, fingerprints={"teacher": "random"})
+    return TeacherStore.open(folder)
+
+
 def benches(home: Path) -> dict[str, Bench]:
     """Problems, a random teacher and a student of it in `home`; the jobs over them."""
     problems, test_sets, teacher = home / "problems", home / "test_sets", home / "teacher"
@@ -128,15 +158,15 @@ def benches(home: Path) -> dict[str, Bench]:
     (home / "store").mkdir()
     left_out = Quarantine(home / "quarantine")
     generated = GenerateJob(reading, home / "store", teacher_spec(model, generate), left_out)
-    here = Resources(workers=0, device="cpu")
-    caches = build_teacher_kv(problems, teacher, generate, home / "data/p/teacher_kv", here).folder
 
-    store = TeacherStore.open(caches)
+    encoder = TraceEncoder(tokenizer, "sentences")
+    traces = encoder.encode_all(splits.train)
+    store = write_random_caches(home / "caches", teacher_spec(model, generate), traces)
     plan = TargetsPlan.of(Evict(budget=16), store.geometry)
     batches = (cache_batch(store, number) for number in range(store.shards))
     (home / "targets").mkdir()
     spec = targets_spec(plan, store.manifest.rotary.rotation, batches)
-    cut = EvictJob(caches, home / "targets", plan, spec)
+    cut = EvictJob(home / "caches", home / "targets", plan, spec)
 
     sizes: dict[str, Any] = {"batch_size": SHARD, "max_new_tokens": 16, "threads": 1}
     grid = Fidelity(
@@ -150,7 +180,6 @@ def benches(home: Path) -> dict[str, Bench]:
     answered = FidelityJob(test_sets, teacher, grid, home / "fidelity")
     material = FidelityMaterial.of(open_source(test_sets, grid), teacher, grid)
 
-    encoder = TraceEncoder(tokenizer, "sentences")
     student = LatentReasoner.from_teacher(
         model,
         latents=8,
@@ -175,7 +204,7 @@ def benches(home: Path) -> dict[str, Bench]:
 
     return {
         "generate": Bench(lambda: generated, range(SHARDS), SHARD, home),
-        "evict": Bench(lambda: cut, range(SHARDS), SHARD, home),
+        "evict": Bench(lambda: cut, range(SHARDS), EVICTED, home),
         "fidelity": Bench(fresh, range(material.shards), SHARD, home),
         "evaluate": Bench(lambda: asking, parts.of_kind("answers", "student", name), SHARD, home),
     }
@@ -184,7 +213,8 @@ def benches(home: Path) -> dict[str, Bench]:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the ratios.")
 @click.option("--rounds", default=3, show_default=True, help="Timed rounds of each.")
-def main(as_json: bool, rounds: int) -> None:
+@click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), default=STAGES)
+def main(as_json: bool, rounds: int, stages: tuple[str, ...]) -> None:
     """Compare two workers with one."""
     quiet()
     busy = os.getloadavg()[0]
@@ -196,6 +226,8 @@ def main(as_json: bool, rounds: int) -> None:
              runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         for stage, bench in benches(Path(name)).items():
+            if stage not in stages:
+                continue
             found = [(bench.run(1), bench.run(2)) for _ in range(rounds)]
             # Round by round, so that a machine that drifts drifts under both.
             ratios[stage] = statistics.median(two[0] / one[0] for one, two in found)

@@ -115,9 +115,13 @@ def parse_json(content: bytes, path: str) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import click
 
 from kava_core import __version__
 from kava_core.console import Format, complain, configure
-from kava_core.errors import KavaError
+from kava_core.errors import KavaError, is_out_of_memory
 
 # Stage → (module, attribute, the line shown in the list). Modules are imported when asked for, so
 # that `kava --help` does not wait for torch.
@@ -120,9 +120,6 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 # What it refuses one file, for reading or for writing.
 FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY, errno.ESTALE, errno.ENAMETOOLONG,
                errno.ELOOP)  # fmt: skip
-# Of torch's allocators, of malloc, and of threads that get no stack.
-MEMORY_ERRORS = ("out of memory", "can't allocate memory", "Cannot allocate memory",
-                 "can't start new thread")  # fmt: skip
 # Of torch's writer of checkpoints, which stands in that file of its own.
 TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc")
 _received: list[int] = []
@@ -203,7 +200,7 @@ def _refusal(error: BaseException) -> str | None:
                 "this process may open no more files (Too many open files). Raise the limit with "
                 "`ulimit -n 4096`, and run the same command again; finished work is kept."
             )
-        if isinstance(each, MemoryError) or any(words in text for words in MEMORY_ERRORS):
+        if is_out_of_memory(each):
             return (
                 "there is not enough memory. Lower batch_size or shard_size of this stage, or "
                 "resources.workers, or free some, and run the same command again; finished work is "

@@ -49,12 +49,12 @@ def publish_targets(run: Run, built: Build) -> None:
 
     output = run.path("kv_targets")
     publish((built.folder, output))
-    found = eviction_findings(TargetsStore.open(output))
+    found = eviction_findings(TargetsStore.open(output), built.counts)
     write_finding(run.path(FILE), found)
     identity = "; ".join(f"{what} {how_much}" for what, how_much in found.identity)
     say(
-        f"kv_targets: {built.manifest.records} records, {found.megabytes:.1f} MB; eviction "
-        f"engaged on {found.engaged_percent:.1f} % of (record, layer, head); {identity}"
+        f"kv_targets: {built.manifest.records} records, {found.megabytes:.1f} MB{built.where}; "
+        f"eviction engaged on {found.engaged_percent:.1f} % of (record, layer, head); {identity}"
     )
     for name, value in quarantine_facts(built.manifest):
         say(f"kv_targets: {name} {value}")

@@ -49,7 +49,7 @@ def generate(run: Run) -> None:
     manifest = built.manifest
     say(
         f"teacher_kv: {manifest.records} records, {manifest.trace_tokens} CoT tokens in "
-        f"{len(manifest.shards)} shards; {built.rate}"
+        f"{len(manifest.shards)} shards{built.where}; {built.rate}"
     )
     for name, value in quarantine_facts(manifest):
         say(f"teacher_kv: {name} {value}")

@@ -17,7 +17,7 @@ def teacher(run: Run) -> None:
     in curves/teacher/.
     """
     from kava_core.distill.teacher_job import train_teacher
-    from kava_core.evaluation.validation import validate
+    from kava_core.evaluation.validation import ValidateJob, validate
     from kava_core.parallel.threads import torch_threads
     from kava_core.problems.folder import open_problems
 
@@ -27,13 +27,8 @@ def teacher(run: Run) -> None:
         trained = train_teacher(
             settings, problems, output, run.settings.cadence, run.settings.resources
         )
-        metrics = validate(
-            trained.model,
-            trained.encoder,
-            problems.load("validation")[: settings.validate_on],
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-        )
+        job = ValidateJob.of(problems.path, trained.folder, settings)
+        metrics = validate(job, run.settings.resources)
         trained.save(metrics)
     publish((trained.curves, run.path("curves", "teacher")), (trained.folder, output))
     say(

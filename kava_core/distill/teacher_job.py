@@ -25,11 +25,8 @@ from kava_core.models.adapted import Base
 from kava_core.models.head import check_head
 from kava_core.models.loading import (
     commit_of,
-    load_model,
-    load_tokenizer,
     model_fingerprint,
     save_model,
-    to_device,
     tokenizer_fingerprint,
 )
 from kava_core.parallel import group
@@ -132,14 +129,12 @@ class TeacherJob:
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """A teacher that has learnt, read from the folder where it is built, on its device.
+    """A teacher that has learnt, in the folder where it is built.
 
-    encoder: with its tokenizer. about: what it was made from. steps: how many it was trained for.
+    about: what it was made from. steps: how many it was trained for.
     curves: the folder of its loss curves, empty for a model that is taken as it is.
     """
 
-    model: PreTrainedModel
-    encoder: TraceEncoder
     about: dict[str, Any]
     steps: int
     folder: Path
@@ -183,9 +178,7 @@ def train_teacher(
     else:
         steps = training.total_steps(training.taught(problems.count("train")))
         run_training(job, "teacher", training, settings.processes, resources, steps=lambda: steps)
-    encoder = TraceEncoder(load_tokenizer(str(job.folder)), problems.traces, prompt=problems.prompt)
-    model = to_device(load_model(str(job.folder)))
-    return TrainedTeacher(model, encoder, about, steps, job.folder, job.curves)
+    return TrainedTeacher(about, steps, job.folder, job.curves)
 
 
 def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:

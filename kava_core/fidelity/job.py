@@ -15,7 +15,8 @@ from kava_core.fidelity.examiner import Batch, Examiner, Layers, Outcome, alike
 from kava_core.fidelity.grid import Grid
 from kava_core.fidelity.trial import Part, answer
 from kava_core.findings.base import read_finding, write_finding
-from kava_core.models.loading import DTYPES, load_config, load_model, load_tokenizer, to_device
+from kava_core.models.loading import DTYPES, load_config, load_model, load_tokenizer
+from kava_core.models.placing import place_frozen
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
 from kava_core.problems.traces import TraceEncoder
@@ -131,7 +132,7 @@ class FidelityJob:
         settings = self.settings
         material = Material.of(open_source(self.source, settings), self.teacher, settings)
         examiner = Examiner(
-            to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype])),
+            place_frozen(load_model(str(self.teacher), DTYPES[settings.model_dtype])),
             material.grid.layers,
             eos=material.encoder.eos,
             max_new_tokens=settings.max_new_tokens,

@@ -58,8 +58,9 @@ class SlotCache:
         return [layer.values for layer in self._layers]
 
     def append(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Add keys, values [B, H, N, D] at positions [B, H, N] to one layer."""
-        self.cache.update(keys, values, layer)
+        """Add keys, values [B, H, N, D] at positions [B, H, N] to one layer, wherever that is."""
+        device = self.keys[layer].device
+        self.cache.update(keys.to(device), values.to(device), layer)
         self.positions[layer] = torch.cat(
             (self.positions[layer].expand(-1, positions.shape[1], -1), positions), dim=-1
         )
@@ -162,6 +163,7 @@ class _Places:
             seen &= distance < self.windows[layer]
         if seen.shape[1] > 1:  # query heads of a group lie side by side
             seen = seen.repeat_interleave(query.shape[1] // seen.shape[1], dim=1)
+        seen = seen.to(query.device)
         mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         return mask.masked_fill_(~seen, torch.finfo(query.dtype).min)
 

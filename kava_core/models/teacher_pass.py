@@ -109,7 +109,7 @@ class TeacherPass:
             states = self._states(ids.to(device), positions)
         keys, values, importance = recorder.ragged()
         batch = torch.arange(len(traces), device=device)
-        endpoint = torch.stack([h[batch, spans.endpoint] for h in states], dim=1)
+        endpoint = torch.stack([h.to(device)[batch, spans.endpoint] for h in states], dim=1)
         return TeacherCache(
             keys=self._without_phase(keys, spans),
             values=values,
@@ -213,11 +213,11 @@ class _CoTRecorder:
 
     def __init__(self, spans: _Spans, layers: int) -> None:
         self.spans = spans
-        self.layers: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * layers
+        self.layers: list[tuple[Tensor, ...] | None] = [None] * layers
 
     @torch.no_grad()
     def record(self, call: AttentionCall) -> None:
-        spans = self.spans
+        spans = self.spans.to(call.key.device)  # layers may lie on several
         at = (spans.token_record, slice(None), spans.token_positions)
         importance = answer_importance(
             call, spans.rows, spans.row_mask, spans.cot_start, spans.cot_length
@@ -228,7 +228,8 @@ class _CoTRecorder:
                 "pass; this architecture's cache cannot be recorded."
             )
         # [ΣN_C, H, …] each
-        self.layers[call.layer] = (call.key[at], call.value[at], importance[at])
+        found = (call.key[at], call.value[at], importance[at])
+        self.layers[call.layer] = tuple(x.to(self.spans.offsets.device) for x in found)
 
     def ragged(self) -> tuple[Tensor, Tensor, Tensor]:
         """keys, values [ΣN_C, L, H, D] post-RoPE, importance [ΣN_C, L, H]."""

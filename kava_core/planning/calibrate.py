@@ -234,14 +234,14 @@ class Calibration:
             spec = teacher_spec(model, generate)
 
             def work() -> None:
-                _write_caches(spec, records, over(teacher, records, generate.batch_size))
+                _write_caches(spec, records, over(teacher, records, generate.rows))
 
             return work
 
         return self._scaled(
             ("read", a.source, generate),
             a,
-            generate.batch_size,
+            generate.rows,
             calls,
             None,
             measure,

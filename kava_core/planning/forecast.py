@@ -224,9 +224,10 @@ def _disk(
     ]
     if settings.teacher.training is not None:
         runs.append(checkpoint_bytes(shapes.teacher, settings.teacher.training, "teacher.training"))
+    resources = settings.resources
     return {
-        **({"teacher_kv": caches.bytes} if caches else {}),
-        "kv_targets": targets.bytes,
+        **({"teacher_kv": caches.bytes} if caches and resources.caches_to is None else {}),
+        **({"kv_targets": targets.bytes} if resources.targets_to is None else {}),
         "teacher": model_bytes(shapes.teacher, settings.teacher.training, "teacher.training"),
         "students": sum(
             model_bytes(shapes.students[name], student.training, f"students.{name}.training")
@@ -311,7 +312,7 @@ class _Stages:
     def _generate(self) -> StageCost:
         settings, a = self.settings, self.shapes.teacher
         generate, evict = settings.generate, settings.evict
-        size = min(generate.batch_size, generate.shard_size)
+        size = min(generate.rows, generate.shard_size)
         read = read_batch(self.lengths, size)
         passes = batches(self.lengths.problems, size)
         workers = self._workers(self.targets.shards)

@@ -23,7 +23,7 @@ def generate_bytes(settings: Pipeline, teacher: Architecture, lengths: Lengths) 
     """
     generate = settings.generate
     size = DTYPES[generate.model_dtype].itemsize
-    a, rows = teacher, min(generate.batch_size, generate.shard_size)
+    a, rows = teacher, min(generate.rows, generate.shard_size)
     kv = a.kv_heads * a.head_dim
     traces = float(lengths.trace.mean())
     tokens = rows * longest(lengths.whole, rows)

@@ -21,9 +21,16 @@ def free_bytes(folder: Path) -> int:
 def lacking_room(settings: Pipeline, folder: Path, artefact: str) -> str | None:
     """A sentence if the store `artefact` of the pipeline in `folder` will not fit; None if it will.
 
-    None, too, where problems or teacher are not there or are wrong, which the stage itself says.
+    None, too, where problems or teacher are not there or are wrong, which the stage itself says,
+    and where the store is sent elsewhere while it is made.
     artefact: `teacher_kv` or `kv_targets`. What a run before has left in `.work/` takes room too.
     """
+    sent = {
+        "teacher_kv": settings.resources.caches_to,
+        "kv_targets": settings.resources.targets_to,
+    }
+    if sent[artefact] is not None:
+        return None
     size = teacher_kv_size if artefact == "teacher_kv" else kv_targets_size
     try:
         teacher = model_architecture(str(folder / "teacher"), None, "teacher")

@@ -40,15 +40,22 @@ def save_problems(path: Path, problems: Sequence[Problem], *, steps: bool = True
     KavaError if a problem is not one that `load_problems` would accept.
     """
     _check(problems, path, steps)
+    make_folders(path.parent)
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer,
+    ):
+        for first in range(0, max(1, len(problems)), _GROUP):  # none: the columns
+            writer.write_table(_table(problems[first : first + _GROUP]), row_group_size=_GROUP)
+
+
+def _table(problems: Sequence[Problem]) -> pa.Table:
     columns = {
         name: [getattr(problem, name) for problem in problems]
         for name in ("id", "question", "answer", "source", "topic")
     }
     columns["steps"] = [list(problem.steps) for problem in problems]
-    table = pa.table(columns, schema=_SCHEMA)
-    make_folders(path.parent)
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=_GROUP)
+    return pa.table(columns, schema=_SCHEMA)
 
 
 class ProblemFile(Sequence[Problem]):

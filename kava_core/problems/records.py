@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Literal
 
 TraceForm = Literal["equations", "sentences", "results", "checked"]
@@ -34,6 +35,11 @@ def normalise_question(question: str) -> str:
     """The question without what does not make it another one: case, punctuation and spacing."""
     text = unicodedata.normalize("NFKC", question).casefold()
     return " ".join(re.findall(r"\w+", text))
+
+
+def question_digest(question: str) -> bytes:
+    """Of what `normalise_question` leaves: to tell many questions apart in little memory."""
+    return blake2b(normalise_question(question).encode(), digest_size=16).digest()
 
 
 def describe(problems: Iterable[Problem]) -> dict[str, Any]:

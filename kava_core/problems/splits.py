@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kava_core.errors import KavaError
-from kava_core.problems.records import Problem, normalise_question
+from kava_core.problems.records import Problem, normalise_question, question_digest
 from kava_core.problems.rows import BadRow
 
 # A split by the names that files and datasets give it.
@@ -145,9 +145,11 @@ def count_leaks(splits: ProblemSplits, allow: bool) -> dict[str, int]:
 
     KavaError, with the numbers and an example, if there are any and `allow` is false.
     """
-    learnt = {normalise_question(p.question) for p in splits.train + splits.validation}
+    asked = {question_digest(p.question) for each in splits.asked().values() for p in each}
+    taught = (question_digest(p.question) for each in splits.taught().values() for p in each)
+    learnt = {digest for digest in taught if digest in asked}
     leaked = {
-        name: [p for p in problems if normalise_question(p.question) in learnt]
+        name: [p for p in problems if question_digest(p.question) in learnt]
         for name, problems in splits.asked().items()
     }
     found = [f"{len(problems)} of {name}" for name, problems in leaked.items() if problems]

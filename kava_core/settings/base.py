@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StringConstraints
@@ -56,6 +57,16 @@ Bits = Literal[32, 16, 8, 4]
 
 
 EndpointBits = Literal[32, 16, 8]
+
+
+def bucket_folder(value: str) -> str:
+    """A folder that stores are put into; what it is written as may be written down."""
+    if not re.fullmatch(r"(s3|gs)://[^/@?#\s]+(/[^?#\s]*)?", value):
+        raise ValueError(
+            "should be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, without a name, a password or a "
+            "query"
+        )
+    return value
 
 
 class Section(BaseModel):

@@ -17,6 +17,8 @@ from kava_core.settings.base import (
     check_half,
 )
 
+DEFAULT_BATCH = 64
+
 
 class Generate(Section):
     """The teacher's caches over the training problems.
@@ -28,7 +30,9 @@ class Generate(Section):
     caches are kept, or rounded before they are cut; 16 bits are the `half` dtype, 8 and 4 (8 for
     the endpoint) are codes with a scale and zero point per token. on_error: what a record does to
     the run that the teacher cannot hold or that gives no finite numbers: `fail`, or `quarantine`,
-    which leaves it out; the store then names it, with the reason.
+    which leaves it out; the store then names it, with the reason. batch_size: how many traces the
+    teacher reads at once; `auto`: the largest power of two up to 512 that the memory of a worker
+    holds (64 without a GPU), which is looked for once and then is the setting of that store.
     """
 
     keep: Literal["caches", "targets"] = "caches"
@@ -39,10 +43,15 @@ class Generate(Section):
     half: Half = "bfloat16"
     model_dtype: Dtype = "float32"
     shard_size: Positive = 512
-    batch_size: Positive = 64
+    batch_size: Positive | Literal["auto"] = DEFAULT_BATCH
     threads: Positive = 1
     # Never written down: a store says which records it lacks, not whether it could have lacked any.
     on_error: Annotated[Literal["fail", "quarantine"], Field(exclude=True)] = "fail"
+
+    @property
+    def rows(self) -> int:
+        """batch_size; where it is not known yet, the default."""
+        return DEFAULT_BATCH if self.batch_size == "auto" else self.batch_size
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:

@@ -61,6 +61,11 @@ class Imported(Section):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
+        if sent := self.resources.changed("caches_to", "targets_to"):
+            raise ValueError(
+                f"resources.{sent[0]}: says where stores are put that are made, and none is made "
+                "here. Leave it out"
+            )
         if self.prepare is not None:
             return self
         for name, student in self.students.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StrictBool, ValidationError, model_validator
 
 from kava_core.errors import KavaError
 from kava_core.settings.base import (
@@ -19,6 +19,7 @@ from kava_core.settings.base import (
     PositiveReal,
     Real,
     Section,
+    bucket_folder,
 )
 from kava_core.settings.choice import CHOICE
 from kava_core.settings.document import read_yaml, shorten, shown
@@ -36,6 +37,16 @@ MAKING = ("teacher", "generate", "evict", "traces", "fidelity")
 LONGEST_LIST, LONGEST_KEY, LONGEST_LINE, LONGEST_TEXT = 300, 150, 300, 330  # characters
 
 
+def gpu_share(value: float) -> float:
+    """Of a GPU, or so many of them."""
+    if value < 0 or (value > 1 and value != int(value)):
+        raise ValueError("should be a share from 0 to 1, or a whole number of GPUs")
+    return value
+
+
+Bucket = Annotated[str, AfterValidator(bucket_folder)]
+
+
 class Resources(Section):
     """What is used to compute, never what is computed: not tracked by DVC.
 
@@ -43,7 +54,8 @@ class Resources(Section):
     the cores there are.
     device: `auto` computes on GPUs where there are any; `cpu` shows a command and its workers none.
     gpus_per_worker: the share of a GPU that each worker gets, but those of evict, which need none;
-    null: a whole one, where there are GPUs. Without a share workers get none, and beside a visible
+    null: a whole one, where there are GPUs; 2 and more: so many, over which a teacher that does not
+    fit one is spread. Without a share workers get none, and beside a visible
     GPU 0 is an error.
     A process of a training always has a whole one.
     wait_for_room: seconds that a stage waits on a cluster of RAY_ADDRESS that has no room for any
@@ -51,16 +63,21 @@ class Resources(Section):
     ray_metrics: whether the workers' examples and rates are metrics of Ray, too.
     push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
     and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
+    caches_to, targets_to: a folder on object storage, s3:// or gs://, where the stores teacher_kv
+    and kv_targets are put while they are made, each under a name of its own; what lies in
+    data/NAME/ then stands for them (docs/object-storage.md).
     """
 
     workers: NotNegative | None = None
     cpus_per_worker: PositiveReal = 1
     device: Device = "auto"
-    gpus_per_worker: Annotated[Real, Field(ge=0, le=1)] | None = None
+    gpus_per_worker: Annotated[Real, AfterValidator(gpu_share)] | None = None
     loader_workers: NotNegative = 0
     wait_for_room: PositiveReal = 600
     ray_metrics: StrictBool = False
     push_caches: StrictBool = True
+    caches_to: Bucket | None = None
+    targets_to: Bucket | None = None
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
@@ -70,6 +87,11 @@ class Resources(Section):
         ):
             if nothing and self.gpus_per_worker:
                 raise ValueError(f"gpus_per_worker: means nothing at `{where}`. Leave it out")
+        if self.caches_to is not None and self.changed("push_caches"):
+            raise ValueError(
+                "push_caches: means nothing beside `caches_to`, where DVC has only the address of "
+                "the caches. Leave it out"
+            )
         if self.workers == 0 and self.ray_metrics:
             raise ValueError("ray_metrics: means nothing at `workers: 0`. Leave it out")
         return self
@@ -112,10 +134,11 @@ class Pipeline(Section):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
-        if self.generate.keep == "targets" and self.resources.changed("push_caches"):
+        changed = self.resources.changed("push_caches", "caches_to")
+        if self.generate.keep == "targets" and changed:
             raise ValueError(
-                "resources.push_caches: means nothing at `generate.keep: targets`, where no caches "
-                "are kept. Leave it out"
+                f"resources.{changed[0]}: means nothing at `generate.keep: targets`, where no "
+                "caches are kept. Leave it out"
             )
         taken = self.evaluate.others.keys() & {*self.students, "teacher-cot", "teacher-no-cot"}
         if taken:

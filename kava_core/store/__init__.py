@@ -21,6 +21,7 @@ from kava_core.store.sampler import ShardShuffleSampler
 from kava_core.store.spec import StoreSpec
 from kava_core.store.url import StorePath, Url, locate
 from kava_core.store.where import link, load_manifest
+from kava_core.store.work import Work
 from kava_core.store.write import write_targets_shard, write_teacher_shard
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TeacherShard",
     "TeacherStore",
     "Url",
+    "Work",
     "calibrate",
     "fake_quantise",
     "finalise",

@@ -6,7 +6,7 @@ The side records are read in the order of the shards, so one worker or twenty le
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kava_core.artefacts import (
 from kava_core.console import say, warn
 from kava_core.errors import KavaError
 from kava_core.store.checksum import file_checksum
+from kava_core.store.counts import EvictionCounts
 from kava_core.store.drift import merge_drift
 from kava_core.store.index import write_index
 from kava_core.store.layout import (
@@ -38,11 +39,12 @@ from kava_core.store.write import side_path
 SIDE_RECORD = re.compile(r"shard-(\d{5,})\.json")
 
 
-def finished_shards(folder: Path) -> set[int]:
+def finished_shards(folder: Path, elsewhere: Collection[int] = ()) -> set[int]:
     """The shards in a working folder that are complete and need no redoing.
 
-    What is there by name but torn (no file, of another length than its side record says, a side
-    record or manifest that cannot be read) is removed and said to be made again.
+    elsewhere: those whose tensors lie, whole, in another place. What is there by name but torn (no
+    file, of another length than its side record says, a side record or manifest that cannot be
+    read) is removed and said to be made again.
     """
     if _is_whole(folder):
         return set(range(len(load_manifest(folder).shards)))
@@ -51,9 +53,10 @@ def finished_shards(folder: Path) -> set[int]:
         match = SIDE_RECORD.fullmatch(side.name)
         if not match:
             continue
-        file = folder / shard_name(int(match[1]))
-        if _is_finished(side, file):
-            done.add(int(match[1]))
+        shard = int(match[1])
+        file = folder / shard_name(shard)
+        if shard in elsewhere or _is_finished(side, file):
+            done.add(shard)
         else:
             warn(f"{file} is damaged, and is made again")
             clear(side)
@@ -106,22 +109,43 @@ def finalise(
     if _is_whole(folder):  # the manifest is written last: only the tidying is left
         _tidy(folder)
         return _complete(folder, spec)
+    check_all_there(folder, shards, finished_shards(folder))
+    manifest = merged_manifest(
+        folder, spec, shards=shards, settings=settings, fingerprints=fingerprints
+    )
+    write_json(folder / MANIFEST_FILE, manifest.to_json())
+    say_drift(manifest)
+    _tidy(folder)
+    return _complete(folder, spec)
+
+
+def check_all_there(folder: Path, shards: int, finished: Collection[int]) -> None:
+    """KavaError if not all shards that a store in a working folder has are finished, or it has
+    none."""
     if shards < 1:
         raise KavaError(f"{folder}: a store needs records, found none. Check what went in.")
-    missing = sorted(set(range(shards)) - finished_shards(folder))
+    missing = sorted(set(range(shards)) - set(finished))
     if missing:
         raise KavaError(
             f"{folder} lacks {len(missing)} of {shards} shards, first {shard_name(missing[0])}. "
             "Run the stage again: it writes what is missing."
         )
-    manifest = merged_manifest(
-        folder, spec, shards=shards, settings=settings, fingerprints=fingerprints
-    )
-    write_json(folder / MANIFEST_FILE, manifest.to_json())
+
+
+def say_drift(manifest: Manifest) -> None:
+    """Say what quantisation changed, if anything is quantised."""
     for fact, value in drift_facts(manifest):
-        say(f"{spec.kind}: {fact} by quantisation: {value}")
-    _tidy(folder)
-    return _complete(folder, spec)
+        say(f"{manifest.kind}: {fact} by quantisation: {value}")
+
+
+def counted(folder: Path, shards: int) -> EvictionCounts | None:
+    """What eviction did, as it was noted beside shards 0 … shards − 1 of targets in a working
+    folder; None where that is not to be had any more."""
+    try:
+        noted = [read_json(side_path(folder, shard))["eviction"] for shard in range(shards)]
+        return EvictionCounts.sum(EvictionCounts(*each) for each in noted)
+    except (KavaError, KeyError, TypeError):
+        return None
 
 
 def _complete(folder: Path, spec: StoreSpec) -> Manifest:

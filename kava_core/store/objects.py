@@ -10,7 +10,8 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,9 @@ from kava_core.store.url import CREDENTIALS, INSTALL, Url
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-PART = 16 << 20  # bytes asked for at a time: what a slow line takes in seconds
+PART = 16 << 20  # bytes asked for, or sent, at a time: what a slow line takes in seconds
+PARTS_SENT = 2  # of one file, at the same time: they are held in memory
+SMALLEST_PART = 5 << 20  # that S3 takes of a file in parts
 ATTEMPTS, FIRST_WAIT = 5, 0.5  # the wait doubles: 7.5 s in all
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
 
@@ -34,7 +37,12 @@ NO_CREDENTIALS = (
     "DefaultCredentialsError",
     "RefreshError",
 )
-FULL = ("QuotaExceeded", "XMinioStorageFull", "StorageFull", "507")
+FULL = (
+    "QuotaExceeded",
+    "XMinioAdminBucketQuotaExceeded",
+    "XMinioStorageFull",
+    "StorageFull",
+)
 OUR_MISTAKES = (TypeError, AttributeError, NameError)
 
 T = TypeVar("T")
@@ -48,6 +56,15 @@ os.register_at_fork(after_in_child=lambda: _inherited.extend(_in_use.values()))
 
 class Missing(KavaError):
     """There is no such object."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a service says of an object: its bytes, and a tag that another content would change
+    (None where it gives none)."""
+
+    size: int
+    tag: str | None
 
 
 class Objects:
@@ -69,10 +86,14 @@ class Objects:
         """Bytes of each object in the folder; None where a service lists none (http)."""
         if self.url.scheme in ("https", "http"):
             return None
+        return {name: state.size for name, state in self.states().items()}
+
+    def states(self) -> dict[str, State]:
+        """The objects in the folder, by name."""
         prefix = self.url.whole.rstrip("/")
         entries = self._ask(self.url, lambda: self._open().ls(prefix, detail=True, refresh=True))
         files = (entry for entry in entries if entry["type"] == "file")
-        return {str(entry["name"]).rpartition("/")[2]: int(entry["size"]) for entry in files}
+        return {str(entry["name"]).rpartition("/")[2]: _state(entry) for entry in files}
 
     def read(self, url: Url, most: int) -> bytes:
         """The whole of a small object; KavaError if it has more than `most` bytes."""
@@ -102,9 +123,11 @@ class Objects:
         """Put a small object."""
         self._ask(url, lambda: self._open().pipe_file(url.whole, content), "written")
 
-    def upload(self, url: Url, file: str) -> None:
-        """Put a file of this machine."""
-        self._ask(url, lambda: self._open().put_file(file, url.whole), "written")
+    def upload(self, url: Url, file: str) -> State:
+        """Put a file of this machine; what is there then."""
+        part = max(PART, SMALLEST_PART)
+        self._ask(url, lambda: self._open().put_file(file, url.whole, chunksize=part), "written")
+        return _state(self._ask(url, lambda: self._open().info(url.whole)))
 
     def remove(self, url: Url) -> None:
         """Remove an object, if it is there."""
@@ -153,6 +176,13 @@ class Objects:
         return self._filesystem[1]
 
 
+def _state(entry: Mapping[str, Any]) -> State:
+    """entry: of fsspec's `ls` or `info`. A generation, where there is one, is another one each
+    time an object is written."""
+    found = (entry.get(key) for key in ("ETag", "etag", "generation"))
+    return State(int(entry["size"]), next((str(tag) for tag in found if tag), None))
+
+
 def _filesystem(url: Url) -> AbstractFileSystem:
     """fsspec's view of a service, with credentials and settings from the environment.
 
@@ -163,18 +193,23 @@ def _filesystem(url: Url) -> AbstractFileSystem:
     scheme = url.scheme
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
+        options["max_concurrency"] = PARTS_SENT
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": SILENT_SECONDS,
             "retries": {"total_max_attempts": 1},
         }
     try:
-        if scheme in ("https", "http"):
+        if scheme in ("https", "http", "gs"):
             import aiohttp
 
             limits = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+        if scheme in ("https", "http"):
             options["client_kwargs"] = {"timeout": limits}
             options["encoded"] = True
+        if scheme == "gs":
+            options["requests_timeout"] = limits
+            options["consistency"] = "md5"  # of what has been sent
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError:
         raise KavaError(
@@ -196,8 +231,13 @@ def _explained(error: Exception, url: Url, what: str) -> KavaError | None:
             "on."
         )
     if isinstance(error, FileNotFoundError) or status == 404:
+        if what == "written":
+            return KavaError(
+                f"{url} cannot be written: there is no such bucket. Check the address."
+            )
         return Missing(f"{url} is not there. Check the address, or put the store there again.")
-    denied = isinstance(error, PermissionError) or status in DENIED
+    # gcsfs has no kind of its own for what is forbidden.
+    denied = isinstance(error, PermissionError) or status in DENIED or _is_forbidden(error)
     if denied or any(kind.__name__ in NO_CREDENTIALS for kind in type(error).__mro__):
         found = "access was denied" if denied else "no credentials were found"
         return KavaError(f"{url} cannot be {what}: {found}. {CREDENTIALS[url.scheme]}.")
@@ -206,6 +246,10 @@ def _explained(error: Exception, url: Url, what: str) -> KavaError | None:
             f"{url} cannot be {what}: the service answered {_said(error)}. Check the address."
         )
     return None
+
+
+def _is_forbidden(error: Exception) -> bool:
+    return type(error) is OSError and str(error).startswith("Forbidden:")
 
 
 def _said(error: Exception) -> str:

@@ -94,8 +94,13 @@ def _check_same(objects: Objects, name: str, manifest: Manifest) -> None:
 def _check_all_there(objects: Objects, manifest: Manifest) -> None:
     there = objects.lengths() or {}
     for name, info in manifest.files.items():
-        if there.get(name) != info.bytes:
-            raise KavaError(
-                f"{objects.url / name} has {there.get(name, 0)} bytes after it was sent, expected "
-                f"{info.bytes}. See that nobody else writes there, and run this again."
-            )
+        check_sent(objects.url / name, there.get(name, 0), info.bytes)
+
+
+def check_sent(url: Url, size: int, expected: int) -> None:
+    """KavaError if an object has not the bytes that were sent."""
+    if size != expected:
+        raise KavaError(
+            f"{url} has {size} bytes after it was sent, expected {expected}. See that nobody else "
+            "writes there, and run this again."
+        )

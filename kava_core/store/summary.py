@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
 from kava_core.console import readable_size
 from kava_core.findings.eviction import EvictionFindings
+from kava_core.store.counts import EvictionCounts
 from kava_core.store.identity import identity_explained
 from kava_core.store.layout import CODE_BITS
 from kava_core.store.manifest import KIND_NAMES, Manifest
@@ -21,85 +20,12 @@ BARS = 10
 QUARANTINED = "quarantined"  # in the settings of a manifest: reason → ids
 
 
-@dataclass(frozen=True)
-class EvictionCounts:
-    """What eviction did to the traces of a whole store, counted per (record, cache row, head).
-
-    places: how many of these there are; engaged: those from which a token was really dropped.
-    tokens: of all traces, once per row and head; kept: those that fill a slot; agreeing: those of
-    the kept that are the most common one of their record's slot over all rows and heads. judged:
-    the kept tokens of records that say which tokens state results; results: those that do.
-    """
-
-    places: int
-    engaged: int
-    tokens: int
-    kept: int
-    agreeing: int
-    judged: int
-    results: int
-
-    @classmethod
-    def of(cls, store: TargetsStore) -> Self:
-        """Those of `store`, whose tensors are read shard by shard."""
-        shards = [_count(store, shard) for shard in range(len(store.sizes))]
-        return cls(*(sum(column) for column in zip(*shards, strict=True)))
-
-    @property
-    def engaged_percent(self) -> float:
-        return 100 * self.engaged / self.places
-
-    @property
-    def kept_percent(self) -> float:
-        return 100 * self.kept / self.tokens
-
-    @property
-    def agreement_percent(self) -> float:
-        return 100 * self.agreeing / self.kept
-
-    @property
-    def result_percent(self) -> float | None:
-        """None where no record says which tokens state results."""
-        return 100 * self.results / self.judged if self.judged else None
-
-
-def _count(store: TargetsStore, shard: int) -> tuple[int, ...]:
-    """The fields of `EvictionCounts` for one shard."""
-    positions = store.slot_positions(shard)  # [N, L', H, M]
-    index = store.index.shard(shard)
-    starts, results = index["results"]
-    counts = (positions >= 0).sum(-1)
-    lengths = np.broadcast_to(index["n_cot"][:, None, None], counts.shape)
-    agreeing = judged = stated = 0
-    for row, record in enumerate(positions):
-        agreeing += _most_common(record.reshape(-1, record.shape[-1]))
-        known = results[starts[row] : starts[row + 1]]
-        if len(known):
-            judged += int(counts[row].sum())
-            stated += int(np.isin(record, known).sum())
-    return (
-        counts.size,
-        int((counts < lengths).sum()),
-        int(lengths.sum(dtype=np.int64)),
-        int(counts.sum(dtype=np.int64)),
-        agreeing,
-        judged,
-        stated,
-    )
-
-
-def _most_common(positions: np.ndarray) -> int:
-    """positions [places, M] → how many hold the most common one of their slot; −1 is none."""
-    slots = positions.shape[1]
-    ids = positions * slots + np.arange(slots)  # a number for each pair of position and slot
-    held = np.bincount(ids[positions >= 0])
-    held = np.pad(held, (0, -len(held) % slots)).reshape(-1, slots)
-    return int(held.max(0).sum())
-
-
-def eviction_findings(store: TargetsStore) -> EvictionFindings:
-    """What eviction did, read from the finished store, so that a continued run counts alike."""
-    counts = EvictionCounts.of(store)
+def eviction_findings(
+    store: TargetsStore, counts: EvictionCounts | None = None
+) -> EvictionFindings:
+    """What eviction did. counts: taken as the store was written; None: the store is read for
+    them."""
+    counts = counts or EvictionCounts.of(store)
     return EvictionFindings(
         engaged_percent=counts.engaged_percent,
         kept_percent=counts.kept_percent,

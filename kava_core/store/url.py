@@ -9,11 +9,10 @@ from urllib.parse import urlsplit
 
 from kava_core.errors import KavaError
 
-# Scheme → what to install to read it, and how whoever asks is known to the service. gcsfs and s3fs
-# each want one release of fsspec, seldom the same: the lock has s3fs.
+# Scheme → what to install to read it, and how whoever asks is known to the service.
 INSTALL = {
     "s3": "'kava[s3]'",
-    "gs": "gcsfs",
+    "gs": "'kava[gs]'",
     "hf": "huggingface_hub",
     "https": "'kava[https]'",
     "http": "'kava[https]'",
@@ -52,6 +51,11 @@ class Url:
         """The file or folder `name` in this folder; the query stays that of the folder."""
         path, mark, query = self.whole.partition("?")
         return Url(f"{path.rstrip('/')}/{name}{mark}{query}")
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return urlsplit(self.whole).path.rstrip("/").rpartition("/")[2]
 
     @property
     def scheme(self) -> str:

@@ -8,12 +8,13 @@ of the shards, so one worker or twenty leave the same bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from kava_core.errors import KavaError
 from kava_core.record import Record
 from kava_core.store.checksum import checksum
 from kava_core.store.codec import EncodedTensor, encode
+from kava_core.store.counts import EvictionCounts
 from kava_core.store.drift import drift_sums
 from kava_core.store.index import index_columns
 from kava_core.store.layout import (
@@ -134,7 +136,9 @@ def write_targets_shard(
         counts=counts.tolist(),
         valid=valid,
     )
-    _write(folder, spec, shard, records, content, shape)
+    lengths = np.array([len(record.cot_ids) for record in records])
+    evicted = EvictionCounts.count(slot_positions.numpy(), lengths, [r.results for r in records])
+    _write(folder, spec, shard, records, content, shape, noted={"eviction": astuple(evicted)})
 
 
 @dataclass(frozen=True)
@@ -165,10 +169,11 @@ def _write(
     shape: tuple[int, ...],
     *,
     keep: bool = True,
+    noted: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Encode, write and describe one shard; shape: what keys and values must have.
 
-    keep: whether its tensors are written, or only described.
+    keep: whether its tensors are written, or only described. noted: what else is put beside it.
     """
     file = folder / shard_name(shard)
     if not records:
@@ -221,6 +226,7 @@ def _write(
             "sums": sums,
             "drift": _drift(spec, content, decoded),
             "columns": columns,
+            **noted,
         }
         write_pieces(described, [canonical_json(side).encode()])
         flush(described)

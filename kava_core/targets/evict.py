@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kava_core.artefacts import ensure_folder, work_folder
+from kava_core.artefacts import work_folder
 from kava_core.eviction import CacheBatch
 from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Resources
@@ -18,9 +18,8 @@ from kava_core.store import (
     StorePath,
     StoreSpec,
     TeacherStore,
+    Work,
     calibrate,
-    finalise,
-    finished_shards,
     write_targets_shard,
 )
 from kava_core.targets.build import Build, ShardCounts, build_store
@@ -78,17 +77,19 @@ def build_kv_targets(
     plan = Plan.of(settings, store.geometry)
     plain = settings.model_dump(mode="json", by_alias=True)
     fingerprints = {**store.manifest.fingerprints, "teacher_kv": store.manifest.digest}
-    folder = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints}) / "output"
-    ensure_folder(folder)
+    folder = work_folder(output, "evict", {"settings": plain, "inputs": fingerprints})
+    work = Work.of(folder, resources.targets_to)
+    if (found := work.found()) is not None:
+        return Build(work.result, found, url=work.where)
     caches = (cache_batch(store, number) for number in range(store.shards))
     spec = targets_spec(plan, store.manifest.rotary.rotation, caches)
     return build_store(
-        EvictJob(teacher_kv, folder, plan, spec),
+        EvictJob(teacher_kv, work.folder, plan, spec),
         store.shards,
-        done=finished_shards(folder),
+        work,
+        done=work.finished(),
         finish=partial(
-            finalise,
-            folder,
+            work.finalise,
             spec,
             shards=store.shards,
             settings={**store.manifest.settings, "evict": plain},

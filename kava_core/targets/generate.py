@@ -4,7 +4,7 @@ nobody keeps them, kv_targets at once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,8 +36,7 @@ from kava_core.store import (
     Geometry,
     Manifest,
     StoreSpec,
-    finalise,
-    finished_shards,
+    Work,
     merged_manifest,
     noted_shards,
     write_targets_shard,
@@ -47,6 +46,7 @@ from kava_core.store.codec import encode
 from kava_core.store.summary import quarantined
 from kava_core.targets.build import Build, ShardCounts, build_store
 from kava_core.targets.evict import targets_spec
+from kava_core.targets.fitting import fitting_batch, longest
 from kava_core.targets.plan import Plan
 from kava_core.targets.quarantine import Quarantine, not_finite
 from kava_core.targets.reading import (
@@ -153,13 +153,14 @@ def build_teacher_kv(
     """
     made = _Caches.of(problems, teacher, settings)
     key = {"settings": _content(settings), "inputs": made.fingerprints}
-    work = work_folder(output, "generate", key)
-    folder, quarantine = work / "output", Quarantine(work / "quarantine")
-    ensure_folder(folder)
+    folder = work_folder(output, "generate", key)
+    work, quarantine = Work.of(folder, resources.caches_to), Quarantine(folder / "quarantine")
+    if (found := work.found()) is not None:
+        return Build(work.result, made.all_there(found), url=work.where)
+    made = made.fitted(folder, resources)
 
     def finish() -> Manifest:
-        manifest = finalise(
-            folder,
+        manifest = work.finalise(
             made.spec,
             shards=made.shards,
             settings={**made.settings, **quarantine.settings(made.shards)},
@@ -168,9 +169,10 @@ def build_teacher_kv(
         return made.all_there(manifest)
 
     return build_store(
-        GenerateJob(made.reading, folder, made.spec, quarantine),
+        GenerateJob(made.reading, work.folder, made.spec, quarantine),
         made.shards,
-        done=made.settled(quarantine, finished_shards(folder)),
+        work,
+        done=made.settled(quarantine, work.finished()),
         finish=finish,
         resources=resources,
     )
@@ -198,11 +200,12 @@ def build_targets_alone(
         "inputs": made.fingerprints,
         "evict": VERSIONS["evict"],
     }
-    work = work_folder(output, "generate", key)
-    notes, folder = work / "notes", work / "output"
-    quarantine = Quarantine(work / "quarantine")
-    for each in (notes, folder):
-        ensure_folder(each)
+    folder = work_folder(output, "generate", key)
+    work, quarantine = Work.of(folder, resources.targets_to), Quarantine(folder / "quarantine")
+    if (found := work.found()) is not None:
+        return Build(work.result, made.all_there(found), url=work.where)
+    made = made.fitted(folder, resources)
+    notes = ensure_folder(folder / "notes")
 
     def caches() -> Iterator[CacheBatch]:
         with torch_threads(settings.threads):
@@ -222,8 +225,7 @@ def build_targets_alone(
             settings=shaped,
             fingerprints=made.fingerprints,
         )
-        manifest = finalise(
-            folder,
+        manifest = work.finalise(
             spec,
             shards=made.shards,
             settings={**shaped, "evict": plain},
@@ -232,9 +234,10 @@ def build_targets_alone(
         return made.all_there(manifest)
 
     return build_store(
-        CutJob(made.reading, notes, made.spec, folder, plan, spec, quarantine),
+        CutJob(made.reading, notes, made.spec, work.folder, plan, spec, quarantine),
         made.shards,
-        done=made.settled(quarantine, finished_shards(folder) & noted_shards(notes)),
+        work,
+        done=made.settled(quarantine, work.finished() & noted_shards(notes)),
         finish=finish,
         resources=resources,
     )
@@ -250,6 +253,25 @@ class _Caches:
     settings: dict[str, Any]
     fingerprints: dict[str, str]
 
+    def fitted(self, work: Path, resources: Resources) -> Self:
+        """The same with a number for `batch_size: auto`; `work`: where it is noted."""
+        reading = self.reading
+        if reading.settings.batch_size != "auto":
+            return self
+
+        def places() -> list[int]:
+            source = open_problems(reading.problems)
+            encoder = trace_encoder(source, reading.teacher, reading.settings)
+            return longest(encoder.encode_parts(source.open("train")), reading.settings.shard_size)
+
+        found = fitting_batch(reading, places, work, resources)
+        settings = reading.settings.model_copy(update={"batch_size": found})
+        return replace(
+            self,
+            reading=replace(reading, settings=settings),
+            settings={**self.settings, "generate": _content(settings)},
+        )
+
     @property
     def shards(self) -> int:
         return -(-self.problems // self.reading.settings.shard_size)
@@ -260,8 +282,14 @@ class _Caches:
         return quarantine.settled(done, allowed=allowed)
 
     def all_there(self, manifest: Manifest) -> Manifest:
-        """The manifest; KavaError unless every problem is in the store or named by it."""
+        """The manifest; KavaError unless every problem is in the store or named by it, and may
+        be missing."""
         left_out = len(quarantined(manifest))
+        if left_out and self.reading.settings.on_error == "fail":
+            raise KavaError(
+                f"the store that is there already leaves {left_out} problems out, and "
+                "generate.on_error is `fail`. Set it to `quarantine`, or delete that store."
+            )
         if manifest.records + left_out != self.problems:
             raise KavaError(
                 f"{self.problems} problems went in, and {manifest.records} are stored and "

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kava_core.eviction import CacheBatch, Targets
-from kava_core.models.loading import DTYPES, load_model, to_device
+from kava_core.models.loading import DTYPES, load_model
+from kava_core.models.placing import place_frozen
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.record import Record
 from kava_core.settings import Generate
@@ -47,7 +48,7 @@ class OnlineTargets:
         KavaError if the store does not say in words of this version how it was made.
         """
         dtype = DTYPES[stored_settings(store, Generate).model_dtype]
-        return cls.of_model(store, to_device(load_model(str(teacher), dtype)))
+        return cls.of_model(store, place_frozen(load_model(str(teacher), dtype)))
 
     @classmethod
     def of_model(cls, store: TargetsStore, model: PreTrainedModel) -> Self:

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.loading import DTYPES, load_model, load_tokenizer, to_device
+from kava_core.models.loading import DTYPES, load_model, load_tokenizer
+from kava_core.models.placing import place_frozen
 from kava_core.models.teacher_pass import (
     TeacherCache,
     TeacherPass,
@@ -46,9 +47,8 @@ class Reading:
         source = open_problems(self.problems)
         problems = source.open("train")
         encoder = trace_encoder(source, self.teacher, settings)
-        model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
-        teacher, codec = TeacherPass(model), store_codec(settings)
-        config = model.config.get_text_config()
+        teacher, codec = self._load(), store_codec(settings)
+        config = teacher.model.config.get_text_config()
 
         def read(shard: int) -> Read:
             first = shard * settings.shard_size
@@ -58,10 +58,21 @@ class Reading:
             held = [trace for place, trace in enumerate(traces) if place not in long]
             if not held:
                 raise _nothing_left(shard, left_out)
-            found = Read(shard, held, over(teacher, held, settings.batch_size), left_out)
+            found = Read(shard, held, over(teacher, held, settings.rows), left_out)
             return self.sift(found, _unfit_caches(found.cache, codec))
 
         return read
+
+    def teacher_and_traces(self, places: Sequence[int]) -> tuple[TeacherPass, list[Record]]:
+        """The teacher, loaded, and the traces of the problems at these places."""
+        source = open_problems(self.problems)
+        encoder = trace_encoder(source, self.teacher, self.settings)
+        problems = source.open("train")
+        return self._load(), encoder.encode_all([problems[place] for place in places])
+
+    def _load(self) -> TeacherPass:
+        dtype = DTYPES[self.settings.model_dtype]
+        return TeacherPass(place_frozen(load_model(str(self.teacher), dtype)))
 
     def sift(self, read: Read, unfit: dict[int, str]) -> Read:
         """The same without records that cannot be kept (row → why); KavaError where the settings

@@ -51,11 +51,6 @@ def test_a_teacher_may_learn_in_two_processes(tmp_path: Path) -> None:
     assert names[0] == names[1]
     found = [load_file(teacher.folder / "model.safetensors") for teacher in (one, two)]
     assert max(float((x - found[1][k]).abs().max()) for k, x in found[0].items()) < 1e-3
-    for teacher in (one, two):  # what is read back is what was kept
-        state = teacher.model.state_dict()
-        kept = load_file(teacher.folder / "model.safetensors")
-        assert all(state[name].equal(x) for name, x in kept.items())
-        assert not teacher.model.training
     one.save({"n": 1})
     two.save({"n": 1})
     assert [teacher.about["settings"]["processes"] for teacher in (one, two)] == [1, 2]

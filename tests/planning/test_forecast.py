@@ -366,6 +366,13 @@ def test_layers_of_a_student_that_are_not_there(tmp_path: Path) -> None:
         forecast("small", settings_with(students={"kava": student}), tmp_path)
 
 
+def test_what_is_sent_to_a_bucket_takes_no_disk(tmp_path: Path) -> None:
+    for resource, artefact in (("caches_to", "teacher_kv"), ("targets_to", "kv_targets")):
+        settings = settings_with(resources={resource: "gs://bucket/team"})
+        assert artefact in forecast("small", settings_with(), tmp_path).disk
+        assert artefact not in forecast("small", settings, tmp_path).disk
+
+
 def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
     found = forecast("small", Pipeline.model_validate(SMALL), tmp_path)
     assert found.fits and not replace(found, free=found.bytes - 1).fits

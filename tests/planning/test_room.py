@@ -40,6 +40,18 @@ def test_what_does_not_fit_is_said_with_its_size(
         monkeypatch.undo()
 
 
+def test_what_is_sent_to_a_bucket_needs_no_room(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, settings = load_pipeline(made / "pipelines.yaml")
+    resources = settings.resources.model_copy(update={"targets_to": "s3://bucket/team"})
+    sent = settings.model_copy(update={"resources": resources})
+    folder = made / "data" / NAME
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1))
+    assert lacking_room(sent, folder, "kv_targets") is None
+    assert lacking_room(sent, folder, "teacher_kv") is not None
+
+
 def test_where_there_are_no_problems_nothing_is_said(made: Path, tmp_path: Path) -> None:
     _, settings = load_pipeline(made / "pipelines.yaml")
     assert lacking_room(settings, tmp_path, "kv_targets") is None

@@ -169,7 +169,16 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ("teacher.scratch.kv_heads", 3, "teacher.scratch: hidden_size 128 must be an even multip"),
         ("prepare.source", "gsm8k", "prepare: source gsm8k needs a `path`"),
         ("prepare.train", None, "prepare: source synthetic needs the numbers `train` and `test`"),
-        ("resources", {"gpus_per_worker": 2}, "resources.gpus_per_worker: Input should be less t"),
+        (
+            "resources",
+            {"gpus_per_worker": 1.5},
+            "resources.gpus_per_worker: should be a share from 0 to 1, or a",
+        ),
+        (
+            "resources",
+            {"gpus_per_worker": -1},
+            "resources.gpus_per_worker: should be a share from 0 to 1, or a",
+        ),
         (
             "resources",
             {"device": "cpu", "gpus_per_worker": 1},

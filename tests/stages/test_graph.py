@@ -93,11 +93,15 @@ def test_a_stale_file_is_noticed(tmp_path: Path) -> None:
         check_tracked(tmp_path, "x", keeping("targets"), "generate")
 
 
-def test_pushing_caches_that_nobody_keeps_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resources", [{"push_caches": False}, {"caches_to": "s3://bucket/x"}])
+def test_pushing_caches_that_nobody_keeps_is_an_error(
+    tmp_path: Path, resources: dict[str, Any]
+) -> None:
     file = tmp_path / "pipelines.yaml"
-    wrong = {**SMOKE, "generate": {"keep": "targets"}, "resources": {"push_caches": False}}
+    wrong = {**SMOKE, "generate": {"keep": "targets"}, "resources": resources}
     file.write_text(yaml.safe_dump({"pipelines": {"x": wrong}}), encoding="utf-8")
-    with pytest.raises(KavaError, match=r"pipelines\.x: resources\.push_caches: means nothing"):
+    (name,) = resources
+    with pytest.raises(KavaError, match=rf"pipelines\.x: resources\.{name}: means nothing"):
         load_pipeline(file, "x")
 
 

@@ -20,17 +20,20 @@ SILENCE = 2.0
 
 
 class S3:
-    """asked: (method, key) → how often."""
+    """asked: (method, key) → how often. unchecked: keys that came without a checksum."""
 
     def __init__(self) -> None:
         self.backend = DomainDispatcherApplication(create_backend_app)
         self.fault: Fault = lambda _method, _key, _n: None
         self.asked: Counter[tuple[str, str]] = Counter()
+        self.unchecked: list[str] = []
         self.port = 0
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].rpartition("/")[2]
         self.asked[method, key] += 1
+        if method == "PUT" and "HTTP_X_AMZ_CHECKSUM_CRC32" not in environ:
+            self.unchecked.append(key)
         fault = self.fault(method, key, self.asked[method, key])
         if fault is None:
             return self.backend(environ, start)

@@ -319,7 +319,7 @@ def test_a_wrong_address_says_what_is_expected(url: str) -> None:
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(KavaError, match="pip install gcsfs"):
+    with pytest.raises(KavaError, match=r"pip install 'kava\[gs\]'"):
         TargetsStore.open("gs://bucket/store")
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(KavaError, match=r"pip install 'kava\[https\]'"):

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 from kava_core.errors import KavaError
 from kava_core.store import Codec, TargetsStore, TeacherStore
+from kava_core.store.counts import EvictionCounts
 from kava_core.store.export import export
 from kava_core.store.summary import (
-    EvictionCounts,
     eviction_findings,
     length_histogram,
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kava_core.errors import KavaError
-from kava_core.problems.records import Problem, TraceForm, normalise_question
+from kava_core.problems.records import Problem, TraceForm, question_digest
 from kava_core.problems.sources.base import GeneratedSource, equations_as
 from kava_core.problems.sources.scenarios import SCENARIOS, STYLES, Scenario, Style, Wording
 from kava_core.problems.splits import ProblemSplits
@@ -122,20 +122,21 @@ class Synthetic(GeneratedSource):
         first, then validation, each from its own random stream, so that asking for more training
         problems leaves them as they were. KavaError if there are not that many different problems.
         """
-        questions: set[str] = set()
+        questions: set[bytes] = set()
         held_out: set[tuple[Step, ...]] = set()
         drawn = {}
         for split, count in (("test", test), ("validation", validation), ("train", train)):
             if count < 0:
                 raise KavaError(f"Expected a number of {split} problems, found {count}.")
             rng = random.Random(f"{seed}-synthetic-{split}")
-            chains: set[tuple[Step, ...]] = set()
+            chains: set[tuple[Step, ...]] = set()  # of what is held out: the others are too many
             problems = []
             for row in range(count):
                 name = f"{self.name}-{split}-{row:06d}"
                 problem, chain = self._new(rng, questions, held_out, name, traces)
                 problems.append(problem)
-                chains.add(chain)
+                if split != "train":
+                    chains.add(chain)
             held_out |= chains
             drawn[split] = problems
         return ProblemSplits(drawn["train"], drawn["validation"], drawn["test"])
@@ -143,7 +144,7 @@ class Synthetic(GeneratedSource):
     def _new(
         self,
         rng: random.Random,
-        questions: set[str],
+        questions: set[bytes],
         held_out: set[tuple[Step, ...]],
         name: str,
         traces: TraceForm,
@@ -156,7 +157,7 @@ class Synthetic(GeneratedSource):
             if chain is None or chain in held_out:
                 continue
             problem = self._tell(rng, chain, name, traces)
-            key = normalise_question(problem.question)
+            key = question_digest(problem.question)
             if key not in questions:
                 questions.add(key)
                 return problem, chain

@@ -220,6 +220,7 @@ def _explained(error: Exception, processes: int, patience: float) -> Exception:
                 f"{described()}. Lower `processes`, start nodes with more, or raise "
                 "resources.wait_for_room; what was saved is kept, and the same command goes on."
             )
+        error = own
     failures = getattr(error, "worker_failures", None) or {-1: error}
     causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
     first = " / ".join(

@@ -206,7 +206,12 @@ def make_folders(folder: Path) -> None:
     """Make `folder` and those above it that are not there; their names are on the disk then."""
     if not folder.is_dir():
         make_folders(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:  # what is there is no folder
+            raise NotADirectoryError(
+                errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)
+            ) from None
         sync(folder.parent)
 
 

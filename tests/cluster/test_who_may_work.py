@@ -150,7 +150,7 @@ def test_who_does_how_much_is_said_and_measured(
         examples=lambda *_: 5,
     )
     assert len([next(found) for _ in range(3)]) == 3
-    shown = _metrics("kava_examples_total")
+    shown = _metrics("ray_kava_examples_total{", " 15.0")
     assert list(found) == []
     (line,) = [x for x in shown if x.startswith("ray_kava_examples_total{")]
     assert float(line.rpartition(" ")[2]) == 15 and 'worker="0"' in line
@@ -164,8 +164,9 @@ def test_who_does_how_much_is_said_and_measured(
     assert worker["per_second"] > 0
 
 
-def _metrics(name: str) -> list[str]:
-    """What the agents of the nodes show, once the name is in it."""
+def _metrics(name: str, value: str) -> list[str]:
+    """What the agents of the nodes show, once a line of that name has that value: they are told a
+    little later."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for node in ray.nodes():
@@ -174,10 +175,10 @@ def _metrics(name: str) -> list[str]:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             with urllib.request.urlopen(url, timeout=20) as answer:
                 text = answer.read().decode()
-            if name in text:
+            if any(x.startswith(name) and x.endswith(value) for x in text.splitlines()):
                 return text.splitlines()
         time.sleep(0.5)
-    raise AssertionError(f"no {name} in time")
+    raise AssertionError(f"no {name} of{value} in time")
 
 
 @pytest.mark.slow

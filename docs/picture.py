@@ -72,22 +72,47 @@ def draw(systems: list[System], theme: int) -> str:
         + _text(0, 0, "exact match, %", colours["muted"], "middle")
         + "</g>",
     ]
-    last = {False: float("inf"), True: float("inf")}  # the highest label so far, on either side
+    heights = _heights(systems)
     for system in sorted(systems, key=lambda system: system.accuracy):
         x, y, colour = _x(system.passes), _y(system.accuracy), colours[system.colour]
+        label = heights[system.name]
         left = x > WIDTH / 2  # where there is room for words
-        last[left] = label = min(y, last[left] - LINE)
         to = -1 if left else 1
         parts += [
             f'<path d="M{x:.1f} {_y(system.high):.1f}V{_y(system.low):.1f}" stroke="{colour}"/>',
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>',
         ]
-        if y - label > 2:
+        if abs(y - label) > 2:
             line = f"M{x + 7 * to:.1f} {y:.1f}L{x + 15 * to:.1f} {label:.1f}"
             parts.append(f'<path d="{line}" stroke="{colour}"/>')
         words = f"{system.name}: {system.accuracy:.1f}"
         parts.append(_text(x + 18 * to, label + 4, words, colour, "end" if left else "start"))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def _heights(systems: list[System]) -> dict[str, float]:
+    """Where the label of each stands: beside its point, or as near to it as leaves room for the
+    others. Those of the upper half make way downwards, the shortest first, and so do those with the
+    fewest passes, under whose points are none; the others upwards."""
+    found: dict[str, float] = {}
+    few = min(system.passes for system in systems)
+    kinds = {
+        "upper": [s for s in systems if s.accuracy >= 50 and _x(s.passes) <= WIDTH / 2],
+        "few": [s for s in systems if s.accuracy < 50 and s.passes == few],
+    }
+    kinds["lower"] = [s for s in systems if not any(s in kind for kind in kinds.values())]
+    last: float = -LINE
+    for system in sorted(kinds["upper"], key=lambda system: len(system.name)):
+        found[system.name] = last = max(_y(system.accuracy), last + LINE)
+    last = _y(0) - 2 * LINE
+    for system in sorted(kinds["few"], key=lambda system: -system.accuracy):
+        found[system.name] = last = last + LINE
+    last = HEIGHT
+    for system in sorted(kinds["lower"], key=lambda system: system.accuracy):
+        alone = _x(system.passes) > WIDTH / 2 or system.colour == "ink"
+        found[system.name] = _y(system.accuracy) if alone else min(_y(system.accuracy), last - LINE)
+        last = last if alone else found[system.name]
+    return found
 
 
 def _x(passes: float) -> float:

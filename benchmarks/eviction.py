@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import yaml
 from blake3 import blake3
+from kava_stages.evict import evict as stage
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,7 +39,6 @@ from kava_core.eviction.selection import score_all
 from kava_core.record import Record
 from kava_core.rotary import Rotary
 from kava_core.store import Codec, Geometry, StoreSpec, finalise, write_teacher_shard
-from stages.evict import evict as stage
 
 LENGTHS = (64, 256, 1024, 4096)
 LAYERS, HEADS, HEAD_DIM, HIDDEN_SIZE, BUDGET = 16, 8, 64, 2048, 24

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import click
 import torch
+from kava_stages.cli import quiet
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,6 @@ from kava_core.targets.build import ShardCounts
 from kava_core.targets.generate import GenerateJob, teacher_spec
 from kava_core.targets.quarantine import Quarantine
 from kava_core.targets.reading import Reading
-from stages.cli import quiet
 
 TARGET = 0.85
 EXAMPLES, BATCH = 32, 8

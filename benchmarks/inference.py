@@ -36,6 +36,7 @@ from typing import Any
 
 import click
 import torch
+from kava_stages.cli import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,7 +45,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import to_device
-from stages.cli import quiet
 
 QUESTION, TRACE, ANSWER, PROMPT = 64, 128, 8, 4
 LATENTS, ITERATIONS = 24, 3

@@ -37,6 +37,7 @@ import click
 import httpx2
 import psutil
 import torch
+from kava_stages.cli import quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +46,6 @@ from kava_core.artefacts import write_json
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import save_model
 from kava_core.problems.tokenizer import train_tokenizer
-from stages.cli import quiet
 
 QUESTION, TRACE, ANSWER, PROMPT = 64, 128, 8, 4
 LATENTS, ITERATIONS = 24, 3

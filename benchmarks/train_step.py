@@ -31,6 +31,7 @@ from typing import Any
 import click
 import torch
 from accelerate.utils import send_to_device
+from kava_stages.cli import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -58,7 +59,6 @@ from kava_core.targets.generate import store_geometry
 from kava_core.targets.online import OnlineTargets
 from kava_core.targets.plan import Plan
 from kava_core.targets.rounding import Rounding
-from stages.cli import quiet
 
 TARGETS = {"online_frozen_vs_offline": 1.25, "joint_vs_offline": 1.7, "data_wait_share": 0.02}
 QUESTION, CHAIN, PROMPT, ANSWER, SLOTS, ITERATIONS = 64, 128, 4, 8, 24, 3

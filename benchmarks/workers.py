@@ -27,6 +27,7 @@ from typing import Any
 import click
 import ray
 import torch
+from kava_stages.cli import quiet
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,6 @@ from kava_core.targets.evict import EvictJob, cache_batch, targets_spec
 from kava_core.targets.generate import GenerateJob, Reading, teacher_spec
 from kava_core.targets.plan import Plan as TargetsPlan
 from kava_core.targets.quarantine import Quarantine
-from stages.cli import quiet
 
 TARGET = 1.8
 STAGES = ("generate", "evict", "fidelity", "evaluate")

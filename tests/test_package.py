@@ -105,3 +105,10 @@ def test_the_lock_pins_nothing_else() -> None:
 def test_the_lock_is_what_is_installed() -> None:
     for name, locked in LOCK.items():
         assert locked.specifier.contains(importlib.metadata.version(name).split("+")[0]), name
+
+
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]))
+def test_scripts_import_what_is_installed(script: Path) -> None:
+    """Run by its path, a script finds neither `stages`, installed as kava_stages, nor `tests`."""
+    found = re.findall(r"^ *(?:from|import) (stages|tests)\b", script.read_text("utf-8"), re.M)
+    assert found == []

@@ -4,36 +4,23 @@ named."""
 from __future__ import annotations
 
 import json
-import os
+import subprocess
+import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 import kava_core
-from kava_core.console import configure
 from kava_core.errors import KavaError
 from kava_core.parallel.processes import run_processes
 from kava_core.parallel.shards import run_shards
 from kava_core.settings import Resources
+from tests.cluster.measured import Sees
 from tests.cluster.nodes import PATIENCE, Nodes, running_nodes, wait_until
-
-
-@dataclass(frozen=True)
-class Sees:
-    """A shard is where it was worked on: the name of the node, and the GPUs seen there."""
-
-    folder: Path
-    threads: int = 1
-
-    def open(self) -> Callable[[int], list[str]]:
-        return lambda _: [os.environ.get(name, "") for name in ("NODE", "CUDA_VISIBLE_DEVICES")]
 
 
 @pytest.fixture(scope="module")
@@ -137,48 +124,28 @@ def test_a_node_with_another_version_or_none_is_refused(
         seen(tmp_path)
 
 
-def test_who_does_how_much_is_said_and_measured(
-    nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_does_how_much_is_said_and_measured(nodes: Nodes, tmp_path: Path) -> None:
+    """In a process of its own, as a stage is: Ray counts a process's metrics once for each of its
+    connections to Ray, and this one has had some."""
     nodes.add("one")
-    configure("json")
-    found = run_shards(
-        Sees(tmp_path),
-        range(3),
-        Resources(ray_metrics=True),
-        folder=tmp_path,
-        examples=lambda *_: 5,
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.measured", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert len([next(found) for _ in range(3)]) == 3
-    shown = _metrics("ray_kava_examples_total{", " 15.0")
-    assert list(found) == []
+    assert ran.returncode == 0, ran.stderr
+    shown = ran.stdout.splitlines()
     (line,) = [x for x in shown if x.startswith("ray_kava_examples_total{")]
     assert float(line.rpartition(" ")[2]) == 15 and 'worker="0"' in line
     assert any(x.startswith("ray_kava_examples_per_second{") for x in shown)
     assert any(x.startswith("ray_kava_shards_total{") for x in shown)
-    entries = [json.loads(x) for x in capsys.readouterr().err.splitlines() if x.startswith("{")]
+    entries = [json.loads(x) for x in ran.stderr.splitlines() if x.startswith("{")]
     told = [entry for entry in entries if "workers" in entry][-1]
     (worker,) = told["workers"]
     assert told["level"] == "progress" and "0 on" in told["message"]
     assert (worker["worker"], worker["examples"], worker["shards"]) == (0, 15, 3)
     assert worker["per_second"] > 0
-
-
-def _metrics(name: str, value: str) -> list[str]:
-    """What the agents of the nodes show, once a line of that name has that value: they are told a
-    little later."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        for node in ray.nodes():
-            if not node["Alive"]:
-                continue
-            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-            with urllib.request.urlopen(url, timeout=20) as answer:
-                text = answer.read().decode()
-            if any(x.startswith(name) and x.endswith(value) for x in text.splitlines()):
-                return text.splitlines()
-        time.sleep(0.5)
-    raise AssertionError(f"no {name} of{value} in time")
 
 
 @pytest.mark.slow

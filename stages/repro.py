@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -37,14 +38,18 @@ def repro(jobs: int, pipeline: str | None) -> None:
 
     name, settings = load_any_pipeline(Path("pipelines.yaml"), pipeline)
     file = FOLDER / name / "dvc.yaml"
-    if jobs > 1 and len(settings.students) > 1:
-        stages = dvc_file(name, settings)["stages"]
-        before = [f"{file}:{s}" for s in stages if s not in ("distill", *AFTER_STUDENTS)]
-        if before:
-            _dvc("repro", *before)
-        students = [f"{file}:distill@{student}" for student in settings.students]
-        together(jobs, _train, students)
-    _dvc("repro", *([] if pipeline is None else [str(file)]))
+    try:
+        if jobs > 1 and len(settings.students) > 1:
+            stages = dvc_file(name, settings)["stages"]
+            before = [f"{file}:{s}" for s in stages if s not in ("distill", *AFTER_STUDENTS)]
+            if before:
+                _dvc("repro", *before)
+            students = [f"{file}:distill@{student}" for student in settings.students]
+            together(jobs, _train, students)
+        _dvc("repro", *([] if pipeline is None else [str(file)]))
+    except SystemExit:
+        _end_stages()
+        raise
 
 
 def _train(stage: str) -> None:
@@ -61,7 +66,22 @@ def _train(stage: str) -> None:
 
 def _dvc(*arguments: str) -> None:
     command = _command(*arguments)
-    _check(command, subprocess.run(command, check=False).returncode)
+    # Not `run`, which kills a DVC that we leave, and so leaves its stage to nobody.
+    _check(command, subprocess.Popen(command).wait())
+
+
+def _end_stages() -> None:
+    """On SIGTERM. A stage ends in good order once it is told, and the DVC that waits for it then
+    does; DVC itself, if told, would leave its stage at work."""
+    import psutil
+
+    dvcs = psutil.Process().children()
+    for dvc in dvcs:
+        with suppress(psutil.Error):
+            for stage in dvc.children(recursive=True):
+                with suppress(psutil.Error):
+                    stage.terminate()
+    psutil.wait_procs(dvcs)
 
 
 def _command(*arguments: str) -> list[str]:

@@ -42,7 +42,7 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
 
     Trains every student with every seed at every point of the grid and asks it the problems of the
     study's split. Writes DATA/studies/NAME/: results.csv, answers.parquet, summary.json and
-    index.html, and with `interventions` their interventions.csv; when test problems were asked is
+    index.html, and with `interventions` and `fidelity` their .csv; when test problems were asked is
     in asked.jsonl. Killed and run again, or with more seeds or values, it does what is missing.
     """
     from rich.console import Console
@@ -50,7 +50,7 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
     from kava_core.artefacts import atomic_path
     from kava_core.findings.base import read_finding
     from kava_core.findings.latents import InterventionScores
-    from kava_core.findings.study import CellAnswers
+    from kava_core.findings.study import CellAnswers, StoreFidelity
     from kava_core.reporting.study import as_page, as_table
     from kava_core.settings import load_study
     from kava_core.studies.plan import plan_study
@@ -70,8 +70,13 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
             for cell in plan.cells
             if cell.changed
         }
-        summary = summarise(plan, found, changes)
-        write_study(folder, plan, found, changes, summary)
+        stores = {
+            cell: read_finding(StoreFidelity, _store(folder, cell.fidelity), f"study {name}")
+            for cell in plan.cells
+            if cell.fidelity
+        }
+        summary = summarise(plan, found, changes, stores)
+        write_study(folder, plan, found, changes, stores, summary)
         with atomic_path(folder / "index.html") as temporary:
             temporary.write_text(as_page(summary), encoding="utf-8")
     if as_json:
@@ -169,6 +174,7 @@ class Bench:
 
         with self.asking:
             self._change(cell)
+            self._note_fidelity(cell)
             if _answers(self.folder, cell).is_file():
                 return  # asked as a cell of another point of the grid
             found = ask_cell(cell, self.folder / "made" / cell.piece.name)
@@ -197,6 +203,33 @@ class Bench:
             found = change_cell(cell, self.folder / "made" / cell.piece.name)
             write_finding(_changes(self.folder, cell), found, spaced=False)
 
+    def _note_fidelity(self, cell: StudyCell) -> None:
+        from kava_core.findings.base import read_finding, write_finding
+        from kava_core.findings.fidelity import METRICS, CacheScores
+        from kava_core.findings.study import StoreFidelity
+
+        if cell.fidelity is None or _store(self.folder, cell.fidelity).is_file():
+            return
+        made = self.folder / "made" / cell.fidelity.name / "fidelity"
+        scores = read_finding(CacheScores, made / METRICS, "kava fidelity")
+        (found,) = (
+            score
+            for budgets in scores.policies.values()
+            for by_bits in budgets.values()
+            for score in by_bits.values()
+        )
+        write_finding(
+            _store(self.folder, cell.fidelity),
+            StoreFidelity(
+                n=found.n,
+                exact_match=found.exact_match,
+                kl=found.kl,
+                full=scores.full.exact_match,
+                none=scores.none.exact_match,
+            ),
+            spaced=False,
+        )
+
     def _say_asked_before(self) -> None:
         keys = {cell.key for cell in self.plan.cells}
         others = [asking for asking in _asked(self.folder) if asking.key not in keys]
@@ -215,9 +248,14 @@ def _changes(folder: Path, cell: StudyCell) -> Path:
     return folder / "cells" / f"{cell.changed_name}.json"
 
 
+def _store(folder: Path, fidelity: Piece) -> Path:
+    return folder / "cells" / f"{fidelity.name}.json"
+
+
 def _done(folder: Path, cell: StudyCell) -> bool:
     changed = not cell.changed or _changes(folder, cell).is_file()
-    return changed and _answers(folder, cell).is_file()
+    store = cell.fidelity is None or _store(folder, cell.fidelity).is_file()
+    return changed and store and _answers(folder, cell).is_file()
 
 
 def _asked(folder: Path) -> list[Asking]:

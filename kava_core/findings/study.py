@@ -11,7 +11,7 @@ from kava_core.findings.evaluation import Difference
 from kava_core.findings.scores import Percent
 
 RESULTS, ANSWERS, SUMMARY, ASKED = "results.csv", "answers.parquet", "summary.json", "asked.jsonl"
-INTERVENTIONS = "interventions.csv"
+INTERVENTIONS, FIDELITY = "interventions.csv", "fidelity.csv"
 
 
 class CellAnswers(Finding):
@@ -60,6 +60,50 @@ class Carried(Finding):
     followed: list[Percent | None]
 
 
+class StoreFidelity(Finding):
+    """What the teacher answers to n validation problems from the slots of a store.
+
+    exact_match: in %, and full and none that with its whole cache and without the chain; kl: to the
+    full cache, nats per answer token. All as in `CacheScore`.
+    """
+
+    n: int
+    exact_match: Percent
+    kl: float
+    full: Percent
+    none: Percent
+
+
+class GroupFidelity(Finding):
+    """The same over a group's seeds, in their order; equal where they share a teacher."""
+
+    n: int
+    exact_match: list[Percent]
+    kl: list[float]
+
+
+class RankCorrelation(Finding):
+    """Spearman's, of two orders of the same settings; p_value: two-sided, by permutations.
+
+    None where one of the two is the same for all of them.
+    """
+
+    rho: Annotated[float, Field(ge=-1, le=1)]
+    p_value: float
+
+
+class Foretold(Finding):
+    """Whether fidelity ranks n settings of a student as the student's exact match does.
+
+    exact_match: by what the teacher answers from the slots; kl: by how little it departs there.
+    """
+
+    system: str
+    n: int
+    exact_match: RankCorrelation | None
+    kl: RankCorrelation | None
+
+
 class Group(Finding):
     """A system at one point of the grid, over its seeds.
 
@@ -77,6 +121,7 @@ class Group(Finding):
     n: int
     # Not written where nobody was asked with changed latents.
     carried: Annotated[Carried | None, Field(exclude_if=lambda value: value is None)] = None
+    fidelity: Annotated[GroupFidelity | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 class Compared(Finding):
@@ -98,3 +143,6 @@ class StudySummary(Finding):
     split: Literal["validation", "test"]
     groups: list[Group]
     compared: list[Compared]
+    foretold: Annotated[
+        list[Foretold], Field(default_factory=list, exclude_if=lambda value: not value)
+    ]

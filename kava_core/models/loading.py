@@ -32,10 +32,11 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from kava_core.artefacts import file_digest, fingerprint, read_json
+from kava_core.artefacts import file_digest, fingerprint
 from kava_core.errors import KavaError
 from kava_core.models.adapted import Base, adapters_fingerprint, adapters_in, put_on
 from kava_core.models.context import no_decoder
+from kava_core.models.inspection import check_files, check_size, weight_files
 from kava_core.models.sharding import joined_digest
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +61,8 @@ def whole_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a model folder or Hub id, that of its text part among others; KavaError
     if there is none, or it is code."""
     _check_revision(path, revision)
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
         plain, _ = PreTrainedConfig.get_config_dict(path, **_at(revision))
         if plain.get("auto_map") and plain.get("model_type") not in CONFIG_MAPPING:
@@ -141,6 +144,7 @@ def load_whole(
     _check_revision(path, revision)
     if Path(path).is_dir():
         _check_folder(Path(path))
+        check_size(options.get("config") or whole_config(path), Path(path))
     try:
         model, found = model_class.from_pretrained(
             path,
@@ -176,13 +180,14 @@ def check_weights(path: str, revision: str | None = None) -> None:
     if not folder.is_dir():
         folder = _local_folder(path, revision, local_files_only=True)
     _check_folder(folder)
+    check_size(config, folder)
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     own = model_class.config_class is type(config)
     try:
         held = {
             name: torch.empty(file.get_slice(name).get_shape(), device="meta")
-            for shard in _weight_files(folder)
+            for shard in weight_files(folder)
             for file in (safe_open(shard, "pt"),)
             for name in file.keys()  # noqa: SIM118  (no mapping)
         }
@@ -276,6 +281,8 @@ def _load_adapted(
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model; KavaError if there is none, or only as code."""
     _check_revision(path, revision)
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
         settings = get_tokenizer_config(path, **_at(revision))
         code = settings.get("auto_map")
@@ -419,20 +426,13 @@ def _check_revision(path: str, revision: str | None) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers reads."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
-
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise KavaError(
             f"{folder} holds an adapter (adapter_config.json), expected a whole model. Merge it "
             "into its model and save that."
         )
+    check_files(folder)
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(

@@ -32,7 +32,7 @@ def joined_digest(files: list[Path]) -> str:
     """
     places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in files:
-        start, tensors = _header(file)
+        start, tensors = read_header(file)
         if twice := tensors.keys() & places.keys():
             name = min(twice)
             raise KavaError(
@@ -70,8 +70,11 @@ def joined_digest(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Where a file's tensors begin, and what it says of each."""
+def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where a file's tensors begin, and of each its `dtype`, `shape` and `data_offsets`.
+
+    KavaError if it is no file of safetensors, or longer or shorter than its tensors.
+    """
     with file.open("rb") as source:
         length = int.from_bytes(source.read(8), "little")
         if length > LARGEST_HEADER:
@@ -80,12 +83,16 @@ def _header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             tensors: dict[str, dict[str, Any]] = json.loads(source.read(length))
             tensors.pop("__metadata__", None)
             known = all(
-                about["dtype"] in DTYPES and len(about["data_offsets"]) == 2 and "shape" in about
+                about["dtype"] in DTYPES
+                and len(about["data_offsets"]) == 2
+                and all(type(size) is int and size >= 0 for size in about["shape"])
                 for about in tensors.values()
             )
+            ends = (about["data_offsets"][1] for about in tensors.values())
+            whole = 8 + length + max(ends, default=0) == file.stat().st_size
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
             raise _broken(file) from None
-    if not known:
+    if not (known and whole):
         raise _broken(file)
     return 8 + length, tensors
 

@@ -11,12 +11,14 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 
 from kava_core.parallel.devices import check_own_gpu, gpu_share
+from kava_core.parallel.overlap import Computed, Overlap
 from kava_core.parallel.threads import torch_threads
 from kava_core.settings import Resources
 from kava_core.settings.base import Device
@@ -31,10 +33,11 @@ class Job(Protocol[Result_co]):
     @property
     def threads(self) -> int: ...
 
-    def open(self) -> Callable[[int], Result_co]:
-        """Load what the worker needs once; the result works on one shard and says what it did.
+    def open(self) -> Callable[[int], Result_co | Computed[Result_co]]:
+        """Load what the worker needs once; the result works on one shard and says what it did, or
+        gives what is left to do, which is done while the next one is worked on.
 
-        What it returns is small: results go through Ray, work does not.
+        What it says is small: results go through Ray, work does not.
         """
         ...
 
@@ -97,10 +100,10 @@ def _fits_once(cpus: float, device: Device) -> bool:
 def _in_process(
     job: Job[Result], queue: deque[int], then: Callable[[int], Sequence[int]]
 ) -> Iterator[tuple[int, Result]]:
-    with torch_threads(job.threads):
-        work = job.open()
+    with torch_threads(job.threads), closing(Overlap(job.open())) as work:
         while queue:
-            shard = queue.popleft()
-            result = work(shard)
-            queue.extendleft(reversed(then(shard)))
-            yield shard, result
+            for done in work.run(queue.popleft()):
+                queue.extendleft(reversed(then(done.shard)))
+                yield done.shard, done.result
+        for done in work.rest():
+            yield done.shard, done.result

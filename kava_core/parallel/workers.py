@@ -37,23 +37,21 @@ def _worker_class() -> type:
         def look(self, mark: str, token: str, seconds: float) -> object:
             return look(mark, token, seconds)
 
-        def run(self, shard: int, job: Any) -> tuple[object, str | None, float]:
-            """Work on a shard: result, error and seconds. job: with the first one."""
-            import time
-
+        def run(self, shard: int | None, job: Any) -> tuple[list[Any], str | None]:
+            """Work on a shard, or for None finish what is left: what is finished, and an error.
+            job: with the first one."""
             import torch
 
             from kava_core.errors import KavaError
+            from kava_core.parallel.overlap import Overlap
 
             try:
                 if job is not None:
                     torch.set_num_threads(job.threads)
-                    self.work = job.open()
-                began = time.perf_counter()
-                result = self.work(shard)
-                return result, None, time.perf_counter() - began
+                    self.work: Any = Overlap(job.open())
+                return self.work.rest() if shard is None else self.work.run(shard), None
             except KavaError as error:
-                return None, str(error), 0.0
+                return [], str(error)
 
     return _Worker
 
@@ -112,14 +110,22 @@ class Demand:
 
 @dataclass
 class _Worker:
-    """An actor; node: once it has shown itself; shard: on which it works; opened: whether it has
-    the job."""
+    """An actor; node: once it has shown itself; shard: on which it works; writing: the one before,
+    if that may not be finished; resting: whether it has been told that there is nothing but that;
+    opened: whether it has the job."""
 
     number: int
     actor: Any
     node: str = ""
     shard: int | None = None
+    writing: int | None = None
+    resting: bool = False
     opened: bool = False
+
+    @property
+    def shards(self) -> list[int]:
+        """Those that are lost with it, in order."""
+        return [shard for shard in (self.writing, self.shard) if shard is not None]
 
 
 @dataclass
@@ -153,7 +159,7 @@ class Pool(Generic[Result]):
         try:
             with shared(self.folder) as self.common:
                 self._engage()
-                while self.queue or any(worker.shard is not None for worker in self.workers):
+                while self.queue or any(worker.shards for worker in self.workers):
                     ready, _ = ray.wait(list(self.calls), timeout=LOOK_SECONDS)
                     for call in ready:
                         yield from self._answered(call, self.calls.pop(call))
@@ -218,29 +224,38 @@ class Pool(Generic[Result]):
                 f"a worker failed: {error}. Finished shards are kept; run the stage again to go "
                 "on, or with resources.workers: 0 to see the error itself."
             ) from error
-        if worker.shard is None:
+        if not worker.node:
             host = Host(*answer)
             self.common.check(host)
             worker.node, self.unseen = host.name, 0
             self._give()
             return
-        (result, error_text, seconds), shard, worker.shard = answer, worker.shard, None
-        if error_text is not None or result is None:
-            raise KavaError(error_text or f"shard {shard} came back empty")
-        self.queue.extendleft(reversed(self.then(shard)))
+        finished, error_text = answer
+        if error_text is not None:
+            raise KavaError(error_text)
+        done = {each.shard for each in finished}
+        left = [shard for shard in worker.shards if shard not in done]
+        worker.writing, worker.shard, worker.resting = next(iter(left), None), None, False
+        for each in finished:
+            self.queue.extendleft(reversed(self.then(each.shard)))
         self._give()  # before the caller looks at the result, so that no worker waits for that
-        self.meter.note(worker.number, worker.node, self.examples(shard, result), seconds)
-        yield shard, result
+        for each in finished:
+            examples = self.examples(each.shard, each.result)
+            self.meter.note(worker.number, worker.node, examples, each.seconds)
+            yield each.shard, each.result
 
     def _give(self) -> None:
         for worker in self.workers:
-            if not self.queue:
-                return
-            if worker.node and worker.shard is None:
+            if not worker.node or worker.shard is not None or worker.resting:
+                continue
+            if self.queue:
                 worker.shard = self.queue.popleft()
                 job = None if worker.opened else self.sent
                 worker.opened = True
                 self.calls[worker.actor.run.remote(worker.shard, job)] = worker
+            elif worker.writing is not None:
+                worker.resting = True
+                self.calls[worker.actor.run.remote(None, None)] = worker
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
         """A worker has died, or its node has: its shard is another's. KavaError where it seems to
@@ -248,7 +263,7 @@ class Pool(Generic[Result]):
         self.workers.remove(worker)
         self._end(worker)
         reason = str(error).strip().splitlines()[0]
-        if worker.shard is None:
+        if not worker.node:
             self.unseen += 1
             if self.unseen > RETRIES * self.wanted:
                 raise KavaError(
@@ -256,16 +271,20 @@ class Pool(Generic[Result]):
                     "of their node; finished shards are kept, and the same command goes on."
                 )
             return
-        say(f"worker {worker.number} on {worker.node} was lost in shard {worker.shard}: once more")
-        self.queue.appendleft(worker.shard)
-        if not getattr(error, "preempted", False):
-            self.lost[worker.shard] = self.lost.get(worker.shard, 0) + 1
-        if self.lost.get(worker.shard, 0) > RETRIES:
-            raise KavaError(
-                f"{RETRIES + 1} workers died in shard {worker.shard} ({reason}). Finished shards "
-                "are kept; run the stage again to go on, or with resources.workers: 0 to see the "
-                "error itself."
-            )
+        if not worker.shards:  # it had nothing to do
+            return
+        names = " and ".join(map(str, worker.shards))
+        say(f"worker {worker.number} on {worker.node} was lost in shard {names}: once more")
+        self.queue.extendleft(reversed(worker.shards))
+        for shard in worker.shards:
+            if not getattr(error, "preempted", False):
+                self.lost[shard] = self.lost.get(shard, 0) + 1
+            if self.lost.get(shard, 0) > RETRIES:
+                raise KavaError(
+                    f"{RETRIES + 1} workers died in shard {shard} ({reason}). Finished shards are "
+                    "kept; run the stage again to go on, or with resources.workers: 0 to see the "
+                    "error itself."
+                )
         self._give()
 
     def _end(self, worker: _Worker) -> None:

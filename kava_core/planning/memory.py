@@ -19,7 +19,8 @@ _PIECE = 2**24
 def generate_bytes(settings: Pipeline, teacher: Architecture, lengths: Lengths) -> int:
     """A worker of generate: weights, a batch as it passes a layer, and the caches of a shard.
 
-    What the batches before gave lies there in pieces, which are joined before they are written.
+    What the batches before gave lies there in pieces, which are joined before they are written; the
+    shard before may still be on its way to the disk.
     """
     generate = settings.generate
     size = DTYPES[generate.model_dtype].itemsize
@@ -33,7 +34,8 @@ def generate_bytes(settings: Pipeline, teacher: Architecture, lengths: Lengths) 
     # float32 keys, values in the model's dtype, importance
     token = a.layers * (kv * (4 + size) + 4 * a.kv_heads)
     shard = traces * min(generate.shard_size, lengths.problems) * token
-    return round(a.parameters * size + shard + max(states + layer + recorded, shard))
+    before = shard if lengths.problems > generate.shard_size else 0
+    return round(a.parameters * size + before + shard + max(states + layer + recorded, shard))
 
 
 def trainer_bytes(

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kava_core.findings.study import Compared, Group, StudySummary
+from kava_core.findings.study import Compared, Group, RankCorrelation, StudySummary
 from kava_core.reporting.style import INK, MUTED, SERIES, Drawing, canvas, finish
 
 if TYPE_CHECKING:
@@ -52,6 +52,44 @@ def carried_of(group: Group) -> list[str]:
         return []
     scores = (carried.untouched, carried.removed, carried.mean, carried.donor, carried.followed)
     return [spread_of(each) for each in scores]
+
+
+def fidelity_of(group: Group) -> list[str]:
+    """What its teacher answers from the slots, its KL there, and the student's own exact match."""
+    if group.fidelity is None:
+        return []
+    kl = statistics.fmean(group.fidelity.kl)
+    return [spread_of(group.fidelity.exact_match), f"{kl:.3f}", spread_of(group.exact_match)]
+
+
+FORETOLD = ("the teacher from the slots", "KL", "the student")
+
+
+def fidelities_of(summary: StudySummary) -> list[str]:
+    """What the numbers of `fidelity_of` are, and how they rank; none where there are none."""
+    asked = sorted({group.fidelity.n for group in summary.groups if group.fidelity})
+    if not asked:
+        return []
+    problems = " or ".join(f"{n:,}" for n in asked)
+    said = [
+        f"Exact match in % of the teacher on {problems} validation problems, answered from the "
+        "slots that the student is taught from, with its KL to the whole cache; mean ± standard "
+        "deviation over seeds."
+    ]
+    for each in summary.foretold:
+        ranks = (
+            f"the teacher's exact match {_rank_of(each.exact_match)}",
+            f"a low KL {_rank_of(each.kl)}",
+        )
+        said.append(
+            f"Spearman's rank correlation with {each.system} over {each.n} settings: "
+            f"{', '.join(ranks)}."
+        )
+    return said
+
+
+def _rank_of(rank: RankCorrelation | None) -> str:
+    return "orders nothing" if rank is None else f"{rank.rho:+.2f} (p {p_of(rank.p_value)})"
 
 
 CHANGED = ("as they are", "removed", "mean-filled", "a donor's", "follow the donor")
@@ -125,6 +163,14 @@ def as_table(summary: StudySummary) -> RenderableType:
                 name = f"{group.system} {group.variant}".rstrip()
                 carried.add_row(Text(name), *carried_of(group))
         parts += [carried, Text(changes, style="dim")]
+    if said := fidelities_of(summary):
+        foretold = table("store", *FORETOLD)
+        for group in summary.groups:
+            if group.fidelity:
+                foretold.add_row(
+                    Text(f"{group.system} {group.variant}".rstrip()), *fidelity_of(group)
+                )
+        parts += [foretold, *(Text(line, style="dim") for line in said)]
     return Stack(*parts)
 
 
@@ -150,6 +196,9 @@ def as_page(summary: StudySummary) -> str:
         changes=changes_of(summary),
         changed=CHANGED,
         carried=[(group, carried_of(group)) for group in summary.groups if group.carried],
+        foretold=FORETOLD,
+        fidelities=fidelities_of(summary),
+        stores=[(group, fidelity_of(group)) for group in summary.groups if group.fidelity],
         drawing=_dots(summary.groups),
     )
 

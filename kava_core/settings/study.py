@@ -24,10 +24,12 @@ class Study(Section):
     with `reseed: all` the teacher's too. split: whose problems are asked; settings are chosen on
     validation problems. test_sets: those of `prepare.test_sets` that are asked beside the own one.
     interventions: the first so many problems that every student with latents is asked again with
-    its latents changed; 0: none. baseline: the student with which the others are compared; null:
-    none are. settings: dotted key of the pipeline → another value, for the whole study; what is not
-    there yet is made, so a student can be added. grid: dotted key → values, crossed with each
-    other. `students.*.KEY` is the key of every student of the study.
+    its latents changed; 0: none. fidelity: the first so many validation problems that the teacher
+    answers from the slots of every store that a student is taught from; 0: none. baseline: the
+    student with which the others are compared; null: none are. settings: dotted key of the pipeline
+    → another value, for the whole study; what is not there yet is made, so a student can be added.
+    grid: dotted key → values, crossed with each other. `students.*.KEY` is the key of every student
+    of the study.
     """
 
     pipeline: Name
@@ -37,6 +39,7 @@ class Study(Section):
     split: Literal["validation", "test"] = "validation"
     test_sets: tuple[Name, ...] = ()
     interventions: NotNegative = 0
+    fidelity: NotNegative = 0
     baseline: Name | None = None
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(default_factory=dict)

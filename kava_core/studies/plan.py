@@ -24,6 +24,10 @@ from kava_core.versions import VERSIONS
 
 Point = Mapping[str, JsonValue]  # dotted key of the grid → its value
 EVERY = "students.*."
+STAGES = ("prepare", "teacher", "traces", "generate", "evict", "fidelity", "distill")
+# What fidelity tries as the store was made, and what it takes from its own section.
+OF_EVICT = ("budget_shape", "select", "half", "layers", "share", "share_size")
+OF_FIDELITY = ("batch_size", "max_new_tokens", "model_dtype", "threads")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class StudyCell:
     variant: the values of the grid that concern it, and a further test set, in words; seed: that of
     its training, None for a teacher that all seeds share; piece: the student, or the teacher; key:
     all that decides what it answers. asked: the split, or the further test set. changed: how many
-    problems it is asked again with its latents changed.
+    problems it is asked again with its latents changed. fidelity: what the teacher answers from the
+    slots that it is taught from, if that is asked.
     """
 
     system: str
@@ -65,6 +70,13 @@ class StudyCell:
     evaluate: Evaluate = field(compare=False, repr=False)
     asked: str
     changed: int = 0
+    fidelity: Piece | None = None
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What must be there before it is asked."""
+        fidelity = () if self.fidelity is None else (self.fidelity,)
+        return (*self.piece.before, *fidelity, self.piece)
 
     @property
     def name(self) -> str:
@@ -88,10 +100,9 @@ class StudyPlan:
 
     def pieces(self, cells: tuple[StudyCell, ...]) -> dict[str, tuple[Piece, ...]]:
         """Stage → its pieces that `cells` need, the stages in order."""
-        needed = dict.fromkeys(p for cell in cells for p in (*cell.piece.before, cell.piece))
+        needed = dict.fromkeys(piece for cell in cells for piece in cell.pieces)
         found = {
-            stage: tuple(piece for piece in needed if piece.stage[0] == stage)
-            for stage in ("prepare", "teacher", "traces", "generate", "evict", "distill")
+            stage: tuple(piece for piece in needed if piece.stage[0] == stage) for stage in STAGES
         }
         return {stage: made for stage, made in found.items() if made}
 
@@ -234,6 +245,7 @@ def _cells(
                 settings.evaluate,
                 asked,
                 study.interventions if latent and not further else 0,
+                worth if latent and not further else None,
             )
 
     problems = piece(("prepare",), plain["prepare"], (), "problems", "test_sets")
@@ -248,6 +260,7 @@ def _cells(
     else:
         both = [plain["generate"], plain["evict"], VERSIONS["evict"]]
         targets = piece(("generate",), both, taught, "kv_targets")
+    worth = _fidelity(raw, plain, study.fidelity, (problems, teacher))
     shared = ("prepare.", "teacher.", "evaluate.")
     for system in (TEACHER_COT, TEACHER_NO_COT):
         yield from cells(system, teacher, *shared)
@@ -260,3 +273,22 @@ def _cells(
         latent = ("generate.", "evict.") if reads == "kv_targets" else ()
         own = (EVERY, f"students.{student}.")
         yield from cells(student, made, *shared, "traces.", *latent, *own)
+
+
+def _fidelity(
+    raw: dict[str, Any], plain: dict[str, Any], limit: int, before: tuple[Piece, ...]
+) -> Piece | None:
+    """The teacher asked from what this point's store keeps, at its bits."""
+    if not limit:
+        return None
+    given, evict = raw.get("fidelity") or {}, raw["evict"]
+    section = {
+        **{key: given[key] for key in OF_FIDELITY if key in given},
+        **{key: evict[key] for key in OF_EVICT if key in evict},
+        "limit": limit,
+        "policies": [plain["evict"]["policy"]],
+        "budgets": [plain["evict"]["budget"]],
+        "bits": [{part: plain["evict"][f"{part}_bits"] for part in ("keys", "values")}],
+    }
+    key = fingerprint([["fidelity"], section, VERSIONS["fidelity"], [p.key for p in before]])
+    return Piece(("fidelity",), key, ("fidelity",), {**raw, "fidelity": section}, before)

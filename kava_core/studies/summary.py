@@ -12,8 +12,10 @@ from kava_core.errors import KavaError
 from kava_core.findings.base import write_finding
 from kava_core.findings.differences import holm, seeded_bootstrap
 from kava_core.findings.latents import InterventionScores
+from kava_core.findings.ranks import spearman
 from kava_core.findings.study import (
     ANSWERS,
+    FIDELITY,
     INTERVENTIONS,
     RESULTS,
     SUMMARY,
@@ -21,21 +23,28 @@ from kava_core.findings.study import (
     CellAnswer,
     CellAnswers,
     Compared,
+    Foretold,
     Group,
+    GroupFidelity,
+    StoreFidelity,
     StudySummary,
 )
 from kava_core.findings.tables import write_table
 from kava_core.studies.plan import StudyCell, StudyPlan
 
+FEW = 3  # settings, below which an order says nothing
+
 Found = Mapping[StudyCell, CellAnswers]
 Changes = Mapping[StudyCell, InterventionScores]
+Stores = Mapping[StudyCell, StoreFidelity]
 
 
-def summarise(plan: StudyPlan, found: Found, changes: Changes) -> StudySummary:
+def summarise(plan: StudyPlan, found: Found, changes: Changes, stores: Stores) -> StudySummary:
     """Means over seeds of every system at every point of the grid, and what is compared.
 
-    found: of every cell of the plan; changes: of those that were asked with changed latents.
-    KavaError if systems that are compared were not asked the same problems.
+    found: of every cell of the plan; changes: of those that were asked with changed latents;
+    stores: of those whose teacher was asked from the slots. KavaError if systems that are compared
+    were not asked the same problems.
     """
     groups: dict[tuple[str, str], list[StudyCell]] = {}
     for cell in plan.cells:
@@ -55,11 +64,12 @@ def summarise(plan: StudyPlan, found: Found, changes: Changes) -> StudySummary:
             )
         )
     corrected = holm([difference.p_value for difference in differences])
+    summed = [_group(cells, found, changes, stores) for cells in groups.values()]
     return StudySummary(
         study=plan.name,
         pipeline=plan.study.pipeline,
         split=plan.study.split,
-        groups=[_group(cells, found, changes) for cells in groups.values()],
+        groups=summed,
         compared=[
             Compared(
                 variant=variant,
@@ -73,10 +83,33 @@ def summarise(plan: StudyPlan, found: Found, changes: Changes) -> StudySummary:
                 plan.pairs, differences, corrected, strict=True
             )
         ],
+        foretold=_foretold(summed),
     )
 
 
-def _group(cells: list[StudyCell], found: Found, changes: Changes) -> Group:
+def _foretold(groups: Sequence[Group]) -> list[Foretold]:
+    """Of every student that was taught from stores of several kinds."""
+    found = []
+    for system in dict.fromkeys(group.system for group in groups):
+        its = [group for group in groups if group.system == system]
+        pairs = [(group.fidelity, group.mean) for group in its if group.fidelity]
+        if len(pairs) < FEW:
+            continue
+        means = [mean for _, mean in pairs]
+        exact = [statistics.fmean(fidelity.exact_match) for fidelity, _ in pairs]
+        near = [-statistics.fmean(fidelity.kl) for fidelity, _ in pairs]
+        found.append(
+            Foretold(
+                system=system,
+                n=len(pairs),
+                exact_match=spearman(exact, means),
+                kl=spearman(near, means),
+            )
+        )
+    return found
+
+
+def _group(cells: list[StudyCell], found: Found, changes: Changes, stores: Stores) -> Group:
     scores = [_exact_match(found[cell]) for cell in cells]
     return Group(
         variant=cells[0].variant,
@@ -88,6 +121,15 @@ def _group(cells: list[StudyCell], found: Found, changes: Changes) -> Group:
         forward_passes=statistics.fmean(_passes(found[cell]) for cell in cells),
         n=len(found[cells[0]].ids),
         carried=_carried([changes[cell] for cell in cells]) if cells[0].changed else None,
+        fidelity=_fidelity([stores[cell] for cell in cells]) if cells[0].fidelity else None,
+    )
+
+
+def _fidelity(seeds: list[StoreFidelity]) -> GroupFidelity:
+    return GroupFidelity(
+        n=seeds[0].n,
+        exact_match=[each.exact_match for each in seeds],
+        kl=[each.kl for each in seeds],
     )
 
 
@@ -113,20 +155,24 @@ def _passes(answers: CellAnswers) -> float:
 
 
 def write_study(
-    folder: Path, plan: StudyPlan, found: Found, changes: Changes, summary: StudySummary
+    folder: Path,
+    plan: StudyPlan,
+    found: Found,
+    changes: Changes,
+    stores: Stores,
+    summary: StudySummary,
 ) -> None:
     """Write results.csv, a row for each cell, answers.parquet, a row for each of its answers,
-    summary.json, and where latents were changed interventions.csv, a row for each of those cells.
-    Equal answers give equal bytes."""
-    columns = ("variant", "system", "seed", "n", "exact_match", "forward_passes")
-    with atomic_path(folder / RESULTS) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for cell in plan.cells:
-            answers = found[cell]
-            scores = f"{_exact_match(answers):.4f}", f"{_passes(answers):.4f}"
-            row = (cell.variant, cell.system, cell.seed, len(answers.ids), *scores)
-            writer.writerow(row)
+    summary.json; where latents were changed interventions.csv, and where the teacher was asked from
+    the slots fidelity.csv, a row for each of those cells. Equal answers give equal bytes."""
+    _write_rows(
+        folder / RESULTS,
+        ("exact_match", "forward_passes"),
+        {
+            cell: (len(found[cell].ids), [_exact_match(found[cell]), _passes(found[cell])])
+            for cell in plan.cells
+        },
+    )
     with atomic_path(folder / ANSWERS) as temporary:
         write_table(
             temporary,
@@ -141,6 +187,26 @@ def write_study(
     write_finding(folder / SUMMARY, summary)
     if changes:
         _write_changes(folder / INTERVENTIONS, changes)
+    if stores:
+        _write_rows(
+            folder / FIDELITY,
+            ("exact_match", "kl", "full", "none"),
+            {
+                cell: (store.n, [store.exact_match, store.kl, store.full, store.none])
+                for cell, store in stores.items()
+            },
+        )
+
+
+def _write_rows(
+    path: Path, columns: Sequence[str], rows: Mapping[StudyCell, tuple[int, Sequence[float]]]
+) -> None:
+    """A row for each cell: which it is, of how many problems, and its numbers."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("variant", "system", "seed", "n", *columns))
+        for cell, (n, numbers) in rows.items():
+            writer.writerow((cell.variant, cell.system, cell.seed, n, *_four(numbers)))
 
 
 def _write_changes(path: Path, changes: Changes) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kava_core.artefacts import work_folder
 from kava_core.eviction import CacheBatch
+from kava_core.parallel.overlap import Computed
 from kava_core.rotary import Rotary
 from kava_core.settings import Evict, Resources
 from kava_core.store import (
@@ -42,25 +43,29 @@ class EvictJob:
     def threads(self) -> int:
         return self.plan.settings.threads
 
-    def open(self) -> Callable[[int], ShardCounts]:
+    def open(self) -> Callable[[int], Computed[ShardCounts]]:
         store = TeacherStore.open(self.teacher_kv)
 
-        def work(number: int) -> ShardCounts:
+        def work(number: int) -> Computed[ShardCounts]:
             store.fetch_ahead([number], range(number + 1, min(number + AHEAD, store.shards)))
             shard = store.shard(number)
             targets = self.plan.cut(cache_batch(store, number))
-            write_targets_shard(
-                self.folder,
-                self.spec,
-                number,
-                shard.records,
-                keys=targets.keys,
-                values=targets.values,
-                slot_counts=targets.slot_counts,
-                slot_positions=targets.slot_positions,
-                endpoint=shard.endpoint.dequantise(),
-            )
-            return ShardCounts(examples=len(shard), tokens=int(shard.offsets[-1]))
+
+            def finish() -> ShardCounts:
+                write_targets_shard(
+                    self.folder,
+                    self.spec,
+                    number,
+                    shard.records,
+                    keys=targets.keys,
+                    values=targets.values,
+                    slot_counts=targets.slot_counts,
+                    slot_positions=targets.slot_positions,
+                    endpoint=shard.endpoint.dequantise(),
+                )
+                return ShardCounts(examples=len(shard), tokens=int(shard.offsets[-1]))
+
+            return Computed(finish)
 
         return work
 

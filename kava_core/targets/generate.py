@@ -24,6 +24,7 @@ from kava_core.models.loading import (
 )
 from kava_core.models.proofs import prove_capture
 from kava_core.models.teacher_pass import TeacherCache
+from kava_core.parallel.overlap import Computed
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import open_problems
 from kava_core.problems.prompt import check_prompt
@@ -73,15 +74,19 @@ class GenerateJob:
     def threads(self) -> int:
         return self.reading.settings.threads
 
-    def open(self) -> Callable[[int], ShardCounts]:
+    def open(self) -> Callable[[int], Computed[ShardCounts]]:
         read = self.reading.open()
 
-        def work(shard: int) -> ShardCounts:
-            found = read(shard)
-            self.quarantine.note(shard, found.left_out)
-            _write(self.folder, self.spec, found, keep=True)
+        def work(shard: int) -> Computed[ShardCounts]:
+            found = read(shard).off_device()
             _empty_cache()
-            return ShardCounts(examples=len(found.traces), tokens=len(found.cache.keys))
+
+            def finish() -> ShardCounts:
+                self.quarantine.note(shard, found.left_out)
+                _write(self.folder, self.spec, found, keep=True)
+                return found.counts
+
+            return Computed(finish)
 
         return work
 
@@ -106,31 +111,35 @@ class CutJob:
     def threads(self) -> int:
         return self.reading.settings.threads
 
-    def open(self) -> Callable[[int], ShardCounts]:
+    def open(self) -> Callable[[int], Computed[ShardCounts]]:
         read = self.reading.open()
 
-        def work(shard: int) -> ShardCounts:
-            found = read(shard)
+        def work(shard: int) -> Computed[ShardCounts]:
+            found = read(shard).off_device()
+            _empty_cache()
             targets, endpoint = self._cut(found)
             unfit = _unfit_targets(targets, endpoint, self.spec.codec)
             if unfit:
                 found = self.reading.sift(found, unfit)
                 targets, endpoint = self._cut(found)
-            self.quarantine.note(shard, found.left_out)
-            _write(self.notes, self.caches, found, keep=False)
-            write_targets_shard(
-                self.folder,
-                self.spec,
-                shard,
-                found.traces,
-                keys=targets.keys,
-                values=targets.values,
-                slot_counts=targets.slot_counts,
-                slot_positions=targets.slot_positions,
-                endpoint=endpoint,
-            )
-            _empty_cache()
-            return ShardCounts(examples=len(found.traces), tokens=len(found.cache.keys))
+
+            def finish() -> ShardCounts:
+                self.quarantine.note(shard, found.left_out)
+                _write(self.notes, self.caches, found, keep=False)
+                write_targets_shard(
+                    self.folder,
+                    self.spec,
+                    shard,
+                    found.traces,
+                    keys=targets.keys,
+                    values=targets.values,
+                    slot_counts=targets.slot_counts,
+                    slot_positions=targets.slot_positions,
+                    endpoint=endpoint,
+                )
+                return found.counts
+
+            return Computed(finish)
 
         return work
 

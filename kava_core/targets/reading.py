@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
 from kava_core.settings import Generate
 from kava_core.store import Codec
+from kava_core.targets.build import ShardCounts
 from kava_core.targets.quarantine import LEAVE_OUT, not_finite, refuse
 from kava_core.targets.specs import store_codec
 
@@ -93,6 +94,16 @@ class Read:
     traces: list[Record]
     cache: TeacherCache
     left_out: dict[str, str]
+
+    @property
+    def counts(self) -> ShardCounts:
+        return ShardCounts(examples=len(self.traces), tokens=len(self.cache.keys))
+
+    def off_device(self) -> Read:
+        """The same in the memory of the machine, so that the device has room for the next one."""
+        cache = self.cache
+        parts = {part.name: getattr(cache, part.name).cpu() for part in fields(cache)}
+        return replace(self, cache=TeacherCache(**parts))
 
     def without(self, unfit: dict[int, str]) -> Read:
         """KavaError if nothing is left."""

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from datetime import datetime, timedelta
+
+import psutil
+import pytest
 
 from tests.stages.project import Project, ran
 from tests.stages.test_dvc import small
@@ -43,3 +49,33 @@ def test_a_student_that_fails_ends_it_with_a_sentence(copy: Project) -> None:
     assert "error: `dvc --wait-for-lock repro --single-item" in said and "what is done" in said
     assert "Traceback" not in said
     assert "Running stage 'pipelines/small/dvc.yaml:evaluate'" not in said
+
+
+@pytest.mark.parametrize("jobs", [pytest.param("1", marks=pytest.mark.slow), "2"])
+def test_told_to_end_it_leaves_no_dvc_and_no_stage_at_work(copy: Project, jobs: str) -> None:
+    small(copy)
+    for student in ("kava", "no-cot"):
+        copy.change(f"pipelines.small.students.{student}.training.steps", 1_000_000)
+    repro = subprocess.Popen(
+        ["kava", "repro", "--jobs", jobs, "--pipeline", "small"],
+        cwd=copy.path,
+        env=copy.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    work, deadline = copy.path / "data/.work", time.monotonic() + 300
+    while sum(bool(list(work.glob(f"{each}-*.lock"))) for each in ("kava", "no-cot")) < int(jobs):
+        assert repro.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(repro.pid).children(recursive=True)
+    assert len(started) >= 2 * int(jobs)  # a DVC and its stage for each
+    repro.send_signal(signal.SIGTERM)
+    said, _ = repro.communicate(timeout=300)
+    assert repro.returncode == 128 + signal.SIGTERM, said
+    assert "interrupted; run the same command again" in said and "Traceback" not in said
+    assert not [process for process in started if process.is_running()]
+    for student in ("kava", "no-cot"):
+        copy.change(f"pipelines.small.students.{student}.training.steps", 2)
+    done = ran(copy.kava("repro", "--jobs", jobs, "--pipeline", "small"))
+    assert {"distill@kava", "distill@no-cot", "report"} <= done and "teacher" not in done

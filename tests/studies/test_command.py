@@ -176,6 +176,21 @@ def test_latents_are_changed_and_test_sets_asked_of_what_is_trained(copy: Bench)
     assert (copy.folder / "interventions.csv").read_bytes() == own
 
 
+def test_the_teacher_is_asked_from_the_slots_of_every_store(copy: Bench) -> None:
+    copy.write(fidelity=6, grid={"evict.budget": [2, 3, 4]}, seeds=[0])
+    said = copy.kava("study", "tiny")
+    assert said.count("made fidelity-") == 3 and "kava over 3 settings" in " ".join(said.split())
+    with (copy.folder / "fidelity.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["n"]) for row in rows] == [
+        (f"evict.budget={budget}", "6") for budget in (2, 3, 4)
+    ]
+    assert len({row["kl"] for row in rows}) == 3 and len({row["full"] for row in rows}) == 1
+    assert "Does fidelity foretell the student?" in (copy.folder / "index.html").read_text()
+    shutil.rmtree(copy.folder / "made")  # what it found stays
+    assert "0 to do" in copy.kava("study", "tiny")
+
+
 def test_a_stage_that_fails_is_named_with_what_it_said(copy: Bench) -> None:
     copy.write(settings={"students.no-cot.model": "/nowhere/at-all"})
     said = copy.kava("study", "tiny", expect=1)

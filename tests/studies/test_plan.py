@@ -53,6 +53,35 @@ def test_every_student_with_every_seed_and_the_teacher_once(tmp_path: Path) -> N
         assert cell.piece.settings["students"][cell.system]["training"]["seed"] == cell.seed
 
 
+def test_fidelity_is_asked_as_the_store_is_made(tmp_path: Path) -> None:
+    own = copy.deepcopy(SMALL)
+    own["evict"] |= {"select": "record", "keys_bits": 8}
+    own["fidelity"] = {"max_new_tokens": 5, "budgets": [1, 2, 3], "within": 1.0}
+    found = plan(tmp_path, {"fidelity": 30, "grid": {"evict.budget": [4, 8]}}, own)
+    # Before the students, once for each store, and with no other problems or policies.
+    made = found.pieces(found.cells)
+    assert list(made).index("fidelity") == list(made).index("distill") - 1
+    sections = [piece.settings["fidelity"] for piece in made["fidelity"]]
+    policy = sections[0]["policies"][0]
+    assert sections == [
+        {
+            "max_new_tokens": 5,
+            "select": "record",
+            "limit": 30,
+            "policies": [policy],
+            "budgets": [budget],
+            "bits": [{"keys": 8, "values": 16}],
+        }
+        for budget in (4, 8)
+    ]
+    assert policy["name"] == "rkv"
+    assert {cell.system for cell in found.cells if cell.fidelity} == {"kava"}
+    # It decides nothing of what a student is or answers.
+    without = plan(tmp_path, {"grid": {"evict.budget": [4, 8]}}, own)
+    assert [cell.key for cell in without.cells] == [cell.key for cell in found.cells]
+    assert not any(cell.fidelity for cell in without.cells)
+
+
 def test_every_seed_has_a_teacher_where_it_is_said(tmp_path: Path) -> None:
     found = plan(tmp_path, {"reseed": "all", "students": ["kava"]})
     assert pieces(found) == {"prepare": 1, "teacher": 2, "generate": 2, "evict": 2, "distill": 2}

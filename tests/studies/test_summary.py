@@ -9,12 +9,15 @@ import statistics
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from kava_core.errors import KavaError
 from kava_core.findings.differences import holm, seeded_bootstrap
 from kava_core.findings.latents import InterventionScores
-from kava_core.findings.study import CellAnswer, CellAnswers, StudySummary
+from kava_core.findings.ranks import spearman
+from kava_core.findings.study import CellAnswer, CellAnswers, StoreFidelity, StudySummary
 from kava_core.findings.tables import read_table
 from kava_core.reporting.study import as_page, as_table
 from kava_core.studies.plan import StudyCell, StudyPlan
@@ -45,7 +48,7 @@ def answers(found: StudyPlan) -> dict[StudyCell, CellAnswers]:
 
 def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -> None:
     found = answers(small)
-    summary = summarise(small, found, {})
+    summary = summarise(small, found, {}, {})
     groups = {(group.variant, group.system): group for group in summary.groups}
     assert list(groups) == [
         ("", "teacher-cot"),
@@ -71,18 +74,18 @@ def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -
     assert [first.p_holm, second.p_holm] == holm(
         [first.difference.p_value, second.difference.p_value]
     )
-    assert summarise(small, found, {}) == summary
+    assert summarise(small, found, {}, {}) == summary
 
 
 def test_the_files_have_every_answer_and_the_same_bytes_again(
     small: StudyPlan, tmp_path: Path
 ) -> None:
     found = answers(small)
-    summary = summarise(small, found, {})
+    summary = summarise(small, found, {}, {})
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-        write_study(folder, small, found, {}, summary)
+        write_study(folder, small, found, {}, {}, summary)
     for name in ("results.csv", "answers.parquet", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert as_page(summary) == as_page(summary)
@@ -106,7 +109,7 @@ def test_the_files_have_every_answer_and_the_same_bytes_again(
 
 
 def test_the_page_shows_it_all(small: StudyPlan) -> None:
-    page = as_page(summarise(small, answers(small), {}))
+    page = as_page(summarise(small, answers(small), {}, {}))
     for words in ("kava", "evict.budget=8", "no-cot", "50 test problems", "Holm over 2"):
         assert words in page
 
@@ -129,13 +132,13 @@ def test_what_latents_carry_is_told_for_every_seed(tmp_path: Path) -> None:
     assert [(cell.system, cell.seed) for cell in asked] == [("kava", 0), ("kava", 1)]
     changes = dict(zip(asked, map(changed, (80.0, 90.0)), strict=True))
     found = answers(small)
-    summary = summarise(small, found, changes)
+    summary = summarise(small, found, changes, {})
     kava = next(group for group in summary.groups if group.system == "kava")
     assert kava.carried is not None and kava.carried.n == 50
     assert (kava.carried.untouched, kava.carried.donor) == ([90.0, 90.0], [10.0, 10.0])
     assert kava.carried.followed == [80.0, 90.0]
     assert sum(group.carried is not None for group in summary.groups) == 1
-    write_study(tmp_path, small, found, changes, summary)
+    write_study(tmp_path, small, found, changes, {}, summary)
     with (tmp_path / "interventions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["system"], row["seed"], row["counted"]) for row in rows] == [
@@ -149,11 +152,78 @@ def test_what_latents_carry_is_told_for_every_seed(tmp_path: Path) -> None:
     for words in ("follow the donor", "85.0 ± 7.1", "The first 50 of these problems"):
         assert words in page and words in " ".join(told.getvalue().split())
     assert StudySummary.model_validate_json(summary.model_dump_json()) == summary
-    nobody = summarise(small, found, dict.fromkeys(asked, changed(None)))
+    nobody = summarise(small, found, dict.fromkeys(asked, changed(None)), {})
     assert nobody.groups[2].carried.followed == [None, None]
     assert "–" in as_page(nobody)
     plain = plan(tmp_path, {})
-    assert "carried" not in summarise(plain, answers(plain), {}).model_dump_json()
+    assert "carried" not in summarise(plain, answers(plain), {}, {}).model_dump_json()
+
+
+def test_what_fidelity_foretells_is_told_of_every_store(tmp_path: Path) -> None:
+    budgets = [1, 2, 4, 8]
+    small = plan(tmp_path, {"fidelity": 20, "grid": {"evict.budget": budgets}})
+    asked = [cell for cell in small.cells if cell.fidelity]
+    assert [(cell.system, cell.seed) for cell in asked] == [("kava", 0), ("kava", 1)] * 4
+    stores = {
+        cell: StoreFidelity(n=20, exact_match=10.0 * i, kl=1.0, full=100.0, none=5.0)
+        for i, budget in enumerate(budgets)
+        for cell in asked
+        if cell.variant == f"evict.budget={budget}"
+    }
+    # The students are worse the better the teacher answers from their slots.
+    found = answers(small)
+    for cell, store in stores.items():
+        right = [i >= store.exact_match for i in range(50)]
+        found[cell] = found[cell].model_copy(update={"correct": right})
+    summary = summarise(small, found, {}, stores)
+    (foretold,) = summary.foretold
+    assert (foretold.system, foretold.n, foretold.kl) == ("kava", 4, None)
+    assert foretold.exact_match is not None and foretold.exact_match.rho == -1
+    write_study(tmp_path, small, found, {}, stores, summary)
+    with (tmp_path / "fidelity.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (c.variant, str(c.seed)) for c in asked
+    ]
+    assert rows[-1]["exact_match"] == "30.0000" and rows[-1]["none"] == "5.0000"
+    page, told = as_page(summary), io.StringIO()
+    Console(file=told, width=120).print(as_table(summary))
+    for words in ("kava over 4 settings", "exact match -1.00 (p", "a low KL orders nothing"):
+        assert words in page and words in " ".join(told.getvalue().split())
+    assert StudySummary.model_validate_json(summary.model_dump_json()) == summary
+    few = plan(tmp_path, {"fidelity": 20, "grid": {"evict.budget": [1, 2]}})
+    few_stores = {cell: stores[asked[0]] for cell in few.cells if cell.fidelity}
+    assert "foretold" not in summarise(few, answers(few), {}, few_stores).model_dump_json()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=12))
+def test_a_rank_correlation_is_that_of_the_ranks(pairs: list[tuple[int, int]]) -> None:
+    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    def ranks(side: list[int]) -> list[float]:
+        return [
+            sum(other < each for other in side) + (sum(other == each for other in side) + 1) / 2
+            for each in side
+        ]
+
+    found = spearman(left, right)
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        assert found is None
+        return
+    assert found is not None
+    assert found.rho == pytest.approx(statistics.correlation(ranks(left), ranks(right)))
+    turned = spearman(left, [-number for number in right])
+    assert turned is not None and turned.rho == pytest.approx(-found.rho)
+    assert found.p_value == pytest.approx(turned.p_value, abs=0.03)
+
+
+def test_orders_that_agree_by_chance_are_told_from_others() -> None:
+    agree = spearman(range(8), [number**3 for number in range(8)])
+    assert agree is not None and agree.rho == 1 and agree.p_value < 0.001
+    apart = spearman([1, 2, 3, 4, 5, 6], [2, 5, 1, 6, 3, 4])
+    assert apart is not None and apart.p_value > 0.3
+    three = spearman([1, 2, 3], [1, 2, 3])  # 2 of 6 orders are as far from chance
+    assert three is not None and three.p_value == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_other_problems_are_not_compared(small: StudyPlan) -> None:
@@ -161,4 +231,4 @@ def test_other_problems_are_not_compared(small: StudyPlan) -> None:
     cell = next(cell for cell in small.cells if cell.system == "no-cot")
     found[cell] = found[cell].model_copy(update={"ids": [f"q{i}" for i in range(50)]})
     with pytest.raises(KavaError, match="were asked different problems"):
-        summarise(small, found, {})
+        summarise(small, found, {}, {})

@@ -206,7 +206,7 @@ def test_a_killed_stage_goes_on_where_it_was(caches: TeacherStore, tmp_path: Pat
         plan,
         targets_spec(plan, caches.manifest.rotary.rotation, batches(caches)),
     )
-    job.open()(1)
+    job.open()(1).finish()
     rest = evicted(caches, settings, tmp_path)
     assert rest.folder == folder
     assert rest.examples == 14 - len(caches.shard(1))

@@ -47,7 +47,7 @@ def made(
     job = EvictJob(caches.path, folder / "kv_targets", plan, spec)
     work = job.open()
     for shard in range(caches.shards):
-        work(shard)
+        work(shard).finish()
     finalise(
         job.folder, job.spec, shards=caches.shards, fingerprints=caches.manifest.fingerprints,
         settings={

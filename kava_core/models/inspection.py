@@ -1,0 +1,110 @@
+"""A model's folder is looked at before transformers reads it. Folders come from strangers, and what
+reads them waits for a pipe, fills memory with a file that has no end, or makes a model of the size
+that the configuration asks for before it sees that the weights have another.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from kava_core.artefacts import read_json
+from kava_core.errors import KavaError
+from kava_core.models.sharding import read_header
+
+# Read whole, by their endings.
+TEXTS = (".json", ".jinja", ".txt", ".model")
+LARGEST = 1 << 28  # bytes; the tokenizers of today come to a tenth
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# transformers parses it faster, and does not fall for what is nested too deep.
+TOKENIZER = "tokenizer.json"
+AGAIN = "Download or save the model again."
+# Weights of 4 bits hold eight numbers in one of 32, and some architectures share layers.
+AT_MOST = 16
+
+
+def check_files(folder: Path) -> None:
+    """KavaError unless all that would be read is a file, texts are of a size that such texts have,
+    settings are JSON objects, weights begin as safetensors do and are as long as they say, and an
+    index of weights names files that lie in the folder."""
+    for file in sorted(folder.iterdir()):
+        if not file.name.endswith((*TEXTS, ".safetensors")):
+            continue
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise KavaError(f"{file} cannot be read ({error.strerror}). {AGAIN}") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise KavaError(
+                f"{file} cannot be read: expected a file, found a folder, a pipe or a device. "
+                f"{AGAIN}"
+            )
+        if file.name.endswith(".safetensors"):
+            read_header(file)
+            continue
+        if found.st_size > LARGEST:
+            raise KavaError(
+                f"{file} cannot be read: expected at most {LARGEST:,} bytes, found "
+                f"{found.st_size:,}. {AGAIN}"
+            )
+        if file.suffix == ".json" and file.name != TOKENIZER:
+            content = read_json(file)
+            if file.name == INDEX:
+                _check_index(file, content)
+            elif file.name.endswith("config.json") and not isinstance(content, dict):
+                raise KavaError(f"{file} is no configuration: expected a JSON object. {AGAIN}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers reads."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+
+def check_size(config: PreTrainedConfig, folder: Path) -> None:
+    """KavaError if the configuration asks for far more numbers than the weights have.
+
+    It would be built, and filled at random, before the difference is found. Less far is left to
+    those who compare the tensors one by one.
+    """
+    shapes = [
+        about["shape"] for file in weight_files(folder) for about in read_header(file)[1].values()
+    ]
+    held = sum(math.prod(shape) for shape in shapes)
+    text: Any = config.get_text_config()
+    layers, hidden, vocabulary, inner = (
+        _number(text, name)
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size")
+    )
+    wanted = hidden * (vocabulary + layers * (hidden + inner))
+    if layers > AT_MOST * len(shapes) or wanted > AT_MOST * held:
+        raise KavaError(
+            f"{folder} does not hold the model of its config.json: {layers:,} layers of width "
+            f"{hidden:,} and {vocabulary:,} tokens would take {wanted:,} numbers and more, and the "
+            f"weights have {held:,} in {len(shapes):,} tensors. {AGAIN}"
+        )
+
+
+def _number(config: Any, name: str) -> int:
+    """0 where the architecture has none of that name."""
+    value = getattr(config, name, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _check_index(file: Path, content: Any) -> None:
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise KavaError(f"{file} names no files of weights (weight_map). {AGAIN}")
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise KavaError(
+                f"{file} names {str(name)[:80]!r}, expected the name of a file beside it. {AGAIN}"
+            )
+        if not (file.parent / name).is_file():
+            raise KavaError(f"{file} names {name[:80]}, and there is no such file. {AGAIN}")

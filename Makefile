@@ -42,7 +42,7 @@ MOMENTS ?= 10
 FAULTS := data/.faults.jsonl
 faults: environment  ## every fault; writes the tables of docs/reliability.md. MOMENTS=30: all of it
 	mkdir -p data
-	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" \
+	OMP_NUM_THREADS=1 pytest tests/faults -m "slow or not slow" -n auto \
 		--faults-results $(FAULTS) --faults-moments $(MOMENTS)
 	python docs/reliability.py $(FAULTS)
 

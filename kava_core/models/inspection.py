@@ -54,7 +54,8 @@ def check_files(folder: Path) -> None:
         if file.suffix == ".json" and file.name != TOKENIZER:
             content = read_json(file)
             if file.name == INDEX:
-                _check_index(file, content)
+                if not (folder / WEIGHTS).exists():  # else nobody reads it
+                    _check_index(file, content)
             elif file.name.endswith("config.json") and not isinstance(content, dict):
                 raise KavaError(f"{file} is no configuration: expected a JSON object. {AGAIN}")
 

@@ -61,8 +61,7 @@ def whole_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a model folder or Hub id, that of its text part among others; KavaError
     if there is none, or it is code."""
     _check_revision(path, revision)
-    if Path(path).is_dir():
-        check_files(Path(path))
+    _look_at("model configuration", path)
     try:
         plain, _ = PreTrainedConfig.get_config_dict(path, **_at(revision))
         if plain.get("auto_map") and plain.get("model_type") not in CONFIG_MAPPING:
@@ -281,8 +280,7 @@ def _load_adapted(
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model; KavaError if there is none, or only as code."""
     _check_revision(path, revision)
-    if Path(path).is_dir():
-        check_files(Path(path))
+    _look_at("tokenizer", path)
     try:
         settings = get_tokenizer_config(path, **_at(revision))
         code = settings.get("auto_map")
@@ -426,13 +424,22 @@ def _check_revision(path: str, revision: str | None) -> None:
         )
 
 
+def _look_at(what: str, path: str) -> None:
+    """KavaError if a folder holds what should not be read; a Hub id is left to the Hub."""
+    if Path(path).is_dir():
+        try:
+            check_files(Path(path))
+        except KavaError as error:
+            raise KavaError(f"no {what} could be loaded from {path}: {error}") from None
+
+
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise KavaError(
             f"{folder} holds an adapter (adapter_config.json), expected a whole model. Merge it "
             "into its model and save that."
         )
-    check_files(folder)
+    _look_at("model", str(folder))
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(

@@ -98,4 +98,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def _broken(file: Path) -> KavaError:
-    return KavaError(f"{file} is no whole file of safetensors. Download or save the model again.")
+    return KavaError(
+        f"{file} cannot be read: it is no whole file of safetensors. Download or save the model "
+        "again."
+    )

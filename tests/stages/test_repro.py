@@ -65,7 +65,9 @@ def test_told_to_end_it_leaves_no_dvc_and_no_stage_at_work(copy: Project, jobs: 
         text=True,
     )
     work, deadline = copy.path / "data/.work", time.monotonic() + 300
-    while sum(bool(list(work.glob(f"{each}-*.lock"))) for each in ("kava", "no-cot")) < int(jobs):
+    while sum(bool(list(work.glob(f"distill-{each}-*.lock"))) for each in ("kava", "no-cot")) < int(
+        jobs
+    ):
         assert repro.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     started = psutil.Process(repro.pid).children(recursive=True)

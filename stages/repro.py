@@ -45,7 +45,7 @@ def repro(jobs: int, pipeline: str | None) -> None:
             if before:
                 _dvc("repro", *before)
             students = [f"{file}:distill@{student}" for student in settings.students]
-            together(jobs, _train, students)
+            together(jobs, _train, students, _end_stages)
         _dvc("repro", *([] if pipeline is None else [str(file)]))
     except SystemExit:
         _end_stages()
@@ -76,12 +76,14 @@ def _end_stages() -> None:
     import psutil
 
     dvcs = psutil.Process().children()
-    for dvc in dvcs:
-        with suppress(psutil.Error):
-            for stage in dvc.children(recursive=True):
-                with suppress(psutil.Error):
+    told: set[psutil.Process] = set()
+    while dvcs:
+        for dvc in dvcs:
+            with suppress(psutil.Error):
+                for stage in set(dvc.children()) - told:  # one that DVC was about to start, too
+                    told.add(stage)
                     stage.terminate()
-    psutil.wait_procs(dvcs)
+        _, dvcs = psutil.wait_procs(dvcs, timeout=0.2)
 
 
 def _command(*arguments: str) -> list[str]:

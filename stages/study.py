@@ -19,7 +19,7 @@ from kava_core.errors import KavaError
 from kava_core.findings.study import ASKED, Asking
 
 from .run import data_option, pipelines_option
-from .together import together
+from .together import end_children, together
 
 if TYPE_CHECKING:
     from kava_core.studies.plan import Piece, StudyCell, StudyPlan
@@ -119,7 +119,7 @@ class Bench:
         stages = self.plan.pieces(missing)
         students = stages.pop("distill", ())
         for pieces in stages.values():
-            together(jobs, self._make, pieces)
+            together(jobs, self._make, pieces, end_children)
         for cell in missing:
             if cell.piece not in students:
                 self._ask(cell)
@@ -130,7 +130,7 @@ class Bench:
                 if cell.piece == piece:
                     self._ask(cell)
 
-        together(jobs, make_and_ask, students)
+        together(jobs, make_and_ask, students, end_children)
 
     def _make(self, piece: Piece) -> None:
         import yaml

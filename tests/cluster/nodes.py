@@ -95,7 +95,7 @@ class Nodes:
     def kill_raylet(self, name: str) -> None:
         """It alone; what it has started finds out."""
         self.raylet(name).kill()
-        del self.nodes[name]
+        self.cluster.worker_nodes.discard(self.nodes.pop(name))  # which it would wait for
 
 
 @contextmanager

@@ -83,10 +83,7 @@ class GroupFidelity(Finding):
 
 
 class RankCorrelation(Finding):
-    """Spearman's, of two orders of the same settings; p_value: two-sided, by permutations.
-
-    None where one of the two is the same for all of them.
-    """
+    """Spearman's, of two orders of the same settings; p_value: two-sided, by permutations."""
 
     rho: Annotated[float, Field(ge=-1, le=1)]
     p_value: float
@@ -96,6 +93,7 @@ class Foretold(Finding):
     """Whether fidelity ranks n settings of a student as the student's exact match does.
 
     exact_match: by what the teacher answers from the slots; kl: by how little it departs there.
+    None where that, or the student's exact match, is the same for all of them.
     """
 
     system: str

@@ -98,6 +98,7 @@ HOSTILE: dict[str, Damage] = {
     "a header of 90 MB of brackets": header(90_000_000, b"[" * 1000),
     "a header that is no JSON": header(4, b"nope"),
     "no weights": header(2, b"{}"),
+    "weights of another name": lambda folder: (folder / WEIGHTS).rename(folder / "x.safetensors"),
     "an index that leads out": pieces({"lm_head.weight": "../../../etc/passwd"}),
     "an index of a list": pieces([1]),
     "an index of nothing": pieces({}),

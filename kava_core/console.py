@@ -27,6 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from kava_core.interrupt import check
+
 console = Console(stderr=True, highlight=False)
 
 SILENCE = 50.0  # seconds: a log is never silent for a minute
@@ -65,6 +67,18 @@ def configure(log_format: Format = "text", amount: Amount = "normal") -> None:
     _log.format, _log.amount = log_format, amount
 
 
+class _Display(Progress):
+    """Whose work ends when the program is told to, though a library swallowed it."""
+
+    def advance(self, *arguments: Any, **more: Any) -> None:
+        check()
+        super().advance(*arguments, **more)
+
+    def update(self, *arguments: Any, **more: Any) -> None:
+        check()
+        super().update(*arguments, **more)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
     """A rich progress display on stderr, hidden when stderr is not a terminal or a log was asked
@@ -73,7 +87,7 @@ def progress() -> Iterator[Progress]:
     Tasks may carry a free text shown at the end of their line: `progress.update(task, note="…")`;
     give every task `note=""` when adding it.
     """
-    with Progress(
+    with _Display(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

@@ -12,15 +12,14 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
-from types import FrameType
 
 import click
 
 from kava_core import __version__
 from kava_core.console import Format, complain, configure
 from kava_core.errors import KavaError, is_out_of_memory
+from kava_core.interrupt import receive_signals, received
 
 # Stage → (module, attribute, the line shown in the list). Modules are imported when asked for, so
 # that `kava --help` does not wait for torch.
@@ -122,7 +121,6 @@ FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY, errno.ESTALE, 
                errno.ELOOP)  # fmt: skip
 # Of torch's writer of checkpoints, which stands in that file of its own.
 TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc")
-_received: list[int] = []
 
 
 def main() -> None:
@@ -137,19 +135,15 @@ def main() -> None:
             "or a locale such as C.UTF-8."
         )
         sys.exit(1)
-    # Unless whoever started this wants it to ignore them, as a shell does for its background.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _receive)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _receive)
+    receive_signals()
     try:
         kava.main(standalone_mode=False)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         # Libraries make errors of their own of an interrupt that reaches them.
-        if _received or isinstance(error, click.Abort | KeyboardInterrupt):
-            number = _received[0] if _received else signal.SIGINT
+        number = received()
+        if number or isinstance(error, click.Abort | KeyboardInterrupt):
             complain("interrupted; run the same command again to go on")
-            sys.exit(128 + number)
+            sys.exit(128 + (number or signal.SIGINT))
         if isinstance(error, KavaError):
             complain(f"error: {error}", error)
             sys.exit(1)
@@ -207,20 +201,6 @@ def _refusal(error: BaseException) -> str | None:
                 "kept."
             )
     return None
-
-
-def _receive(number: int, _: FrameType | None) -> None:
-    """End the program; what other threads and finalisers make of that is not worth a word."""
-    _received.append(number)
-    sys.unraisablehook = _say_nothing
-    threading.excepthook = _say_nothing
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
-
-
-def _say_nothing(_: object) -> None:
-    pass
 
 
 def quiet() -> None:

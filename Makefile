@@ -32,7 +32,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 # As many processes as cores, each of one thread: two threads each would wait for one another.
 test: environment  ## what must pass before anything lands
-	OMP_NUM_THREADS=1 pytest -m "not slow" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: environment  ## the tests that take minutes
 	pytest -m slow

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kava_core.errors import KavaError
 
 from .together import together
+
+if TYPE_CHECKING:
+    import psutil
 
 AFTER_STUDENTS = ("evaluate", "report")
 
@@ -72,7 +77,7 @@ def _dvc(*arguments: str) -> None:
 
 def _end_stages() -> None:
     """On SIGTERM. A stage ends in good order once it is told, and the DVC that waits for it then
-    does; DVC itself, if told, would leave its stage at work."""
+    does; DVC itself, or the shell in which it starts a stage, would leave the stage at work."""
     import psutil
 
     dvcs = psutil.Process().children()
@@ -80,10 +85,20 @@ def _end_stages() -> None:
     while dvcs:
         for dvc in dvcs:
             with suppress(psutil.Error):
-                for stage in set(dvc.children()) - told:  # one that DVC was about to start, too
+                for stage in set(_stages(dvc)) - told:  # one that DVC was about to start, too
                     told.add(stage)
                     stage.terminate()
         _, dvcs = psutil.wait_procs(dvcs, timeout=0.2)
+
+
+def _stages(dvc: psutil.Process) -> Iterator[psutil.Process]:
+    """What a DVC waits for: some shells become the stage, others stay and wait as well."""
+    for child in dvc.children():
+        command = child.cmdline()
+        if "-c" in command:
+            yield from _stages(child)
+        elif command != dvc.cmdline():  # the same: it has yet to become a shell
+            yield child
 
 
 def _command(*arguments: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,11 +13,35 @@ import pytest
 # for the other: beside other processes on two cores that made them fourteen times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Ray makes its workers nice: beside other tests they would get next to nothing.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 from kava_core.console import configure
 
 if TYPE_CHECKING:
     from kava_core.models.latent import LatentReasoner
     from kava_core.problems.traces import TraceEncoder
+
+
+# Files of minutes begin first, so that no process is left alone with one of them at the end.
+LONG = (
+    "stages/test_dvc.py",
+    "studies/",
+    "cluster/",
+    "stages/test_tracked.py",
+    "stages/",
+    "sharing/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def turn(item: pytest.Item) -> int:
+        file = item.path.relative_to(here).as_posix()
+        return next((i for i, name in enumerate(LONG) if file.startswith(name)), len(LONG))
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def whole_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a model folder or Hub id, that of its text part among others; KavaError
     if there is none, or it is code."""
     _check_revision(path, revision)
-    _look_at("model configuration", path)
+    _look_at("model configuration", path, revision)
     try:
         plain, _ = PreTrainedConfig.get_config_dict(path, **_at(revision))
         if plain.get("auto_map") and plain.get("model_type") not in CONFIG_MAPPING:
@@ -140,10 +140,9 @@ def load_whole(
     need not be in a file.
     """
     path = str(path)
-    _check_revision(path, revision)
-    if Path(path).is_dir():
-        _check_folder(Path(path))
-        check_size(options.get("config") or whole_config(path), Path(path))
+    folder = _local_folder(path, revision)
+    _check_folder(folder)
+    check_size(options.get("config") or whole_config(path, revision), folder)
     try:
         model, found = model_class.from_pretrained(
             path,
@@ -280,7 +279,7 @@ def _load_adapted(
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model; KavaError if there is none, or only as code."""
     _check_revision(path, revision)
-    _look_at("tokenizer", path)
+    _look_at("tokenizer", path, revision)
     try:
         settings = get_tokenizer_config(path, **_at(revision))
         code = settings.get("auto_map")
@@ -424,13 +423,17 @@ def _check_revision(path: str, revision: str | None) -> None:
         )
 
 
-def _look_at(what: str, path: str) -> None:
-    """KavaError if a folder holds what should not be read; a Hub id is left to the Hub."""
-    if Path(path).is_dir():
-        try:
-            check_files(Path(path))
-        except KavaError as error:
-            raise KavaError(f"no {what} could be loaded from {path}: {error}") from None
+def _look_at(what: str, path: str, revision: str | None = None) -> None:
+    """KavaError if a folder, or what this machine's cache has of a Hub id, holds what should not be
+    read."""
+    try:
+        folder = _local_folder(path, revision, local_files_only=True)
+    except KavaError:
+        return  # whoever loads it says what is not there
+    try:
+        check_files(folder)
+    except KavaError as error:
+        raise KavaError(f"no {what} could be loaded from {path}: {error}") from None
 
 
 def _check_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from tests.faults.stage import Before, Stage
 
 PATIENCE = 240.0  # seconds; nothing here takes as many on a machine that has time
-AUTH, NICE = "RAY_AUTH_MODE", "RAY_worker_niceness"
+AUTH = "RAY_AUTH_MODE"
 
 
 def wait_until(what: str, done: Callable[[], Any], stage: Stage | None = None) -> Any:
@@ -101,8 +101,7 @@ class Nodes:
 @contextmanager
 def running_nodes(*names: str, **more: Any) -> Iterator[Nodes]:
     """A cluster of a head, and a node for each name. more: arguments of the head."""
-    before = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", NICE)}
-    os.environ[NICE] = "0"  # Ray's workers are nice, and wait for all else that runs here
+    address = os.environ.pop("RAY_ADDRESS", None)
     head = {"num_cpus": 0, "include_dashboard": False, **more}
     nodes = Nodes(patiently(partial(Cluster, initialize_head=True, head_node_args=head)))
     try:
@@ -113,8 +112,8 @@ def running_nodes(*names: str, **more: Any) -> Iterator[Nodes]:
         session = Path(nodes.cluster.head_node.get_session_dir_path())
         nodes.cluster.shutdown()
         shutil.rmtree(session, ignore_errors=True)
-        os.environ.pop(NICE)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+        if address is not None:
+            os.environ["RAY_ADDRESS"] = address
 
 
 # stage → what is there as soon as it has done a part of its work, and who works

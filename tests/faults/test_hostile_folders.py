@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from kava_core.models.loading import load_model, load_tokenizer, model_fingerpri
 from tests.faults.conftest import Tell
 from tests.faults.weigh import cost_of
 from tests.golden.inputs import NAME, make_inputs
+from tests.models.hub import asked, repository_in
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+COMMIT = "c" * 40
 GIGABYTES = 20 << 30
 SECONDS, MEGABYTES, CHARACTERS = 2.0, 300.0, 700
 
@@ -142,6 +145,33 @@ def test_one_sentence_at_little_cost(
     who = load.__name__.removeprefix("load_")
     tell(f"a crafted folder of a {who}", "a kind of configuration, tokenizer, weights",
          "a sentence, under two seconds and 300 MB")  # fmt: skip
+
+
+CACHED = (
+    "20 GB of config.json", "20 GB of tokenizer_config.json", "a pipe for tokenizer.json",
+    "a pipe for model.safetensors", f"{CONFIG} is {DEEP[:9]!r}", "a million layers",
+    "a vocabulary of 10^12", "a header of 2^60 bytes", "an index that leads out",
+)  # fmt: skip
+
+
+def test_what_came_from_the_hub_is_looked_at_as_well(
+    models: dict[Callable[[Path], None], Path], tmp_path: Path, tell: Tell
+) -> None:
+    names = {f"kind-{number}": kind for number, kind in enumerate(CACHED)}
+    for name, kind in names.items():
+        repository = repository_in(tmp_path, name)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        shutil.copytree(models[load_teacher], repository / "snapshots" / COMMIT)
+        HOSTILE[kind](repository / "snapshots" / COMMIT)
+    began = time.monotonic()
+    found = asked(tmp_path, *(f"team/{name}" for name in names))
+    assert time.monotonic() - began < 10 + SECONDS * len(names)
+    for name, told in zip(names, found, strict=True):
+        said = told["error"]
+        assert "\n" not in said and len(said) < CHARACTERS and name in said, said
+        tell("a crafted model in the Hub's cache", "a kind of configuration, tokenizer, weights",
+             "a sentence, under two seconds")  # fmt: skip
 
 
 def test_whole_folders_are_read(models: dict[Callable[[Path], None], Path]) -> None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,28 +34,10 @@ from kava_core.models.proofs import prove_teacher
 from kava_core.models.students import open_student
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.problems.tokenizer import train_tokenizer
+from tests.models.hub import asked, repository_in
 from tests.tiny import ARCHITECTURES, CONFIGS, tiny_model, tiny_student
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-PROGRAM = """
-import json, sys
-from kava_core.errors import KavaError
-from kava_core.models.loading import commit_of, load_model, load_tokenizer, model_fingerprint
-found = []
-for asked in sys.argv[1:]:
-    name, revision = (asked.split("@") + [None])[:2]
-    try:
-        model = load_model(name, revision=revision)
-        found.append({
-            "commit": commit_of(name, revision),
-            "weight": float(next(model.parameters()).flatten()[0]),
-            "fingerprint": model_fingerprint(name, revision),
-            "tokens": len(load_tokenizer(name, revision)),
-        })
-    except KavaError as error:
-        found.append({"error": str(error)})
-print(json.dumps(found))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with team/tiny, whose weights on the main branch are others."""
     home = tmp_path_factory.mktemp("hub")
-    repository = home / "hub" / "models--team--tiny"
+    repository = repository_in(home, "tiny")
     for name, commit in COMMITS.items():
         snapshot = repository / "snapshots" / commit
         shutil.copytree(folder, snapshot)
@@ -83,19 +63,6 @@ def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         next(model.parameters()).fill_(7.0)
     save_model(repository / "snapshots" / COMMITS["main"], model, None)
     return home
-
-
-def asked(hub: Path, *names: str) -> list[dict[str, Any]]:
-    """What a machine without a network loads for each name or name@revision."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *names],
-        env={**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def test_a_revision_names_the_weights_and_its_commit_is_known(hub: Path, folder: Path) -> None:

@@ -147,7 +147,9 @@ def test_reading_goes_on_behind_a_line_that_is_no_row(
     assert [row.number for row in rows] == [0, 3]  # as if the others were mended
 
 
-def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for location, words in (
         (str(tmp_path / "none.jsonl"), "neither a file, a folder nor a Hub name"),
         ("../none", "neither a file, a folder nor a Hub name"),

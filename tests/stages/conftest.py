@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -10,10 +12,17 @@ from tests.stages.project import Project
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The smoke pipeline, run to its end by `dvc repro`. Leave it as it is."""
-    project = Project.clone(tmp_path_factory.mktemp("finished"))
-    project.repro()
-    return project
+    """The smoke pipeline, run to its end by `dvc repro`. Leave it as it is: all processes of a run
+    of the tests share it."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path, done = common / "finished", common / "finished.done"
+    with (common / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            Project.clone(path).repro()
+            done.touch()
+    return Project(path)
 
 
 @pytest.fixture

@@ -130,6 +130,26 @@ def ran(said: str) -> set[str]:
     return set(found) - {"show"}
 
 
+SMALL = ("kava", "no-cot")
+TINY = {"steps": 4, "batch_size": 16}
+
+
+def small(copy: Project, name: str = "small", **sections: object) -> None:
+    """A second pipeline, with two students, in seconds."""
+    settings = yaml.safe_load((copy.path / "pipelines.yaml").read_text())["pipelines"]["smoke"]
+    settings |= {"students": {k: v for k, v in settings["students"].items() if k in SMALL}}
+    for student in settings["students"].values():
+        student["training"] = TINY
+    settings["teacher"]["training"] = TINY
+    settings["prepare"] |= {"train": 64, "validation": 8, "test": 8}
+    settings["generate"] = {"shard_size": 32, "batch_size": 16}
+    settings["evaluate"] |= {"interpret_records": 0, "similarity_records": 8}
+    settings |= {"resources": {"workers": 0}, **sections}
+    del settings["fidelity"]
+    copy.change(f"pipelines.{name}", settings)
+    copy.kava("sync")
+
+
 def digest(folder: Path) -> dict[str, str]:
     """File name → hash of its content, for everything in `folder`."""
     return {

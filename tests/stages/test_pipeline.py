@@ -10,14 +10,6 @@ import pytest
 from tests.stages.project import Project
 
 STUDENTS = {"kava", "endpoint", "answer-only", "no-cot", "no-cot-equal-time"}
-AFTER_EVICTION = {
-    "evict",
-    "distill@kava",
-    "distill@endpoint",
-    "distill@answer-only",
-    "evaluate",
-    "report",
-}
 
 
 def test_metrics_have_the_documented_form(finished: Project) -> None:
@@ -65,18 +57,3 @@ def test_second_repro_does_nothing_in_seconds(finished: Project) -> None:
     began = time.monotonic()
     assert finished.repro() == set()
     assert time.monotonic() - began < 30
-
-
-def test_a_new_budget_reruns_eviction_and_what_follows_and_setting_it_back_runs_nothing(
-    copy: Project,
-) -> None:
-    before = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
-    copy.change("pipelines.smoke.evict.budget", 3)
-    assert copy.repro() == AFTER_EVICTION
-    after = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
-    assert (before["geometry"]["slots"], after["geometry"]["slots"]) == (4, 3)
-
-    copy.change("pipelines.smoke.evict.budget", 4)
-    assert copy.repro() == set()
-    again = json.loads((copy.path / "data/smoke/kv_targets/manifest.json").read_text())
-    assert again == before

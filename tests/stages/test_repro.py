@@ -11,8 +11,7 @@ from datetime import datetime, timedelta
 import psutil
 import pytest
 
-from tests.stages.project import Project, ran
-from tests.stages.test_dvc import small
+from tests.stages.project import Project, ran, small
 
 
 def test_students_are_trained_at_once_and_dvc_knows(copy: Project) -> None:
@@ -54,12 +53,15 @@ def test_a_student_that_fails_ends_it_with_a_sentence(copy: Project) -> None:
 @pytest.mark.parametrize("jobs", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_told_to_end_it_leaves_no_dvc_and_no_stage_at_work(copy: Project, jobs: str) -> None:
     small(copy)
+    shell = copy.path / "shell"  # one that waits for what it runs, as dash does and bash does not
+    shell.write_text('#!/bin/sh\n/bin/sh "$@"\nexit $?\n')
+    shell.chmod(0o755)
     for student in ("kava", "no-cot"):
         copy.change(f"pipelines.small.students.{student}.training.steps", 1_000_000)
     repro = subprocess.Popen(
         ["kava", "repro", "--jobs", jobs, "--pipeline", "small"],
         cwd=copy.path,
-        env=copy.environment,
+        env={**copy.environment, "SHELL": str(shell)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

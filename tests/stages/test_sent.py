@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.project import Project
-from tests.stages.test_dvc import small
+from tests.stages.project import Project, small
 from tests.store.conftest import s3, service  # noqa: F401  (fixtures)
 
 

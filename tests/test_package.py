@@ -49,6 +49,27 @@ def test_every_package_is_listed() -> None:
     assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
 
 
+def test_rooms_import_what_the_table_says_and_no_more() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, –]+) \|$", text, re.M)
+    table = {room: set() if others == "–" else set(others.split(", ")) for room, others in rows}
+    above: set[str] = set()
+    for room, others in table.items():  # each stands on those above it: there is no circle
+        assert others <= above, room
+        above.add(room)
+    core = ROOT / "kava_core"
+    found: dict[str, set[str]] = {file.parent.name: set() for file in core.glob("*/__init__.py")}
+    for file in core.rglob("*.py"):
+        names = re.findall(r"^\s*(?:from|import) kava_core\.(\w+)", file.read_text(), re.M)
+        room = file.relative_to(core).parts[0]
+        others = {name for name in names if name in found and name != room}
+        if room in found:
+            found[room] |= others
+        else:
+            assert not others or file == core / "__init__.py", file
+    assert found == table
+
+
 def test_importing_the_library_does_not_wait_for_torch() -> None:
     code = (
         "import sys, kava_core; print(sorted({'torch', 'transformers', 'numpy'} & {*sys.modules}))"

@@ -34,11 +34,11 @@ def start_teacher(
             load_tokenizer(settings.model, settings.revision),
         )
     prompt = problems.prompt
-    texts = [
+    texts = (
         text
-        for p in problems.load("train")
+        for p in problems.open("train")
         for text in (prompt.asked(p.question), "\n".join(p.steps), f"{prompt.answer} {p.answer}")
-    ]
+    )
     scratch = settings.scratch
     tokenizer = train_tokenizer(texts, scratch.vocabulary)
     assert settings.training is not None

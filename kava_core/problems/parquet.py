@@ -7,12 +7,14 @@ trust what it gets.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -98,7 +100,9 @@ class ProblemFile(Sequence[Problem]):
     def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
         if isinstance(index, slice):
             first, last, step = index.indices(len(self))
-            return list(self._rows(first, last))[::step] if step > 0 else list(self)[index]
+            if step == 1:
+                return list(self._rows(first, last))
+            return [self[row] for row in range(first, last, step)]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -159,8 +163,8 @@ def _unreadable(path: Path, error: Exception) -> KavaError:
     return KavaError(f"{path} is not a readable Parquet file ({error}). Make it again.")
 
 
-def _check(problems: Iterable[Problem], path: Path, steps: bool) -> None:
-    rows: dict[str, int] = {}
+def _check(problems: Sequence[Problem], path: Path, steps: bool) -> None:
+    names = array("q")  # not the ids themselves: there may be millions
     for row, problem in enumerate(problems):
         for name in ("id", "question", "answer"):
             if not getattr(problem, name).strip():
@@ -171,6 +175,14 @@ def _check(problems: Iterable[Problem], path: Path, steps: bool) -> None:
                 f"{path}, row {row} (id {problem.id!r}): expected {least}, found "
                 f"{list(problem.steps)}."
             )
+        names.append(hash(problem.id))
+    if len(np.unique(names)) < len(names):
+        _check_ids(problems, path)
+
+
+def _check_ids(problems: Iterable[Problem], path: Path) -> None:
+    rows: dict[str, int] = {}
+    for row, problem in enumerate(problems):
         first = rows.setdefault(problem.id, row)
         if first != row:
             raise KavaError(f"{path}, row {row}: the id {problem.id!r} is that of row {first} too.")

@@ -70,7 +70,7 @@ class WriteJob:
         """Load the teacher; what is returned writes a shard and says how many problems it has."""
         settings = self.settings
         source = open_problems(self.problems)
-        problems = source.load("train")
+        problems = source.open("train")
         encoder = encoder_of(source, self.teacher)
         model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
         writer = LatentReasoner.plain(model, answer_prompt_ids=[], eos_token_id=encoder.eos)
@@ -184,7 +184,7 @@ def build_traces(
     kept.
     """
     source = open_problems(problems)
-    examples = source.load("train")
+    examples = source.open("train")
     if not examples:
         raise KavaError(f"{problems} has no training problems. Ask `prepare` for some.")
     check_prompt(source.prompt, teacher, "teacher.json", "kava teacher")

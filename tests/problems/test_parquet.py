@@ -1,5 +1,6 @@
 """Problem files: what goes in comes out, and nothing broken gets in."""
 
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,6 +136,22 @@ def test_a_file_of_several_row_groups_is_the_list_of_its_problems(
     for outside in (37, -38):
         with pytest.raises(IndexError):
             file[outside]
+
+
+def test_looking_through_a_file_holds_little_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "problems.parquet"
+    save_problems(path, many(20_000))
+    tracemalloc.start()
+    try:
+        held = list(ProblemFile(path))
+        all_of_them, _ = tracemalloc.get_traced_memory()
+        del held
+        tracemalloc.reset_peak()
+        assert len(open_problem_file(path)[::1000]) == 20
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < all_of_them / 4
 
 
 def test_what_is_wrong_in_a_later_row_group_is_named_with_its_row(tmp_path: Path) -> None:

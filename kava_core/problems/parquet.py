@@ -7,18 +7,17 @@ trust what it gets.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kava_core.artefacts import atomic_path, make_folders
+from kava_core.distinct import Distinct
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem
 
@@ -164,7 +163,7 @@ def _unreadable(path: Path, error: Exception) -> KavaError:
 
 
 def _check(problems: Sequence[Problem], path: Path, steps: bool) -> None:
-    names = array("q")  # not the ids themselves: there may be millions
+    ids = Distinct()
     for row, problem in enumerate(problems):
         for name in ("id", "question", "answer"):
             if not getattr(problem, name).strip():
@@ -175,14 +174,8 @@ def _check(problems: Sequence[Problem], path: Path, steps: bool) -> None:
                 f"{path}, row {row} (id {problem.id!r}): expected {least}, found "
                 f"{list(problem.steps)}."
             )
-        names.append(hash(problem.id))
-    if len(np.unique(names)) < len(names):
-        _check_ids(problems, path)
-
-
-def _check_ids(problems: Iterable[Problem], path: Path) -> None:
-    rows: dict[str, int] = {}
-    for row, problem in enumerate(problems):
-        first = rows.setdefault(problem.id, row)
-        if first != row:
-            raise KavaError(f"{path}, row {row}: the id {problem.id!r} is that of row {first} too.")
+        ids.add((problem.id,))
+    again = ids.repeated(problem.id for problem in problems)
+    if again is not None:
+        first, row = [row for row, problem in enumerate(problems) if problem.id == again][:2]
+        raise KavaError(f"{path}, row {row}: the id {again!r} is that of row {first} too.")

@@ -18,6 +18,7 @@ from kava_core.artefacts import (
     write_json,
 )
 from kava_core.console import say, warn
+from kava_core.distinct import Distinct
 from kava_core.errors import KavaError
 from kava_core.store.checksum import file_checksum
 from kava_core.store.counts import EvictionCounts
@@ -179,13 +180,20 @@ def merged_manifest(
     sides: list[dict[str, Any]] = []
 
     def columns() -> Iterator[dict[str, list[Any]]]:
-        ids: set[str] = set()
+        ids = Distinct()
         for shard in range(shards):
             side = _side_record(folder, shard, spec.fingerprint)
             rows = side.pop("columns")  # the bulk of it: one shard's at a time
-            _check_ids(folder, rows["id"], ids)
+            ids.add(rows["id"])
             sides.append(side)
             yield rows
+        again = ids.repeated(
+            name
+            for shard in range(shards)
+            for name in _side_record(folder, shard, spec.fingerprint)["columns"]["id"]
+        )
+        if again is not None:
+            raise KavaError(f"{folder}: two records have the id {again!r}. Make ids unique.")
 
     write_index(folder / INDEX_FILE, columns())
     files = {shard_name(side["shard"]): _info(side) for side in sides}
@@ -228,13 +236,6 @@ def _side_record(folder: Path, shard: int, spec: str) -> dict[str, Any]:
 
 def _info(side: dict[str, Any]) -> FileInfo:
     return FileInfo(blake3=side["blake3"], bytes=side["bytes"])
-
-
-def _check_ids(folder: Path, ids: list[str], seen: set[str]) -> None:
-    for name in ids:
-        if name in seen:
-            raise KavaError(f"{folder}: two records have the id {name!r}. Make ids unique.")
-        seen.add(name)
 
 
 def _tidy(folder: Path) -> None:

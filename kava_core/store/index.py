@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from kava_core.artefacts import atomic_path
+from kava_core.distinct import Distinct
 from kava_core.errors import KavaError
 from kava_core.record import Record
 from kava_core.store.layout import INDEX_FILE
@@ -141,14 +142,13 @@ class Index:
     def check(self) -> None:
         """KavaError if any part of the index is damaged, contradicts itself or the manifest, or
         repeats an id."""
-        seen: set[str] = set()
-        tokens = 0
-        for shard in range(len(self._manifest.shards)):
+        ids, tokens, shards = Distinct(), 0, range(len(self._manifest.shards))
+        for shard in shards:
             tokens += int(self.shard(shard)["n_cot"].sum(dtype=np.int64))
-            for name in self.shard(shard)["id"].to_pylist():
-                if name in seen:
-                    raise KavaError(f"{self.path} has two records {name!r:.100}. {REMAKE}")
-                seen.add(name)
+            ids.add(self.shard(shard)["id"].to_pylist())
+        again = ids.repeated(x for shard in shards for x in self.shard(shard)["id"].to_pylist())
+        if again is not None:
+            raise KavaError(f"{self.path} has two records {again!r:.100}. {REMAKE}")
         if tokens != self._manifest.trace_tokens:
             raise KavaError(
                 f"{self.path} has traces of {tokens} tokens in all, the manifest says "

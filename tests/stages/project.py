@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,8 +141,8 @@ def small(copy: Project, name: str = "small", **sections: object) -> None:
     settings = yaml.safe_load((copy.path / "pipelines.yaml").read_text())["pipelines"]["smoke"]
     settings |= {"students": {k: v for k, v in settings["students"].items() if k in SMALL}}
     for student in settings["students"].values():
-        student["training"] = TINY
-    settings["teacher"]["training"] = TINY
+        student["training"] = dict(TINY)  # its own: YAML would keep them one
+    settings["teacher"]["training"] = dict(TINY)
     settings["prepare"] |= {"train": 64, "validation": 8, "test": 8}
     settings["generate"] = {"shard_size": 32, "batch_size": 16}
     settings["evaluate"] |= {"interpret_records": 0, "similarity_records": 8}
@@ -148,6 +150,16 @@ def small(copy: Project, name: str = "small", **sections: object) -> None:
     del settings["fidelity"]
     copy.change(f"pipelines.{name}", settings)
     copy.kava("sync")
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process, if it is still there, and all it has started: nothing is to work on beside
+    the tests that follow."""
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        for process in [top, *top.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def digest(folder: Path) -> dict[str, str]:

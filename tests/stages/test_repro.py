@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 import psutil
 import pytest
 
-from tests.stages.project import Project, ran, small
+from tests.stages.project import Project, end_tree, ran, small
 
 
 def test_students_are_trained_at_once_and_dvc_knows(copy: Project) -> None:
@@ -67,15 +67,18 @@ def test_told_to_end_it_leaves_no_dvc_and_no_stage_at_work(copy: Project, jobs: 
         text=True,
     )
     work, deadline = copy.path / "data/.work", time.monotonic() + 300
-    while sum(bool(list(work.glob(f"distill-{each}-*.lock"))) for each in ("kava", "no-cot")) < int(
-        jobs
-    ):
-        assert repro.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    started = psutil.Process(repro.pid).children(recursive=True)
-    assert len(started) >= 2 * int(jobs)  # a DVC and its stage for each
-    repro.send_signal(signal.SIGTERM)
-    said, _ = repro.communicate(timeout=300)
+    try:
+        while sum(
+            bool(list(work.glob(f"distill-{each}-*.lock"))) for each in ("kava", "no-cot")
+        ) < int(jobs):
+            assert repro.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        started = psutil.Process(repro.pid).children(recursive=True)
+        assert len(started) >= 2 * int(jobs)  # a DVC and its stage for each
+        repro.send_signal(signal.SIGTERM)
+        said, _ = repro.communicate(timeout=300)
+    finally:
+        end_tree(repro.pid)
     assert repro.returncode == 128 + signal.SIGTERM, said
     assert "interrupted; run the same command again" in said and "Traceback" not in said
     assert not [process for process in started if process.is_running()]

@@ -20,7 +20,7 @@ from kava_core.artefacts import read_json
 from kava_core.models.loading import model_fingerprint
 from kava_core.settings import load_study
 from kava_core.studies.plan import plan_study
-from tests.stages.project import ROOT, Project, digest
+from tests.stages.project import ROOT, Project, digest, end_tree
 
 TRAINING = {"steps": 2, "batch_size": 8, "threads": 1}
 SCRATCH = {
@@ -211,12 +211,15 @@ def test_told_to_end_it_leaves_no_stage_at_work(tmp_path: Path) -> None:
         ["kava", "study", "tiny", *places], stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "data/.work").glob("distill-kava-*.lock")):
-        assert study.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    stages = psutil.Process(study.pid).children()
-    study.send_signal(signal.SIGTERM)
-    _, said = study.communicate(timeout=300)
+    try:
+        while not list((tmp_path / "data/.work").glob("distill-kava-*.lock")):
+            assert study.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        stages = psutil.Process(study.pid).children()
+        study.send_signal(signal.SIGTERM)
+        _, said = study.communicate(timeout=300)
+    finally:
+        end_tree(study.pid)
     assert study.returncode == 128 + signal.SIGTERM and "interrupted; run the same" in said, said
     assert stages and not any(stage.is_running() for stage in stages)
 

@@ -10,11 +10,22 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
 AGAIN = 0.05  # seconds until an exception that a finaliser swallowed is raised once more
-_received: list[int] = []
+
+
+@dataclass
+class _End:
+    """received: the first signal; settled: it has arrived where the program ends."""
+
+    received: int | None = None
+    settled: bool = False
+
+
+_end = _End()
 
 
 def receive_signals() -> None:
@@ -26,19 +37,22 @@ def receive_signals() -> None:
         signal.signal(signal.SIGTERM, _receive)
 
 
-def received() -> int | None:
-    """The first of them that has arrived."""
-    return _received[0] if _received else None
+def settle() -> int | None:
+    """The first of them that has arrived; from now on nothing is raised again."""
+    _end.settled = True
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return _end.received
 
 
 def check() -> None:
     """Raise once more what has arrived: to be called where work goes on."""
-    if _received and threading.current_thread() is threading.main_thread():
-        _raise(_received[0])
+    main = threading.current_thread() is threading.main_thread()
+    if main and _end.received is not None and not _end.settled:
+        _raise(_end.received)
 
 
 def _receive(number: int, _: FrameType | None) -> None:
-    _received.append(number)
+    _end.received = _end.received or number
     # What other threads and finalisers make of the end is not worth a word.
     sys.unraisablehook = _swallowed
     threading.excepthook = _say_nothing
@@ -46,6 +60,7 @@ def _receive(number: int, _: FrameType | None) -> None:
 
 
 def _raise(number: int) -> NoReturn:
+    signal.setitimer(signal.ITIMER_REAL, 0)  # what is cleaned up on the way out is left alone
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
@@ -53,7 +68,7 @@ def _raise(number: int) -> NoReturn:
 
 def _swallowed(found: Any) -> None:
     """A finaliser's exception; if it was the end of the program, that comes a moment later."""
-    end = isinstance(found.exc_value, KeyboardInterrupt | SystemExit)
+    end = isinstance(found.exc_value, KeyboardInterrupt | SystemExit) and not _end.settled
     if end and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGALRM, lambda *_: check())
         signal.setitimer(signal.ITIMER_REAL, AGAIN)

@@ -19,7 +19,7 @@ import click
 from kava_core import __version__
 from kava_core.console import Format, complain, configure
 from kava_core.errors import KavaError, is_out_of_memory
-from kava_core.interrupt import receive_signals, received
+from kava_core.interrupt import receive_signals, settle
 
 # Stage → (module, attribute, the line shown in the list). Modules are imported when asked for, so
 # that `kava --help` does not wait for torch.
@@ -140,7 +140,7 @@ def main() -> None:
         kava.main(standalone_mode=False)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         # Libraries make errors of their own of an interrupt that reaches them.
-        number = received()
+        number = settle()
         if number or isinstance(error, click.Abort | KeyboardInterrupt):
             complain("interrupted; run the same command again to go on")
             sys.exit(128 + (number or signal.SIGINT))

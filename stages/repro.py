@@ -93,12 +93,15 @@ def _end_stages() -> None:
 
 def _stages(dvc: psutil.Process) -> Iterator[psutil.Process]:
     """What a DVC waits for: some shells become the stage, others stay and wait as well."""
+    import psutil
+
     for child in dvc.children():
-        command = child.cmdline()
-        if "-c" in command:
-            yield from _stages(child)
-        elif command != dvc.cmdline():  # the same: it has yet to become a shell
-            yield child
+        with suppress(psutil.Error):  # it has ended
+            command = child.cmdline()
+            if "-c" in command:
+                yield from _stages(child)
+            elif command != dvc.cmdline():  # the same: it has yet to become a shell
+                yield child
 
 
 def _command(*arguments: str) -> list[str]:

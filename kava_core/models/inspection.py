@@ -27,10 +27,10 @@ AGAIN = "Download or save the model again."
 AT_MOST = 16
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, whole: bool = True) -> None:
     """KavaError unless all that would be read is a file, texts are of a size that such texts have,
     settings are JSON objects, weights begin as safetensors do and are as long as they say, and an
-    index of weights names files that lie in the folder."""
+    index of weights names files beside it; whole: which are there."""
     for file in sorted(folder.iterdir()):
         if not file.name.endswith((*TEXTS, ".safetensors")):
             continue
@@ -55,7 +55,7 @@ def check_files(folder: Path) -> None:
             content = read_json(file)
             if file.name == INDEX:
                 if not (folder / WEIGHTS).exists():  # else nobody reads it
-                    _check_index(file, content)
+                    _check_index(file, content, whole)
             elif file.name.endswith("config.json") and not isinstance(content, dict):
                 raise KavaError(f"{file} is no configuration: expected a JSON object. {AGAIN}")
 
@@ -99,7 +99,7 @@ def _number(config: Any, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _check_index(file: Path, content: Any) -> None:
+def _check_index(file: Path, content: Any, whole: bool) -> None:
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
         raise KavaError(f"{file} names no files of weights (weight_map). {AGAIN}")
@@ -108,5 +108,5 @@ def _check_index(file: Path, content: Any) -> None:
             raise KavaError(
                 f"{file} names {str(name)[:80]!r}, expected the name of a file beside it. {AGAIN}"
             )
-        if not (file.parent / name).is_file():
+        if whole and not (file.parent / name).is_file():
             raise KavaError(f"{file} names {name[:80]}, and there is no such file. {AGAIN}")

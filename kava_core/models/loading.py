@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -61,7 +61,7 @@ def whole_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a model folder or Hub id, that of its text part among others; KavaError
     if there is none, or it is code."""
     _check_revision(path, revision)
-    _look_at("model configuration", path, revision)
+    look_at("model configuration", path, revision)
     try:
         plain, _ = PreTrainedConfig.get_config_dict(path, **_at(revision))
         if plain.get("auto_map") and plain.get("model_type") not in CONFIG_MAPPING:
@@ -140,9 +140,12 @@ def load_whole(
     need not be in a file.
     """
     path = str(path)
-    folder = _local_folder(path, revision)
-    _check_folder(folder)
-    check_size(options.get("config") or whole_config(path, revision), folder)
+    _check_revision(path, revision)
+    if Path(path).is_dir():
+        _check_folder(Path(path))
+    config = options.get("config") or whole_config(path, revision)
+    if (folder := _at_hand(path, revision)) is not None:
+        check_size(config, folder)
     try:
         model, found = model_class.from_pretrained(
             path,
@@ -279,7 +282,7 @@ def _load_adapted(
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model; KavaError if there is none, or only as code."""
     _check_revision(path, revision)
-    _look_at("tokenizer", path, revision)
+    look_at("tokenizer", path, revision)
     try:
         settings = get_tokenizer_config(path, **_at(revision))
         code = settings.get("auto_map")
@@ -423,17 +426,29 @@ def _check_revision(path: str, revision: str | None) -> None:
         )
 
 
-def _look_at(what: str, path: str, revision: str | None = None) -> None:
+def look_at(what: str, path: str, revision: str | None = None) -> None:
     """KavaError if a folder, or what this machine's cache has of a Hub id, holds what should not be
-    read."""
+    read. To be called before transformers reads it."""
+    folder = _at_hand(path, revision)
     try:
-        folder = _local_folder(path, revision, local_files_only=True)
-    except KavaError:
-        return  # whoever loads it says what is not there
-    try:
-        check_files(folder)
+        if folder is not None:
+            check_files(folder, whole=Path(path).is_dir())
     except KavaError as error:
         raise KavaError(f"no {what} could be loaded from {path}: {error}") from None
+
+
+def _at_hand(path: str, revision: str | None) -> Path | None:
+    """The folder itself, or what this machine's cache has, whole or not, of a Hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        try:
+            found = try_to_load_from_cache(path, name, revision=revision)
+        except (OSError, ValueError, HFValidationError):
+            return None  # whoever loads it says what is wrong with the name
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _check_folder(folder: Path) -> None:
@@ -442,7 +457,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds an adapter (adapter_config.json), expected a whole model. Merge it "
             "into its model and save that."
         )
-    _look_at("model", str(folder))
+    look_at("model", str(folder))
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(

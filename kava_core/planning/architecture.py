@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from kava_core.errors import KavaError
-from kava_core.models.loading import cache_shape, load_config
+from kava_core.models.loading import cache_shape, load_config, look_at
 from kava_core.planning.published import published, published_model
 from kava_core.settings import LoRA, Scratch, Teacher, Training
 from kava_core.store import Geometry
@@ -128,8 +128,11 @@ def model_architecture(model: str, revision: str | None, where: str) -> Architec
     known = published_model(model)
     if known is not None:
         return Architecture.of(known.configuration(), f"{model} (published shapes)")
+    look_at("model configuration", model, revision)
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            model, revision=revision, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError):
         names = ", ".join(name for each in published().models for name in each.names)
         raise KavaError(

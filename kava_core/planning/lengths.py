@@ -12,7 +12,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
-from kava_core.models.loading import load_tokenizer
+from kava_core.models.loading import load_tokenizer, look_at
 from kava_core.planning.published import Digits, Published, published, published_model
 from kava_core.problems.folder import open_problems
 from kava_core.problems.prompt import ANSWER_PROMPT, Prompt
@@ -205,9 +205,13 @@ def _tokenizer(settings: Pipeline, folder: Path) -> PreTrainedTokenizerBase | No
         return None
     if Path(model).is_dir():
         return load_tokenizer(model)
+    look_at("tokenizer", model, settings.teacher.revision)
     try:
         return AutoTokenizer.from_pretrained(
-            model, revision=settings.teacher.revision, local_files_only=True
+            model,
+            revision=settings.teacher.revision,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError):
         return None

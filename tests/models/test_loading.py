@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,24 @@ def test_what_the_cache_lacks_says_what_to_do_without_a_network(hub: Path) -> No
         assert f"without a network, run {download} where there is one" in said
         assert "\n" not in said
     assert "This machine's cache holds main, v1 of it." in said  # of the revision
+
+
+def test_what_is_cached_in_part_is_no_bar_to_reading_it(hub: Path, folder: Path) -> None:
+    snapshot = repository_in(hub, "parts") / "snapshots" / COMMITS["main"]
+    shutil.copytree(folder, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMITS["main"])
+    (snapshot / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    program = (
+        "from kava_core.models.loading import load_config, load_tokenizer\n"
+        "print(load_config('team/parts').num_hidden_layers, len(load_tokenizer('team/parts')))"
+    )
+    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    (told,) = asked(hub, "team/parts")
+    assert told["error"].startswith("no model could be loaded from team/parts: ")
 
 
 def test_what_can_be_no_hub_id_is_not_looked_for_there() -> None:

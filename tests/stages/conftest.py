@@ -20,6 +20,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     with (common / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
+            shutil.rmtree(path, ignore_errors=True)  # of another process, which failed
             Project.clone(path).repro()
             done.touch()
     return Project(path)

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,14 +151,11 @@ def small(copy: Project, name: str = "small", **sections: object) -> None:
     copy.kava("sync")
 
 
-def end_tree(pid: int) -> None:
-    """Kill a process, if it is still there, and all it has started: nothing is to work on beside
-    the tests that follow."""
-    with suppress(psutil.NoSuchProcess):
-        top = psutil.Process(pid)
-        for process in [top, *top.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+def end_session(pid: int) -> None:
+    """Kill what is left of a process that was started as a session of its own, and of what it has
+    started: nothing is to work on beside the tests that follow."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.stages.project import Project
+from tests.stages.project import ROOT, Project
 
 
 def refused(output: str) -> str:
@@ -33,14 +34,12 @@ def refused(output: str) -> str:
     ],
 )
 def test_a_wrong_setting_is_named_by_its_path(
-    finished: Project, key: str, value: Any, said: str
+    tmp_path: Path, key: str, value: Any, said: str
 ) -> None:
-    before = (finished.path / "pipelines.yaml").read_text()
-    try:
-        finished.change(f"pipelines.smoke.{key}", value)
-        output = finished.kava("prepare", expect=1)
-    finally:
-        (finished.path / "pipelines.yaml").write_text(before)
+    project = Project(tmp_path)
+    shutil.copy2(ROOT / "pipelines.yaml", tmp_path)
+    project.change(f"pipelines.smoke.{key}", value)
+    output = project.kava("prepare", "--pipeline", "smoke", expect=1)
     assert "Traceback" not in output
     assert f"pipelines.smoke.{said}" in output
 

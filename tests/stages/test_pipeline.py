@@ -45,15 +45,15 @@ def test_eviction_says_how_much_it_dropped(finished: Project) -> None:
     assert all(0 < share < 1 for share in metrics["identity_explained"].values())
 
 
-def test_dvc_shows_metrics_and_plots(finished: Project) -> None:
-    said = finished.run("dvc", "metrics", "show", "--json")
+def test_dvc_shows_metrics_and_plots(copy: Project) -> None:
+    said = copy.run("dvc", "metrics", "show", "--json")
     shown = json.loads(said[said.index("{") :])  # behind a remark on pipelines that never ran
     assert "data/smoke/evaluation/summary.json" in json.dumps(shown)
-    finished.run("dvc", "plots", "show", "--out", "plots")
-    assert (finished.path / "plots" / "index.html").is_file()
+    copy.run("dvc", "plots", "show", "--out", "plots")
+    assert (copy.path / "plots" / "index.html").is_file()
 
 
-def test_second_repro_does_nothing_in_seconds(finished: Project) -> None:
+def test_second_repro_does_nothing_in_seconds(copy: Project) -> None:
     began = time.monotonic()
-    assert finished.repro() == set()
+    assert copy.repro() == set()
     assert time.monotonic() - began < 30

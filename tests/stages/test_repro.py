@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 import psutil
 import pytest
 
-from tests.stages.project import Project, end_tree, ran, small
+from tests.stages.project import Project, end_session, ran, small
 
 
 def test_students_are_trained_at_once_and_dvc_knows(copy: Project) -> None:
@@ -62,6 +62,7 @@ def test_told_to_end_it_leaves_no_dvc_and_no_stage_at_work(copy: Project, jobs: 
         ["kava", "repro", "--jobs", jobs, "--pipeline", "small"],
         cwd=copy.path,
         env={**copy.environment, "SHELL": str(shell)},
+        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -78,7 +79,7 @@ def test_told_to_end_it_leaves_no_dvc_and_no_stage_at_work(copy: Project, jobs: 
         repro.send_signal(signal.SIGTERM)
         said, _ = repro.communicate(timeout=300)
     finally:
-        end_tree(repro.pid)
+        end_session(repro.pid)
     assert repro.returncode == 128 + signal.SIGTERM, said
     assert "interrupted; run the same command again" in said and "Traceback" not in said
     assert not [process for process in started if process.is_running()]

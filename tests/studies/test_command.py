@@ -20,7 +20,7 @@ from kava_core.artefacts import read_json
 from kava_core.models.loading import model_fingerprint
 from kava_core.settings import load_study
 from kava_core.studies.plan import plan_study
-from tests.stages.project import ROOT, Project, digest, end_tree
+from tests.stages.project import ROOT, Project, digest, end_session
 
 TRAINING = {"steps": 2, "batch_size": 8, "threads": 1}
 SCRATCH = {
@@ -208,7 +208,11 @@ def test_told_to_end_it_leaves_no_stage_at_work(tmp_path: Path) -> None:
                 baseline=None)  # fmt: skip
     places = ["--pipelines", f"{tmp_path}/pipelines.yaml", "--data", f"{tmp_path}/data"]
     study = subprocess.Popen(
-        ["kava", "study", "tiny", *places], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        ["kava", "study", "tiny", *places],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 300
     try:
@@ -219,7 +223,7 @@ def test_told_to_end_it_leaves_no_stage_at_work(tmp_path: Path) -> None:
         study.send_signal(signal.SIGTERM)
         _, said = study.communicate(timeout=300)
     finally:
-        end_tree(study.pid)
+        end_session(study.pid)
     assert study.returncode == 128 + signal.SIGTERM and "interrupted; run the same" in said, said
     assert stages and not any(stage.is_running() for stage in stages)
 

@@ -39,7 +39,7 @@ def test_a_wrong_setting_is_named_by_its_path(
     project = Project(tmp_path)
     shutil.copy2(ROOT / "pipelines.yaml", tmp_path)
     project.change(f"pipelines.smoke.{key}", value)
-    output = project.kava("prepare", "--pipeline", "smoke", expect=1)
+    output = project.run("kava", "prepare", "--pipeline", "smoke", expect=1)
     assert "Traceback" not in output
     assert f"pipelines.smoke.{said}" in output
 

@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
 from kava_core.artefacts import read_json
@@ -25,6 +27,31 @@ TOKENIZER = "tokenizer.json"
 AGAIN = "Download or save the model again."
 # Weights of 4 bits hold eight numbers in one of 32, and some architectures share layers.
 AT_MOST = 16
+
+
+def look_at(what: str, path: str, revision: str | None = None) -> None:
+    """KavaError if a folder, or what this machine's cache has of a Hub id, holds what should not be
+    read. To be called before transformers reads it."""
+    folder = at_hand(path, revision)
+    try:
+        if folder is not None:
+            check_files(folder, whole=Path(path).is_dir())
+    except KavaError as error:
+        raise KavaError(f"no {what} could be loaded from {path}: {error}") from None
+
+
+def at_hand(path: str, revision: str | None) -> Path | None:
+    """The folder itself, or what this machine's cache has, whole or not, of a Hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        try:
+            found = try_to_load_from_cache(path, name, revision=revision)
+        except (OSError, ValueError, HFValidationError):
+            return None  # whoever loads it says what is wrong with the name
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def check_files(folder: Path, *, whole: bool = True) -> None:

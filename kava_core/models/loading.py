@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -36,7 +36,7 @@ from kava_core.artefacts import file_digest, fingerprint
 from kava_core.errors import KavaError
 from kava_core.models.adapted import Base, adapters_fingerprint, adapters_in, put_on
 from kava_core.models.context import no_decoder
-from kava_core.models.inspection import check_files, check_size, weight_files
+from kava_core.models.inspection import at_hand, check_size, look_at, weight_files
 from kava_core.models.sharding import joined_digest
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -144,7 +144,7 @@ def load_whole(
     if Path(path).is_dir():
         _check_folder(Path(path))
     config = options.get("config") or whole_config(path, revision)
-    if (folder := _at_hand(path, revision)) is not None:
+    if (folder := at_hand(path, revision)) is not None:
         check_size(config, folder)
     try:
         model, found = model_class.from_pretrained(
@@ -424,31 +424,6 @@ def _check_revision(path: str, revision: str | None) -> None:
             f"{path} is a folder, which has no revision {revision!r}. Take `revision` out, or name "
             "a model of the Hub."
         )
-
-
-def look_at(what: str, path: str, revision: str | None = None) -> None:
-    """KavaError if a folder, or what this machine's cache has of a Hub id, holds what should not be
-    read. To be called before transformers reads it."""
-    folder = _at_hand(path, revision)
-    try:
-        if folder is not None:
-            check_files(folder, whole=Path(path).is_dir())
-    except KavaError as error:
-        raise KavaError(f"no {what} could be loaded from {path}: {error}") from None
-
-
-def _at_hand(path: str, revision: str | None) -> Path | None:
-    """The folder itself, or what this machine's cache has, whole or not, of a Hub id."""
-    if Path(path).is_dir():
-        return Path(path)
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
-        try:
-            found = try_to_load_from_cache(path, name, revision=revision)
-        except (OSError, ValueError, HFValidationError):
-            return None  # whoever loads it says what is wrong with the name
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
 
 
 def _check_folder(folder: Path) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from kava_core.errors import KavaError
-from kava_core.models.loading import cache_shape, load_config, look_at
+from kava_core.models.inspection import look_at
+from kava_core.models.loading import cache_shape, load_config
 from kava_core.planning.published import published, published_model
 from kava_core.settings import LoRA, Scratch, Teacher, Training
 from kava_core.store import Geometry

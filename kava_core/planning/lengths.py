@@ -12,7 +12,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kava_core.errors import KavaError
-from kava_core.models.loading import load_tokenizer, look_at
+from kava_core.models.inspection import look_at
+from kava_core.models.loading import load_tokenizer
 from kava_core.planning.published import Digits, Published, published, published_model
 from kava_core.problems.folder import open_problems
 from kava_core.problems.prompt import ANSWER_PROMPT, Prompt

@@ -104,7 +104,7 @@ def write_half(path: Path) -> None:
 def test_a_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")
-    process = multiprocessing.get_context("fork").Process(target=write_half, args=(path,))
+    process = multiprocessing.get_context("forkserver").Process(target=write_half, args=(path,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

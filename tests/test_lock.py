@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import re
-import signal
+import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 
 from kava_core.errors import KavaError
 from kava_core.lock import alone, holder_of, is_alive
+from tests.holder import CONTEXT, holder, kill
 
 
-def hold(path: Path, ready: Path) -> None:
-    with alone(path, "generate", "smoke"):
-        ready.touch()
-        time.sleep(60)
+def compete(lock: Path, taken: Path, start: Event) -> None:
+    start.wait()
+    try:
+        with alone(lock, "evict", "smoke"):
+            with taken.open("a") as file:
+                file.write("x")
+            time.sleep(1)
+    except KavaError:
+        os._exit(1)
+    os._exit(0)
 
 
 @pytest.fixture
 def held(tmp_path: Path) -> BaseProcess:
-    """A process that holds `lock`."""
-    process = multiprocessing.get_context("fork").Process(
-        target=hold, args=(tmp_path / "lock", tmp_path / "ready")
-    )
-    process.start()
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.01)
-    return process
-
-
-def kill(process: BaseProcess) -> None:
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    """It holds `lock`."""
+    return holder(tmp_path / "lock", tmp_path / "ready")
 
 
 def test_the_holder_is_named_and_taken_over_from_once_it_is_dead(
@@ -65,20 +61,8 @@ def test_the_holder_is_named_and_taken_over_from_once_it_is_dead(
 
 def test_a_forked_child_of_a_dead_holder_holds_nothing(tmp_path: Path) -> None:
     """As the processes that read batches ahead of a trainer, which outlive it for seconds."""
-    lock, ready = tmp_path / "lock", tmp_path / "ready"
-    pid = os.fork()
-    if pid == 0:
-        with alone(lock, "distill", "smoke"):
-            if os.fork() == 0:
-                time.sleep(3)
-                os._exit(0)
-            ready.touch()
-            time.sleep(60)
-    while not ready.exists():
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    with alone(lock, "distill", "smoke"):
+    kill(holder(tmp_path / "lock", tmp_path / "ready", forks=True))
+    with alone(tmp_path / "lock", "distill", "smoke"):
         pass
 
 
@@ -124,21 +108,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 
 def test_one_of_many_that_start_together_gets_it(tmp_path: Path) -> None:
     lock, taken = tmp_path / "lock", tmp_path / "taken"
-    context = multiprocessing.get_context("fork")
-    start = context.Event()
-
-    def compete() -> None:
-        start.wait()
-        try:
-            with alone(lock, "evict", "smoke"):
-                with taken.open("a") as file:
-                    file.write("x")
-                time.sleep(1)
-        except KavaError:
-            os._exit(1)
-        os._exit(0)
-
-    processes = [context.Process(target=compete) for _ in range(8)]
+    start = CONTEXT.Event()
+    processes = [CONTEXT.Process(target=compete, args=(lock, taken, start)) for _ in range(8)]
     for process in processes:
         process.start()
     start.set()
@@ -151,8 +122,6 @@ def test_one_of_many_that_start_together_gets_it(tmp_path: Path) -> None:
 def test_a_process_is_alive_until_it_is_not() -> None:
     assert is_alive(os.getppid())
     assert not is_alive(os.getpid())  # this one, which asks, is no other
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    assert not is_alive(pid)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert not is_alive(process.pid)

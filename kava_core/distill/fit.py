@@ -11,6 +11,7 @@ part of every batch, and what is logged, saved and decided is that of all of the
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -122,6 +123,8 @@ def fit(
         seed=training.seed,
         # Not persistent: only fresh loader processes draw from the random numbers as none do.
         dataloader_num_workers=loader_workers,
+        # A fork of this process would inherit the locks of its threads (Ray's, a bucket's), held.
+        dataloader_multiprocessing_context="forkserver" if loader_workers else None,
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_drop_last=True,
         remove_unused_columns=False,
@@ -131,6 +134,7 @@ def fit(
         disable_tqdm=True,
         optim="adamw_torch",
     )
+    multiprocessing.set_forkserver_preload(["__main__", __name__])  # imported once, not by each
     checkpoint = group.from_first(lambda: last_whole_checkpoint(ensure_folder(folder)))
     if checkpoint:
         say(f"{title}: continuing from {checkpoint.name}")

@@ -134,7 +134,12 @@ class TermsTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        sync_tree(Path(output_dir))
+        folder = Path(output_dir)
+        if group.rank() == 0:
+            sync_tree(folder)
+        else:  # of the first process's files, some may still be there under names for the moment
+            sync(folder / f"rng_state_{group.rank()}.pth")
+            sync(folder)
         # The first process writes the Trainer's state next, which makes the checkpoint a whole one:
         # all else is on the disk before it.
         group.wait()

@@ -53,7 +53,7 @@ class Place(ABC):
     ) -> tuple[Opened, Glance]:
         """What `opener` makes of a whole file with the right content, after a glance at it.
 
-        checksums: whether its content is looked at, once per process.
+        checksums: whether its content is looked at, once, also for processes this is sent to.
         """
 
     @abstractmethod

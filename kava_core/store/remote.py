@@ -6,7 +6,7 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,19 +29,28 @@ HEADER_BYTES = 1 << 16
 
 
 class Remote(Place):
-    """The folder at a URL; may be pickled. digest: of the manifest that is expected there."""
+    """The folder at a URL; may be pickled. digest: of the manifest that is expected there.
+    checked: checksum → which copy its content was looked at of; not looked at again where it is
+    sent to.
+    """
 
-    def __init__(self, url: Url, cache: Cache, digest: str | None = None) -> None:
+    def __init__(
+        self,
+        url: Url,
+        cache: Cache,
+        digest: str | None = None,
+        checked: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.path: Url = url
         self.cache = cache
         self.digest = digest
         self._objects = Objects(url)
-        self._checked: dict[str, tuple[int, ...]] = {}  # checksum → which copy it was checked of
+        self._checked = dict(checked or {})
         self._needed: frozenset[str] = frozenset()  # checksums
         self._ahead = _Ahead()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Remote, (self.path, self.cache, self.digest)
+        return Remote, (self.path, self.cache, self.digest, self._checked)
 
     def read_manifest(self, kind: str | None = None) -> Manifest:
         return self._manifest(MOST_FILES, kind)

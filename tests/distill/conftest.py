@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.distill.toy import Toy, files, toy_traces, write_store
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before what a module shares is made
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -33,6 +33,5 @@ def whole(
     store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Tensor], dict[str, bytes]]:
     """Weights and curves of a run of four epochs that nothing disturbed."""
-    torch.set_num_threads(1)
     run = Toy(store, tmp_path_factory.mktemp("whole"))
     return run.run(), files(run.folder / "curves")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from functools import cached_property
@@ -124,8 +125,11 @@ def test_sigkill_at_any_step(
 def test_loader_processes_change_nothing(
     store: Path, tmp_path: Path, whole: tuple[dict[str, Tensor], dict[str, bytes]]
 ) -> None:
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))
     run = Toy(store, tmp_path, loader_workers=1)
     assert same(run.run(), whole[0])
+    assert not forks  # which would take over locks that other threads hold, of Ray for one
     assert files(tmp_path / "curves") == whole[1]
 
 

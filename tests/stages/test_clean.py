@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kava_core.artefacts import WORK, work_folder
-from kava_core.lock import alone
 from stages.cli import kava
+from tests.holder import holder, kill
 
 
 @pytest.fixture
@@ -62,20 +62,12 @@ def test_nothing_goes_without_a_yes(data: Path) -> None:
 
 
 def test_what_a_process_works_on_stays(data: Path) -> None:
-    pid = os.fork()
-    lock = data / WORK / "generate-1.lock"
-    if pid == 0:
-        with alone(lock, "generate", "smoke"):
-            (data / "ready").touch()
-            time.sleep(60)
-    while not (data / "ready").exists():
-        time.sleep(0.001)
+    process = holder(data / WORK / "generate-1.lock", data / "ready")
     try:
         said = run(data, "--yes").output
     finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-    assert f"generate of smoke/teacher_kv, in use by process {pid} on this machine" in said
+        kill(process)
+    assert f"generate of smoke/teacher_kv, in use by process {process.pid} on this machine" in said
     left = sorted(path.name.partition("-")[0] for path in (data / WORK).iterdir())
     # What does not say whose it is may be anybody's.
     assert left == ["generate", "notes", "teacher_kv"]

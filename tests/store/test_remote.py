@@ -9,7 +9,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,14 @@ def test_a_teachers_store_is_read_as_from_this_disk(tmp_path: Path) -> None:
             assert torch.equal(ours.importance, theirs.importance)
 
 
+def ask_for(part: int, worker: int) -> None:
+    objects.PART = part
+
+
+def as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
 @pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_readers_and_loader_processes_change_no_batch(
@@ -118,7 +128,9 @@ def test_readers_and_loader_processes_change_no_batch(
             batch_size=4,
             sampler=sampler,
             num_workers=workers,
-            collate_fn=lambda batch: batch,
+            collate_fn=as_it_is,
+            multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=partial(ask_for, objects.PART),
         )
         return [t for batch in loader for t in (batch["targets"].keys.codes, batch["question_ids"])]
 
@@ -276,10 +288,15 @@ def test_a_file_url_and_a_path_are_read_in_place(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_store_travels_to_other_processes(server: ObjectServer) -> None:
+def test_a_store_travels_to_other_processes(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was looked at is not looked at again there: loaders begin anew in each epoch."""
     store = TargetsStore.open(url_of(server))
+    here = batches(store, [1, 0])
+    monkeypatch.setattr(remote, "file_checksum", lambda _: pytest.fail("looked at again"))
     again = pickle.loads(pickle.dumps(store))
-    assert same(batches(again, [1, 0]), batches(store, [1, 0]))
+    assert same(batches(again, [1, 0]), here)
 
 
 def use_and_leave(store: TargetsStore) -> None:

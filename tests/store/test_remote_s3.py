@@ -227,6 +227,7 @@ def test_training_from_a_bucket_gives_the_same_weights(
 
     def trained(path: str | Path, workers: int) -> dict[str, torch.Tensor]:
         model, store = toy_student(0.1), TargetsStore.open(path)
+        folder = tmp_path / ("far" if path == STORE else "close")
         fit(
             model,
             student_terms(toy_objective(store), Match.of(store)),
@@ -234,8 +235,8 @@ def test_training_from_a_bucket_gives_the_same_weights(
             ShardShuffleSampler(store.sizes, seed=5, window=2, ahead=store.fetch_ahead),
             but(TRAINING, steps=8),
             CADENCE,
-            folder=tmp_path / str(path)[:2] / "checkpoints",
-            curves=tmp_path / str(path)[:2] / "curves",
+            folder=folder / "checkpoints",
+            curves=folder / "curves",
             title="toy",
             loader_workers=workers,
         )

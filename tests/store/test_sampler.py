@@ -59,13 +59,22 @@ class Batches(Dataset[Any]):
         return self.store.batch(indices).keys.codes
 
 
+def as_it_is(batch: torch.Tensor) -> torch.Tensor:
+    return batch
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_workers_and_accelerate_keep_the_order(tmp_path: Path, workers: int) -> None:
     make_targets_store(tmp_path / "store", sizes=(4, 3, 5))
     store = TargetsStore.open(tmp_path / "store")
     sampler = ShardShuffleSampler(store.sizes, seed=3, window=2)
     loader: Any = DataLoader(
-        Batches(store), batch_size=5, sampler=sampler, num_workers=workers, collate_fn=lambda x: x
+        Batches(store),
+        batch_size=5,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        multiprocessing_context="forkserver" if workers else None,
     )
     loader = Accelerator(cpu=True).prepare(loader)
     for epoch in (0, 1):

@@ -105,7 +105,7 @@ def test_a_teachers_store_is_read_as_from_this_disk(tmp_path: Path) -> None:
             assert torch.equal(ours.importance, theirs.importance)
 
 
-def ask_for(part: int, worker: int) -> None:
+def ask_for(part: int, _worker: int) -> None:
     objects.PART = part
 
 

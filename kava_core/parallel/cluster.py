@@ -241,4 +241,8 @@ def worker_environment(threads: int, gpus: float) -> dict[str, str]:
 
     Not the job's: within `ray job submit` that is the submitter's.
     """
-    return {"OMP_NUM_THREADS": str(threads), **({} if gpus else NO_GPU)}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own keeps what it decoded, some 50 MB
+        **({} if gpus else NO_GPU),
+    }

@@ -21,8 +21,8 @@ from kava_core.distinct import Distinct
 from kava_core.errors import KavaError
 from kava_core.problems.records import Problem
 
-_GROUP = 65_536  # rows that are decoded together
-_PART = 1_024  # of them, that are Python's own at once
+_GROUP = 65_536  # rows that are compressed together
+_PART = 1_024  # of them, that are decoded at once
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -62,7 +62,8 @@ def _table(problems: Sequence[Problem]) -> pa.Table:
 class ProblemFile(Sequence[Problem]):
     """The problems of a file written by `save_problems`, decoded as they are asked for.
 
-    No more than a row group is held, however many there are.
+    No more than a small part of a row group is held, however many there are; a group is decoded
+    from its beginning, so that rows in their order cost least.
 
     KavaError, naming the file and the row (counted from 0), if it is missing or damaged, lacks a
     column, or has nothing where something must be.
@@ -87,7 +88,8 @@ class ProblemFile(Sequence[Problem]):
         groups = range(self._file.num_row_groups)
         rows = [self._file.metadata.row_group(k).num_rows for k in groups]
         self._starts = [0, *accumulate(rows)]
-        self._held: tuple[int, pa.Table] | None = None
+        self._parts: Iterator[tuple[int, pa.RecordBatch]] = iter(())  # from `_held` on
+        self._held: tuple[int, pa.RecordBatch] | None = None  # with its first row
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -112,22 +114,32 @@ class ProblemFile(Sequence[Problem]):
 
     def _rows(self, first: int, last: int) -> Iterator[Problem]:
         while first < last:
-            number = bisect_right(self._starts, first) - 1
-            start, end = self._starts[number], min(self._starts[number + 1], last, first + _PART)
-            part = self._group(number).slice(first - start, end - first)
-            for row, values in enumerate(part.to_pylist(), first):
+            begin, part = self._part(first)
+            end = min(begin + part.num_rows, last)
+            for row, values in enumerate(part.slice(first - begin, end - first).to_pylist(), first):
                 yield self._problem(row, values)
             first = end
 
-    def _group(self, number: int) -> pa.Table:
-        if self._held is None or self._held[0] != number:
-            self._held = None  # let go of the one before first
-            try:
-                columns = [field.name for field in _SCHEMA]
-                self._held = number, self._file.read_row_group(number, columns=columns)
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(self.path, error) from None
-        return self._held[1]
+    def _part(self, row: int) -> tuple[int, pa.RecordBatch]:
+        """What is decoded together with a row, and its first row."""
+        group = bisect_right(self._starts, row) - 1
+        if self._held is None or not self._starts[group] <= self._held[0] <= row:
+            self._held = None  # let go of it first
+            self._parts = self._decoded(group)
+        try:
+            while self._held is None or row >= self._held[0] + self._held[1].num_rows:
+                self._held = next(self._parts)
+        except (pa.ArrowException, OSError) as error:
+            self._held = None
+            raise _unreadable(self.path, error) from None
+        return self._held
+
+    def _decoded(self, group: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        begin = self._starts[group]
+        columns = [field.name for field in _SCHEMA]
+        for part in self._file.iter_batches(_PART, row_groups=[group], columns=columns):
+            yield begin, part
+            begin += part.num_rows
 
     def _problem(self, row: int, values: dict[str, Any]) -> Problem:
         missing = [name for name, value in values.items() if value is None]

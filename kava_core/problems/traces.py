@@ -27,6 +27,7 @@ from kava_core.problems.records import Problem, TraceForm
 from kava_core.record import Record
 
 PART = 1_024  # problems that are encoded together where there are many
+_CALL = 128  # of them, that a tokenizer is given at once: of a token it keeps a hundred bytes
 _NAMED = 20  # problems in a message
 _PROBE = "How many?"
 # Before a chat template that writes today's date, so that it writes the same one every day: that
@@ -128,7 +129,7 @@ class TraceEncoder:
         return self.encode_all([problem])[0]
 
     def encode_all(self, problems: Sequence[Problem]) -> list[Record]:
-        """The traces of many problems, in their order, tokenised in one call per kind of piece.
+        """The traces of many problems, in their order.
 
         KavaError, naming all such problems, if a trace or an answer is empty, if a text holds one
         of the tokenizer's special tokens, or if decoding the ids does not give the text back (white
@@ -157,8 +158,17 @@ class TraceEncoder:
 
     def _encoded(self, problems: Sequence[Problem]) -> tuple[list[Record], list[tuple[str, str]]]:
         """The traces, and the id of each problem with a fault, with the fault."""
-        if not problems:
-            return [], []
+        records: list[Record] = []
+        wrong: list[tuple[str, str]] = []
+        for first in range(0, len(problems), _CALL):
+            found, faulty = self._encoded_at_once(problems[first : first + _CALL])
+            records += found
+            wrong += faulty
+        return records, wrong
+
+    def _encoded_at_once(
+        self, problems: Sequence[Problem]
+    ) -> tuple[list[Record], list[tuple[str, str]]]:
         texts = self.question_texts([problem.question for problem in problems])
         questions = self._ids(texts)
         cuts = [self._latent_steps(problem) for problem in problems]

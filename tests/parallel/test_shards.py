@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 
@@ -53,6 +54,8 @@ class Squares:
             if shard == self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             (self.folder / f"{shard}.txt").write_text(str(shard * shard))
+            pool = pa.default_memory_pool().backend_name
+            (self.folder / "pools").open("a").write(f"{pool}\n")
             return {"square": shard * shard, "threads": torch.get_num_threads()}
 
         return work
@@ -120,6 +123,8 @@ class TestOnRay:
         assert run(job, 4) == expected()
         assert (tmp_path / "died").exists()
         assert len(job.opened) in (2, 3) and str(os.getpid()) not in job.opened
+        # Arrow's own keeps what it has decoded; workers give it back.
+        assert set((tmp_path / "pools").read_text().split()) == {"system"}
         assert {p.name: p.read_text() for p in tmp_path.glob("*.txt")} == {
             f"{shard}.txt": str(shard * shard) for shard in SHARDS
         }

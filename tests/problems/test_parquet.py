@@ -1,6 +1,7 @@
 """Problem files: what goes in comes out, and nothing broken gets in."""
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -152,6 +153,18 @@ def test_looking_through_a_file_holds_little_of_it(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < all_of_them / 4
+
+
+def test_a_row_group_is_not_decoded_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "problems.parquet"
+    problems = [replace(problem, question=problem.question * 40) for problem in many(60_000)]
+    save_problems(path, problems)
+    whole = pq.read_table(path).nbytes
+    before = pa.total_allocated_bytes()
+    file = ProblemFile(path)
+    for row in (0, 59_999, 30_000, 30_001, 100):
+        assert file[row] == problems[row]
+        assert pa.total_allocated_bytes() - before < whole / 4
 
 
 def test_what_is_wrong_in_a_later_row_group_is_named_with_its_row(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ trust what it gets.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -35,19 +35,24 @@ _SCHEMA = pa.schema(
 )
 
 
-def save_problems(path: Path, problems: Sequence[Problem], *, steps: bool = True) -> None:
+def save_problems(path: Path, problems: Iterable[Problem], *, steps: bool = True) -> None:
     """Write problems to a Parquet file, atomically; equal problems give equal bytes.
 
+    problems: gone through twice, and a row group of them is held.
     KavaError if a problem is not one that `load_problems` would accept.
     """
     _check(problems, path, steps)
     make_folders(path.parent)
+    rest = iter(problems)
     with (
         atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer,
     ):
-        for first in range(0, max(1, len(problems)), _GROUP):  # none: the columns
-            writer.write_table(_table(problems[first : first + _GROUP]), row_group_size=_GROUP)
+        group = list(islice(rest, _GROUP))
+        while True:  # none: the columns
+            writer.write_table(_table(group), row_group_size=_GROUP)
+            if not (group := list(islice(rest, _GROUP))):
+                return
 
 
 def _table(problems: Sequence[Problem]) -> pa.Table:
@@ -174,7 +179,7 @@ def _unreadable(path: Path, error: Exception) -> KavaError:
     return KavaError(f"{path} is not a readable Parquet file ({error}). Make it again.")
 
 
-def _check(problems: Sequence[Problem], path: Path, steps: bool) -> None:
+def _check(problems: Iterable[Problem], path: Path, steps: bool) -> None:
     ids = Distinct()
     for row, problem in enumerate(problems):
         for name in ("id", "question", "answer"):

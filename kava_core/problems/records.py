@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,28 +50,26 @@ def describe(problems: Iterable[Problem]) -> dict[str, Any]:
     number of whitespace-separated words to the number of problems that have it;
     `question_characters` and `trace_characters` are the lengths that limits are set in.
     """
-    kept = list(problems)
-    characters = {
-        "question_characters": [len(problem.question) for problem in kept],
-        "trace_characters": [trace_characters(problem.steps) for problem in kept],
+    lengths = {"question_characters": array("q"), "trace_characters": array("q")}
+    numbers: dict[str, Counter[int]] = {
+        "by_steps": Counter(),
+        "question_words": Counter(),
+        "trace_words": Counter(),
     }
-    numbers = {
-        "by_steps": [len(problem.steps) for problem in kept],
-        "question_words": [len(problem.question.split()) for problem in kept],
-        "trace_words": [len(" ".join(problem.steps).split()) for problem in kept],
-    }
-    names = {
-        "by_topic": [problem.topic for problem in kept],
-        "by_source": [problem.source for problem in kept],
-    }
-    histograms = {key: Counter(values) for key, values in (numbers | names).items()}
+    names: dict[str, Counter[str]] = {"by_topic": Counter(), "by_source": Counter()}
+    for problem in problems:
+        lengths["question_characters"].append(len(problem.question))
+        lengths["trace_characters"].append(trace_characters(problem.steps))
+        numbers["by_steps"][len(problem.steps)] += 1
+        numbers["question_words"][len(problem.question.split())] += 1
+        numbers["trace_words"][len(" ".join(problem.steps).split())] += 1
+        names["by_topic"][problem.topic] += 1
+        names["by_source"][problem.source] += 1
     return {
-        "problems": len(kept),
-        **{
-            key: {str(value): histogram[value] for value in sorted(histogram)}  # type: ignore[type-var]
-            for key, histogram in histograms.items()
-        },
-        **{key: _quantiles(lengths) for key, lengths in characters.items()},
+        "problems": sum(numbers["by_steps"].values()),
+        **{key: {str(value): of[value] for value in sorted(of)} for key, of in numbers.items()},
+        **{key: {value: of[value] for value in sorted(of)} for key, of in names.items()},
+        **{key: _quantiles(of) for key, of in lengths.items()},
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,7 +47,7 @@ from kava_core.problems.folder import ProblemFolder, open_problems
 from kava_core.problems.parquet import save_problems
 from kava_core.problems.prompt import check_prompt
 from kava_core.problems.records import Problem, describe
-from kava_core.problems.traces import TraceEncoder, chat_fingerprint
+from kava_core.problems.traces import PART, TraceEncoder, chat_fingerprint
 from kava_core.problems.written import Chain, Outcome, read_chain
 from kava_core.settings import Resources, Traces
 
@@ -224,6 +225,38 @@ def _run(job: WriteJob, problems: int, resources: Resources) -> None:
             display.update(task, advance=count, note="")
 
 
+@dataclass(frozen=True)
+class _Chains:
+    """Each problem with its chains, as the shards have them: read anew each time, shard by shard.
+
+    size: problems of a shard.
+    """
+
+    shards: Path
+    problems: Sequence[Problem]
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[Problem, list[dict[str, Any]]]]:
+        for number, first in enumerate(range(0, len(self.problems), self.size)):
+            chains = read_json(shard_file(self.shards, number))
+            yield from zip(self.problems[first : first + self.size], chains, strict=True)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The problems that are taught, one for each chain that is kept."""
+
+    chains: _Chains
+    samples: int
+
+    def __iter__(self) -> Iterator[Problem]:
+        for problem, of in self.chains:
+            for sample, chain in enumerate(of):
+                name = f"{problem.id}~{sample}" if self.samples > 1 else problem.id
+                if chain["outcome"] == "kept":
+                    yield replace(problem, id=name, steps=tuple(chain["steps"]))
+
+
 def _finish(
     folder: Path,
     shards: Path,
@@ -233,20 +266,16 @@ def _finish(
     about: Mapping[str, Any],
 ) -> Written:
     """The folder of problems, made of all shards."""
-    files = range(-(-len(examples) // settings.shard_size))
-    chains = [of for number in files for of in read_json(shard_file(shards, number))]
-    kept, rows = [], []
-    for problem, of in zip(examples, chains, strict=True):
-        for sample, chain in enumerate(of):
-            name = f"{problem.id}~{sample}" if settings.samples > 1 else problem.id
-            rows.append({"id": problem.id, "sample": sample, **chain})
-            if chain["outcome"] == "kept":
-                kept.append(replace(problem, id=name, steps=tuple(chain["steps"])))
-    counted = Counter(row["outcome"] for row in rows)
+    chains = _Chains(shards, examples, settings.shard_size)
+    kept = _Kept(chains, settings.samples)
+    counted: Counter[str] = Counter()
+    without = 0
+    for _, of in chains:
+        counted.update(chain["outcome"] for chain in of)
+        without += all(chain["outcome"] != "kept" for chain in of)
     outcomes: dict[str, int] = {outcome: counted[outcome] for outcome in OUTCOMES}
-    without = sum(all(chain["outcome"] != "kept" for chain in of) for of in chains)
     written = Written(folder, len(examples), outcomes, without)
-    if not kept:
+    if not counted["kept"]:
         raise KavaError(
             f"the teacher wrote no chain that can be taught: {written.told}. Expected one with the "
             "right answer, in the form that `prepare.traces` and `prepare.prompt` say. Train it "
@@ -254,9 +283,7 @@ def _finish(
         )
     save_problems(folder / "train.parquet", kept)
     save_problems(folder / "validation.parquet", source.load("validation"))
-    with atomic_path(folder / "written.parquet") as temporary:
-        table = pa.Table.from_pylist(rows, _WRITTEN)
-        pq.write_table(table, temporary, compression="zstd")
+    _save_written(folder / "written.parquet", chains)
     metrics = {"problems": written.problems, "chains": outcomes, "without": without}
     write_json(folder / "metrics.json", {**metrics, "train": describe(kept)})
     tokenizer = {} if source.tokenizer is None else {"tokenizer": source.tokenizer}
@@ -268,6 +295,22 @@ def _finish(
 _WRITTEN = pa.schema(
     [("id", pa.string()), ("sample", pa.int32()), ("text", pa.string()), ("outcome", pa.string())]
 )
+_GROUP = 65_536  # rows that are held at once
+
+
+def _save_written(path: Path, chains: _Chains) -> None:
+    """All that was written, as a table of _WRITTEN."""
+    rows = (
+        {"id": problem.id, "sample": sample, **chain}
+        for problem, of in chains
+        for sample, chain in enumerate(of)
+    )
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, _WRITTEN, compression="zstd") as writer,
+    ):
+        while group := list(islice(rows, _GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, _WRITTEN), row_group_size=_GROUP)
 
 
 def encoder_of(source: ProblemFolder, teacher: Path) -> TraceEncoder:
@@ -289,15 +332,20 @@ def _check_place(
 ) -> None:
     """KavaError for the longest question, if what may be written has no place behind it."""
     model = load_model(str(teacher))
-    questions = encoder.encode_questions([problem.question for problem in examples])
-    longest = max(range(len(examples)), key=lambda i: len(questions[i]))
+    longest, tokens = "", 0
+    rest = iter(examples)
+    while part := list(islice(rest, PART)):
+        questions = encoder.encode_questions([problem.question for problem in part])
+        for problem, ids in zip(part, questions, strict=True):
+            if len(ids) > tokens:
+                longest, tokens = problem.id, len(ids)
     # A model that rotates its keys can write on past its context.
     learned = not rotary_of(model).inv_freq.shape[1]
     written = settings.max_new_tokens if learned else 1
     check_context(
         model.config,
-        len(questions[longest]) + written,
-        what=f"problem {examples[longest].id}",
+        tokens + written,
+        what=f"problem {longest}",
         including=f"{written} to write" + (" (traces.max_new_tokens)" if learned else ""),
         remedy=("Lower traces.max_new_tokens, d" if learned else "D")
         + "rop long problems in `prepare`, or use a model with a longer context.",

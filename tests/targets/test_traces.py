@@ -4,6 +4,7 @@ ones whoever writes them."""
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, PreTrainedModel
 
+from kava_core.artefacts import fresh_folder, write_json
 from kava_core.distill.batches import ChainDataset
 from kava_core.errors import KavaError
 from kava_core.models.loading import save_model
+from kava_core.problems import parquet
 from kava_core.problems.folder import open_problems, write_problems
 from kava_core.problems.prompt import Prompt
 from kava_core.problems.sources.synthetic import Synthetic
@@ -23,6 +26,7 @@ from kava_core.problems.tokenizer import train_tokenizer
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Generate, Resources, Traces
 from kava_core.store import TeacherStore
+from kava_core.targets import traces
 from kava_core.targets.generate import build_teacher_kv
 from kava_core.targets.traces import Written, build_traces
 from tests.stages.project import digest
@@ -164,3 +168,36 @@ def test_a_teacher_of_another_prompt_is_refused(inputs: Path) -> None:
 def test_settings_that_mean_nothing_where_nothing_is_drawn(wrong: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="means nothing at `temperature: 0`"):
         Traces.model_validate(wrong)
+
+
+def test_what_was_written_is_put_together_shard_by_shard(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 10 kB of text to each chain, no more than a few shards are held at a time."""
+    monkeypatch.setattr(traces, "_GROUP", 8)
+    monkeypatch.setattr(parquet, "_GROUP", 8)
+    few = replace(SPLITS, train=SPLITS.train[:1])
+    many = replace(SPLITS, train=[replace(few.train[0], id=f"p-{i}") for i in range(1000)])
+    peaks = []
+    for name, splits in (("few", few), ("many", many)):
+        problems = inputs / name
+        write_problems(problems, splits, "equations", {})
+        source = open_problems(problems)
+        shards = fresh_folder(inputs / f"shards-{name}")
+        for number in range(-(-len(splits.train) // 8)):
+            of = splits.train[8 * number : 8 * number + 8]
+            chain = {"text": "x" * 10_000, "outcome": "kept", "steps": ["y" * 10_000]}
+            write_json(traces.shard_file(shards, number), [[chain] for _ in of])
+        tracemalloc.start()
+        found = traces._finish(
+            fresh_folder(inputs / f"out-{name}"),
+            shards,
+            source,
+            source.open("train"),
+            Traces(shard_size=8),
+            {},
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.outcomes["kept"] == found.problems == len(splits.train)
+    assert peaks[1] < peaks[0] + 2_000_000  # of 20 MB

@@ -69,3 +69,13 @@ def test_killed_with_sigkill_a_student_ends_with_the_same_weights(copy: Project)
     assert not student.exists()
     assert "continuing from checkpoint-1" in copy.kava("distill", "kava")
     assert digest(student) == expected
+
+
+@pytest.mark.parametrize("student", ["kava", "no-cot"])
+def test_processes_that_read_ahead_change_no_weight(copy: Project, student: str) -> None:
+    folder = copy.path / DATA / "students" / student
+    expected = digest(folder)
+    shutil.rmtree(folder)
+    copy.change("pipelines.smoke.resources", {"loader_workers": 2})
+    copy.kava("distill", student)
+    assert digest(folder) == expected

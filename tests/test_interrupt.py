@@ -59,6 +59,7 @@ def test_swallowed_it_is_raised_once_more(name: str, work: str) -> None:
         "import signal, sys, time\n"
         "from kava_core.console import progress\n"
         "from kava_core.interrupt import receive_signals, settle\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored behind a shell's `&`
         "receive_signals()\n"
         "try:\n"
         + "".join(f"    {line}\n" for line in work.format(name=name).splitlines())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,15 @@ def test_eviction_reads_caches_from_a_bucket(tmp_path: Path, workers: int) -> No
     assert made[0] == made[1]
 
 
+@pytest.fixture
+def fresh_loaders() -> Iterator[None]:
+    """Loader processes have the environment of the server that starts them, as it began."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
+@pytest.mark.usefixtures("fresh_loaders")
 @pytest.mark.parametrize("loader_workers", [0, 2])
 def test_training_from_a_bucket_gives_the_same_weights(
     s3: S3, tmp_path: Path, loader_workers: int

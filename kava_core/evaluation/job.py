@@ -17,7 +17,8 @@ from kava_core.latents.interpret import interpret
 from kava_core.latents.similarity import slot_similarity
 from kava_core.latents.teacher import TeacherView, Truncation, read_teacher, readable
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import DTYPES, load_config, load_model, to_device
+from kava_core.models.loading import DTYPES, load_config, load_model
+from kava_core.models.placing import place_frozen
 from kava_core.problems.traces import TraceEncoder
 from kava_core.record import Record
 from kava_core.settings import Evaluate
@@ -115,7 +116,7 @@ class _Bench:
     def view(self) -> TeacherView:
         """The teacher over the traces that latents are looked into over."""
         dtype = DTYPES[self.settings.model_dtype]
-        model = to_device(load_model(str(self.job.systems.teacher), dtype))
+        model = place_frozen(load_model(str(self.job.systems.teacher), dtype))
         return read_teacher(
             model,
             self.job.traces(self.material),
@@ -128,7 +129,7 @@ class _Bench:
         self.examiners, self.forced = {}, {}
         self.system = None  # type: ignore[assignment]  # gone before the next one is there
         dtype = DTYPES[self.settings.model_dtype]
-        self.system = to_device(self.job.systems.open(name, self.material.encoder, dtype))
+        self.system = self.job.systems.open(name, self.material.encoder, dtype)
         self.name = name
         self.encoder = self.job.systems.encoder(name, self.material.encoder)
         self._examiner(self.material.own.name).warm_up()

@@ -11,7 +11,8 @@ import torch
 from kava_core.artefacts import fingerprint, read_json, tree_fingerprint
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint
+from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
+from kava_core.models.placing import place_frozen
 from kava_core.models.students import open_student
 from kava_core.models.thinking import SETTINGS_FILE
 from kava_core.problems.prompt import PLAIN, Prompt, check_prompt, prompt_in
@@ -115,10 +116,10 @@ class Systems:
     def open(
         self, name: str, encoder: TraceEncoder, dtype: torch.dtype = torch.float32
     ) -> LatentReasoner:
-        """The system, on the CPU."""
+        """The system, where it computes; a teacher that does not fit one GPU over several."""
         for folders in (self.students, self.others):
             if name in folders:
-                return open_student(folders[name], dtype=dtype)
+                return to_device(open_student(folders[name], dtype=dtype))
         prompt = [] if name == TEACHER_COT else encoder.answer_prompt_ids
-        model = load_model(str(self.teacher), dtype)
+        model = place_frozen(load_model(str(self.teacher), dtype))
         return LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=encoder.eos)

@@ -14,7 +14,8 @@ from kava_core.evaluation.asking import ask
 from kava_core.findings.base import Finding, read_finding, write_finding
 from kava_core.models.batching import by_length
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
+from kava_core.models.loading import DTYPES, load_model, load_tokenizer, model_fingerprint
+from kava_core.models.placing import place_frozen
 from kava_core.parallel.shards import run_shards
 from kava_core.problems.folder import open_problems
 from kava_core.problems.records import Problem
@@ -108,7 +109,7 @@ class ValidateJob:
         return False
 
     def open(self) -> Callable[[int], int]:
-        model = to_device(load_model(str(self.teacher)))
+        model = place_frozen(load_model(str(self.teacher), DTYPES[self.settings.model_dtype]))
         prompts: dict[str, list[int]] = {"cot": [], "no_cot": self.encoder.answer_prompt_ids}
         systems = {
             how: LatentReasoner.plain(

@@ -16,12 +16,14 @@ SEEN_WITHIN = 10.0  # seconds: a network filesystem may show a new file late
 
 @dataclass(frozen=True)
 class Host:
-    """A node as a process on it found it; trouble: why it has not this package."""
+    """A node as a process on it found it; trouble: why it has not this package; gpu: the kind that
+    the process has, "" without one."""
 
     name: str
     software: dict[str, str]
     sees: bool = False
     trouble: str = ""
+    gpu: str = ""
 
 
 def looker() -> Callable[[str, str, float], tuple[str, dict[str, str], bool, str]]:

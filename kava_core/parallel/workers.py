@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from kava_core.console import say
+from kava_core.console import say, warn
 from kava_core.errors import KavaError
 from kava_core.parallel import cluster
 from kava_core.parallel.meter import Meter
@@ -35,7 +35,14 @@ def _worker_class() -> type:
 
     class _Worker:
         def look(self, mark: str, token: str, seconds: float) -> object:
-            return look(mark, token, seconds)
+            import os
+
+            found = look(mark, token, seconds)
+            if found[-1] or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+                return found  # without a look at torch, which takes seconds
+            import torch
+
+            return *found, torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
         def run(self, shard: int | None, job: Any) -> tuple[list[Any], str | None]:
             """Work on a shard, or for None finish what is left: what is finished, and an error.
@@ -147,6 +154,8 @@ class Pool(Generic[Result]):
     lost: dict[int, int] = field(default_factory=dict)  # shard → workers that it has cost
     unseen: int = 0  # workers that were lost one after the other before they showed themselves
     engaged: int = 0
+    first: Host | None = None  # that showed itself
+    mixed: bool = False  # whether it was said that not all have GPUs of its kind
 
     def results(self) -> Iterator[tuple[int, Result]]:
         """(shard, result), as they come."""
@@ -227,6 +236,7 @@ class Pool(Generic[Result]):
         if not worker.node:
             host = Host(*answer)
             self.common.check(host)
+            self._compare(host)
             worker.node, self.unseen = host.name, 0
             self._give()
             return
@@ -243,6 +253,17 @@ class Pool(Generic[Result]):
             examples = self.examples(each.shard, each.result)
             self.meter.note(worker.number, worker.node, examples, each.seconds)
             yield each.shard, each.result
+
+    def _compare(self, host: Host) -> None:
+        """Say so, once, where a worker has a GPU of another kind than the first one had."""
+        first = self.first = self.first or host
+        if host.gpu != first.gpu and not self.mixed:
+            self.mixed = True
+            warn(
+                f"GPUs of different kinds: {first.gpu or 'none'} on {first.name}, "
+                f"{host.gpu or 'none'} on {host.name}. The last bits of a shard tell which one "
+                "made it: for equal bytes let a run see one kind."
+            )
 
     def _give(self) -> None:
         for worker in self.workers:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, model_validator
 
-from kava_core.settings.base import Positive, PositiveReal, Processes, Real, Section
+from kava_core.settings.base import Dtype, Positive, PositiveReal, Processes, Real, Section
 from kava_core.settings.training import Training
 
 
@@ -48,7 +48,7 @@ class Teacher(Section):
     revision: of a model on the Hub; null: its newest. `training: null` takes the model as it is (it
     can already write the chain of thought). processes: how many share each batch of the training,
     as a student's (`settings.student`). forgets: teaches it to do without tokens that are evicted;
-    null: it always sees all.
+    null: it always sees all. model_dtype: of the weights while validation problems are asked.
     """
 
     model: str = "scratch"
@@ -61,6 +61,8 @@ class Teacher(Section):
     validate_on: Positive = 200
     batch_size: Positive = 128
     max_new_tokens: Positive = 256
+    # Not among the settings that a teacher says it was made with where it is the usual one.
+    model_dtype: Annotated[Dtype, Field(exclude_if=lambda value: value == "float32")] = "float32"
 
     @model_validator(mode="after")
     def _trained(self) -> Teacher:

@@ -10,7 +10,7 @@ from kava_core.findings.latents import InterventionScores
 from kava_core.findings.study import CellAnswers
 from kava_core.latents.interventions import interventions
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_tokenizer, to_device
+from kava_core.models.loading import load_tokenizer
 from kava_core.parallel.threads import torch_threads
 from kava_core.problems.folder import AskedFolder, ProblemFolder, open_problems, open_test_sets
 from kava_core.problems.records import Problem
@@ -64,4 +64,4 @@ def _opened(cell: StudyCell, folder: Path, encoder: TraceEncoder) -> LatentReaso
     students = {cell.system: folder / "students" / cell.system}
     trained = cell.piece.stage[0] == "distill"
     systems = Systems(folder / "teacher", students if trained else {}, frozenset())
-    return to_device(systems.open(cell.system, encoder))
+    return systems.open(cell.system, encoder)

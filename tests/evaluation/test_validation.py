@@ -13,11 +13,12 @@ from kava_core.errors import KavaError
 from kava_core.evaluation.asking import ask, exact_match
 from kava_core.evaluation.validation import ValidateJob, validate
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, save_model
+from kava_core.models.loading import DTYPES, load_model, save_model
 from kava_core.problems.folder import write_problems
 from kava_core.problems.splits import ProblemSplits
 from kava_core.problems.traces import TraceEncoder
 from kava_core.settings import Resources, Teacher
+from kava_core.settings.base import Dtype
 from tests.evaluation.talker import make_encoder, make_talker, problems
 
 IN_PROCESS = Resources(workers=0)
@@ -53,10 +54,11 @@ def files(work: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in work.iterdir()}
 
 
-def test_parts_say_what_asking_all_at_once_says(home: Path, tmp_path: Path) -> None:
-    asked = job(home, tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_say_what_asking_all_at_once_says(home: Path, tmp_path: Path, dtype: Dtype) -> None:
+    asked = job(home, tmp_path, SETTINGS.model_copy(update={"model_dtype": dtype}))
     found = validate(asked, IN_PROCESS)
-    model = load_model(str(home / "teacher"))
+    model = load_model(str(home / "teacher"), DTYPES[dtype])
     for how, prompt in (("cot", []), ("no_cot", asked.encoder.answer_prompt_ids)):
         system = LatentReasoner.plain(
             model, answer_prompt_ids=prompt, eos_token_id=asked.encoder.eos
@@ -65,6 +67,18 @@ def test_parts_say_what_asking_all_at_once_says(home: Path, tmp_path: Path) -> N
         assert found[f"exact_match_{how}"] == exact_match(replies)
     assert found["n"] == 11 and len(files(tmp_path)) == 2 * 4
     assert 0 < found["exact_match_no_cot"] < 100
+
+
+def test_the_dtype_is_that_of_the_weights(home: Path, tmp_path: Path) -> None:
+    asked = [job(home, tmp_path / d, SETTINGS.model_copy(update={"model_dtype": d}))
+             for d in ("float32", "bfloat16")]  # fmt: skip
+    for each in asked:
+        validate(each, IN_PROCESS)
+    assert [each.read(part) for each in asked[:1] for part in each.parts] != [
+        each.read(part) for each in asked[1:] for part in each.parts
+    ]
+    assert "model_dtype" not in SETTINGS.model_dump()
+    assert asked[1].settings.model_dump()["model_dtype"] == "bfloat16"
 
 
 @pytest.mark.usefixtures("two_cores")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.eviction.policies.rkv import RKV
 from kava_core.fidelity import examiner
 from kava_core.fidelity.examiner import Examiner, Layers
 from kava_core.memory import PeakMemory
+from kava_core.models.batching import pad
+from kava_core.models.latent import LatentReasoner
 from kava_core.models.placing import SHARE, placed
 from kava_core.models.teacher_pass import TeacherPass, over
 from kava_core.store import Codec
@@ -61,6 +64,24 @@ def test_answers_from_compressed_caches_are_the_same(
         model = tiny_model(family, torch.float32)
         spread = placed(model, halves(model))
         assert answered(Examiner(spread, layers, eos=1, max_new_tokens=5)) == alone
+
+
+@pytest.mark.parametrize("prompt", [[], [7, 8]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_that_is_asked_writes_the_same(family: str, prompt: list[int]) -> None:
+    """As validation and evaluate ask it: with a written chain, and for the answer at once."""
+    ids, mask = pad([trace.question_ids for trace in TRACES[:3]], "left")
+
+    def written(model: PreTrainedModel) -> list[list[int]]:
+        system = LatentReasoner.plain(model, answer_prompt_ids=prompt, eos_token_id=1)
+        asked = ids.to(system.device), mask.to(system.device)
+        found: list[list[int]] = system.generate(*asked, max_new_tokens=6).tolist()
+        return found
+
+    alone = written(tiny_model(family, torch.float32))
+    with PretendedDevices():
+        model = tiny_model(family, torch.float32)
+        assert written(placed(model, halves(model))) == alone
 
 
 def test_what_fits_one_gpu_is_not_spread() -> None:

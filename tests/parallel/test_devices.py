@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,11 @@ import torch
 from kava_core.errors import KavaError
 from kava_core.parallel import group
 from kava_core.parallel.devices import check_own_gpu, gpu_share
+from kava_core.parallel.meter import Meter
+from kava_core.parallel.nodes import Host
 from kava_core.parallel.processes import count_processes, run_processes
 from kava_core.parallel.shards import run_shards
+from kava_core.parallel.workers import Demand, Pool
 from kava_core.settings import Resources
 from kava_core.settings.base import Device, Processes
 
@@ -94,7 +98,7 @@ class Sees:
         (self.folder / str(os.getpid())).touch()
 
         def work(_: int) -> str:
-            while len(list(self.folder.iterdir())) < self.together:
+            while sum(p.name.isdigit() for p in self.folder.iterdir()) < self.together:
                 time.sleep(0.05)
             return os.environ.get(VISIBLE, "all")
 
@@ -209,3 +213,16 @@ def test_gpus_that_stand_idle_are_said(
     see(monkeypatch, 8)
     count("auto", 66)
     assert "6 of 8 GPUs train: batch_size 66 is shared evenly" in capsys.readouterr().err
+
+
+def test_a_gpu_of_another_kind_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demand = Demand(workers=2, threads=1, cpus=1, gpus=1, patience=1)
+    pool: Pool[int] = Pool(
+        None, deque(), demand, tmp_path, lambda _: (), lambda *_: 1, Meter(metrics=False)
+    )
+    for name, gpu in (("a", "H100"), ("b", "H100"), ("c", "A100"), ("d", "A100")):
+        pool._compare(Host(name, {}, gpu=gpu))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("GPUs of different kinds: H100 on a, A100 on c.") == said.count("kinds") == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kava_core.artefacts import publish
+from kava_core.console import warn
 from kava_core.errors import KavaError
 from kava_core.settings import Imports, Pipeline
 
@@ -34,6 +35,7 @@ def distill(run: AnyRun, student: str, targets: Path | None, teacher: Path | Non
     """
     from kava_core.distill.inputs import StudentInputs
     from kava_core.distill.student_job import train_student
+    from kava_core.planning.room import student_lacking_room
 
     if student not in run.settings.students:
         raise KavaError(
@@ -54,5 +56,8 @@ def distill(run: AnyRun, student: str, targets: Path | None, teacher: Path | Non
         lacking=run.lacking,
     )
     cadence, resources = run.settings.cadence, run.settings.resources
+    lacking = student_lacking_room(settings, cadence, inputs.model, inputs.source, output)
+    if lacking is not None:
+        warn(f"distill {student}: {lacking}")
     job = train_student(student, settings, inputs, output, cadence, resources)
     publish((job.curves, run.path("curves", "students", student)), (job.folder, output))

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 @click.option(
     "--flops",
     type=click.FloatRange(min=0, min_open=True),
-    help="Floating-point operations a second, instead of a calibration here.",
+    help="Floating-point operations a second of one device, instead of a calibration here.",
 )
 @click.option(
     "--gbps",
     type=click.FloatRange(min=0, min_open=True),
-    help="GB a second to and from the disk; goes with --flops.",
+    help="GB a second to and from one disk; goes with --flops.",
 )
 @pipelines_option
 @data_option
@@ -47,8 +47,9 @@ def plan(
     Bytes of stores and models, decoder calls and operations, peak memory of a worker and of a
     trainer, time, free disk, and what would make it cheaper. Lengths are those of the problems if
     `kava prepare` has run, else assumed, and said to be. Time is from a few steps of every kind on
-    this machine, or, with --flops and --gbps, on any. Needs neither weights nor a network, and
-    writes nothing.
+    this machine, with its workers; or, with --flops and --gbps, what one device and one disk of
+    these rates take, whatever machine says so. Needs neither weights nor a network, and writes
+    nothing.
     """
     from kava_core.planning.calibrate import Calibration, Rates
     from kava_core.planning.forecast import forecast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kava_core.artefacts import publish
-from kava_core.console import say
+from kava_core.console import say, warn
 
 from .run import Run, stage
 
@@ -19,10 +19,13 @@ def teacher(run: Run) -> None:
     from kava_core.distill.teacher_job import train_teacher
     from kava_core.evaluation.validation import ValidateJob, validate
     from kava_core.parallel.threads import torch_threads
+    from kava_core.planning.room import lacking_room
     from kava_core.problems.folder import open_problems
 
     settings, output = run.settings.teacher, run.path("teacher")
     problems = open_problems(run.path("problems"))
+    if lacking := lacking_room(run.settings, run.path(), "teacher"):
+        warn(f"teacher: {lacking}")
     with torch_threads(settings.training.threads if settings.training else 1):
         trained = train_teacher(
             settings, problems, output, run.settings.cadence, run.settings.resources

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +16,14 @@ import click
 import pytest
 
 from kava_core import POLICIES
+from kava_core.planning.calibrate import Rates
+from kava_core.planning.forecast import forecast
+from kava_core.problems.prompt import Example, Prompt
+from kava_core.problems.sources import SOURCES
+from kava_core.settings import load_pipeline
+from kava_core.settings.base import Section
 from stages.cli import COMMANDS, kava
+from stages.plan import duration
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +73,40 @@ def test_the_site_has_every_page_and_the_face(site: Path) -> None:
         "settings.Evict.budget_shape",
     ):
         assert f'id="kava_core.{name}"' in reference
+
+
+def sections(base: type = Section) -> set[type]:
+    """Those that settings are read into, as they stand in their modules."""
+    found = {each for kind in base.__subclasses__() for each in (kind, *sections(kind))}
+    return {
+        each
+        for each in found
+        if each.__module__.startswith("kava_core.settings.")
+        and getattr(sys.modules[each.__module__], each.__name__, None) is each
+    }
+
+
+def test_the_reference_has_every_section_and_every_kind_with_settings() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = [pkgutil.resolve_name(name) for name in re.findall(r"^::: (\S+)$", page, re.M)]
+    kinds = [kind for kind in (*POLICIES.values(), *SOURCES.values()) if fields(kind)]
+    for each in (*sections(), Prompt, Example, *kinds):
+        assert each in named, f"docs/api.md: add `::: {each.__module__}.{each.__qualname__}`"
+
+
+def test_the_sizes_on_paper_are_those_of_the_plan(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    command = re.search(r"^kava plan (\S+) --flops (\S+) --gbps (\S+)$", page, re.M)
+    assert command
+    recipe, flops, gbps = command.groups()
+    _, settings = load_pipeline(ROOT / "stages" / "recipes" / f"{recipe}.yaml", recipe)
+    rates = Rates(float(flops), 1e9 * float(gbps))
+    found = forecast(recipe, settings, tmp_path, lambda _: rates)
+    row = re.compile(r"^\| ([a-z-]+(?: [a-z-]+)?) \| \S+ \| ([\d.]+ (?:min|h)) \|", re.M)
+    shown = dict(row.findall(page))
+    assert len(shown) > 4
+    planned = {stage.stage: duration(stage.seconds or 0) for stage in found.stages}
+    assert shown == {name: planned[name] for name in shown}
 
 
 def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:

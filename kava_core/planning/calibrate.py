@@ -7,6 +7,7 @@ scaled by the operations it saved.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from kava_core.planning.architecture import Architecture
 from kava_core.planning.costs import Call, flops, parts
 from kava_core.planning.lengths import Lengths, longest
 from kava_core.record import Record
-from kava_core.settings import Evict, Generate, Student, Training
+from kava_core.settings import Evict, Generate, Resources, Student, Training
 from kava_core.store import StoreSpec, write_targets_shard, write_teacher_shard
 from kava_core.targets.generate import teacher_spec
 from kava_core.targets.plan import Plan
@@ -59,6 +60,10 @@ class Clock(Protocol):
         """Of a stage before it works; workers: with Ray's."""
         ...
 
+    def workers(self, resources: Resources, pieces: int) -> int:
+        """How many share so many pieces of work."""
+        ...
+
     def teacher_step(
         self, a: Architecture, training: Training, lengths: Lengths, calls: Sequence[Call]
     ) -> float: ...
@@ -71,8 +76,8 @@ class Clock(Protocol):
         """A batch of `generate.batch_size` records, its caches written."""
         ...
 
-    def cut(self, a: Architecture, generate: Generate, evict: Evict, size: float) -> float:
-        """The targets of a record, read, cut and written; size: bytes of both of its records."""
+    def cut(self, a: Architecture, generate: Generate, evict: Evict) -> float:
+        """The targets of a record."""
         ...
 
     def answer(self, a: Architecture, calls: Sequence[Call], batch: int, threads: int) -> float:
@@ -86,13 +91,19 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class Rates:
-    """A clock of given rates: floating-point operations and bytes to or from the disk, a second."""
+    """A clock of given rates: floating-point operations and bytes to or from the disk, a second.
+
+    They are those of one device and one disk, whatever the machine has that this runs on.
+    """
 
     flops: float
     bytes: float
 
     def start(self, workers: bool) -> float:
         return 0.0
+
+    def workers(self, resources: Resources, pieces: int) -> int:
+        return 1
 
     def teacher_step(
         self, a: Architecture, training: Training, lengths: Lengths, calls: Sequence[Call]
@@ -107,8 +118,8 @@ class Rates:
     def read(self, a: Architecture, generate: Generate, calls: Sequence[Call]) -> float:
         return flops(a, calls, None) / self.flops
 
-    def cut(self, a: Architecture, generate: Generate, evict: Evict, size: float) -> float:
-        return size / self.bytes
+    def cut(self, a: Architecture, generate: Generate, evict: Evict) -> float:
+        return 0.0  # a few operations on what takes long to read and write
 
     def answer(self, a: Architecture, calls: Sequence[Call], batch: int, threads: int) -> float:
         return flops(a, calls, None) / self.flops
@@ -135,6 +146,12 @@ class Calibration:
     def start(self, workers: bool) -> float:
         """Imports, once more in the workers."""
         return self._imports * (2 if workers else 1)
+
+    def workers(self, resources: Resources, pieces: int) -> int:
+        if resources.workers == 0:
+            return 1
+        room = max(1, int((os.cpu_count() or 1) / resources.cpus_per_worker))
+        return min(resources.workers or room, room, pieces)
 
     def teacher_step(
         self, a: Architecture, training: Training, lengths: Lengths, calls: Sequence[Call]
@@ -248,7 +265,7 @@ class Calibration:
             generate.threads,
         )
 
-    def cut(self, a: Architecture, generate: Generate, evict: Evict, size: float) -> float:
+    def cut(self, a: Architecture, generate: Generate, evict: Evict) -> float:
         key = ("cut", a.source, evict)
         if key not in self._known:
             with torch_threads(evict.threads):

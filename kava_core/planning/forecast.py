@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +32,10 @@ from kava_core.planning.room import free_bytes
 from kava_core.planning.sizes import (
     StoreSize,
     checkpoint_bytes,
+    checkpoint_count,
     kv_targets_size,
     model_bytes,
+    run_bytes,
     teacher_kv_size,
 )
 from kava_core.settings import EveryLayer, Pipeline, Student, Traces, Training
@@ -122,7 +123,8 @@ def forecast(
     for student_name, student in settings.students.items():
         records = student.training.taught(lengths.problems)
         Stages.of(student, targets.slots, records, f"students.{student_name}")
-    disk = _disk(settings, shapes, caches, targets)
+    run = _largest_run(settings, shapes, given, lengths)
+    disk = _disk(settings, shapes, caches, targets, run)
     clock = make_clock(lengths) if make_clock else None
     return Forecast(
         pipeline=name,
@@ -139,7 +141,7 @@ def forecast(
         disk=disk,
         free=free_bytes(folder),
         stages=tuple(_Stages(settings, shapes, given, lengths, caches, targets, clock).all()),
-        cheaper=_cheaper(settings, shapes, lengths, sum(disk.values())),
+        cheaper=_cheaper(settings, shapes, lengths, disk),
     )
 
 
@@ -214,16 +216,30 @@ def _stores(
     return caches, kv_targets_size(settings, teacher, lengths)
 
 
+def _largest_run(settings: Pipeline, shapes: Shapes, given: Lengths, lengths: Lengths) -> int:
+    """Bytes of the checkpoints of the run that has the largest ones."""
+
+    def run(a: Architecture, training: Training, where: str, problems: int) -> int:
+        return run_bytes(a, training, where, checkpoint_count(training, settings.cadence, problems))
+
+    runs = [
+        run(shapes.students[name], each.training, f"students.{name}.training", lengths.problems)
+        for name, each in settings.students.items()
+    ]
+    training = settings.teacher.training
+    if training is not None:
+        runs.append(run(shapes.teacher, training, "teacher.training", given.problems))
+    return max(runs)
+
+
 def _disk(
-    settings: Pipeline, shapes: Shapes, caches: StoreSize | None, targets: StoreSize
+    settings: Pipeline,
+    shapes: Shapes,
+    caches: StoreSize | None,
+    targets: StoreSize,
+    checkpoints: int,
 ) -> dict[str, int]:
     """Bytes by artefact. checkpoints: of the largest run, which go when it is done."""
-    runs = [
-        checkpoint_bytes(shapes.students[name], student.training, f"students.{name}.training")
-        for name, student in settings.students.items()
-    ]
-    if settings.teacher.training is not None:
-        runs.append(checkpoint_bytes(shapes.teacher, settings.teacher.training, "teacher.training"))
     resources = settings.resources
     return {
         **({"teacher_kv": caches.bytes} if caches and resources.caches_to is None else {}),
@@ -233,7 +249,7 @@ def _disk(
             model_bytes(shapes.students[name], student.training, f"students.{name}.training")
             for name, student in settings.students.items()
         ),
-        "checkpoints": max(runs),
+        "checkpoints": checkpoints,
     }
 
 
@@ -304,7 +320,7 @@ class _Stages:
         if self.clock is not None:
             each = self.clock.answer(a, answers, rows, traces.threads)
             shards = math.ceil(self.lengths.problems / traces.shard_size)
-            seconds = rounds * each / self._workers(shards)
+            seconds = rounds * each / self.clock.workers(self.settings.resources, shards)
             seconds += self.clock.start(self.settings.resources.workers != 0)
         calls, work = rounds * len(answers), rounds * flops(a, answers, None)
         return StageCost("traces", calls, work, None, seconds)
@@ -315,13 +331,14 @@ class _Stages:
         size = min(generate.rows, generate.shard_size)
         read = read_batch(self.lengths, size)
         passes = batches(self.lengths.problems, size)
-        workers = self._workers(self.targets.shards)
         seconds = None
         if self.clock is not None:
-            seconds = passes * self.clock.read(a, generate, read) / workers
+            seconds = passes * self.clock.read(a, generate, read)
             if self.caches is None:
-                cut = self.clock.cut(a, generate, evict, self.targets.per_record)
-                seconds += self.lengths.problems * cut / workers
+                seconds += self.lengths.problems * self.clock.cut(a, generate, evict)
+            seconds /= self.clock.workers(settings.resources, self.targets.shards)
+            # A shard is written while the next is computed, and workers share the disk.
+            seconds = max(seconds, self.clock.written((self.caches or self.targets).bytes))
             seconds += self.clock.start(settings.resources.workers != 0)
         memory = generate_bytes(settings, a, self.lengths)
         return StageCost("generate", passes, passes * flops(a, read, None), memory, seconds)
@@ -330,9 +347,10 @@ class _Stages:
         settings, a = self.settings, self.shapes.teacher
         seconds = None
         if self.clock is not None:
-            size = caches.per_record + self.targets.per_record
-            cut = self.clock.cut(a, settings.generate, settings.evict, size)
-            seconds = self.lengths.problems * cut / self._workers(self.targets.shards)
+            cut = self.clock.cut(a, settings.generate, settings.evict)
+            seconds = self.lengths.problems * cut
+            seconds /= self.clock.workers(settings.resources, self.targets.shards)
+            seconds = max(seconds, self.clock.written(caches.bytes + self.targets.bytes))
             seconds += self.clock.start(settings.resources.workers != 0)
         shard = 2 * round(caches.bytes / caches.shards + self.targets.bytes / caches.shards)
         return StageCost("evict", 0, 0.0, shard, seconds)
@@ -354,7 +372,8 @@ class _Stages:
         if self.clock is not None:
             answer = self.clock.answer(a, cell, rows, fidelity.threads)
             whole = self.clock.answer(a, read, rows, fidelity.threads)
-            seconds = asked * (cells * answer + whole) / self._workers(asked * cells)
+            seconds = asked * (cells * answer + whole)
+            seconds /= self.clock.workers(self.settings.resources, asked * cells)
             seconds += self.clock.start(self.settings.resources.workers != 0)
         work = asked * (cells * flops(a, cell, None) + flops(a, read, None))
         return StageCost("fidelity", asked * (cells * len(cell) + 2), work, None, seconds)
@@ -409,7 +428,7 @@ class _Stages:
                 seconds += rounds * each
         if self.clock is None:
             return StageCost("evaluate", calls, work, None, None)
-        seconds /= self._workers(asked * len(systems))
+        seconds /= self.clock.workers(self.settings.resources, asked * len(systems))
         seconds += self.clock.start(self.settings.resources.workers != 0)
         return StageCost("evaluate", calls, work, None, seconds)
 
@@ -440,28 +459,23 @@ class _Stages:
 
     def _saving(self, a: Architecture, training: Training, where: str) -> float:
         assert self.clock is not None
-        steps = training.total_steps(training.taught(self.lengths.problems))
-        saves = steps // self.settings.cadence.save_every + 1
-        return saves * self.clock.written(checkpoint_bytes(a, training, where) / 2)
-
-    def _workers(self, pieces: int) -> int:
-        """How many will share so many pieces of work on this machine."""
-        resources = self.settings.resources
-        if resources.workers == 0:
-            return 1
-        room = max(1, int((os.cpu_count() or 1) / resources.cpus_per_worker))
-        return min(resources.workers or room, room, pieces)
+        saves = checkpoint_count(training, self.settings.cadence, self.lengths.problems)
+        return saves * self.clock.written(checkpoint_bytes(a, training, where))
 
 
-def _cheaper(settings: Pipeline, shapes: Shapes, lengths: Lengths, now: int) -> tuple[Saving, ...]:
-    found = []
+def _cheaper(
+    settings: Pipeline, shapes: Shapes, lengths: Lengths, disk: dict[str, int]
+) -> tuple[Saving, ...]:
+    """disk: bytes by artefact, as it is now."""
+    found, now = [], sum(disk.values())
     for changes, costs in _changes(settings):
         changed = settings
         for key, value in changes.items():
             section, _, field = key.partition(".")
             part = getattr(changed, section).model_copy(update={field: value})
             changed = changed.model_copy(update={section: part})
-        size = sum(_disk(changed, shapes, *_stores(changed, shapes.teacher, lengths)).values())
+        stores = _stores(changed, shapes.teacher, lengths)
+        size = sum(_disk(changed, shapes, *stores, disk["checkpoints"]).values())
         if now - size > _WORTH * now:
             found.append(Saving(_plain(changes), size, now - size, costs))
     return tuple(sorted(found, key=lambda saving: -saving.saves))

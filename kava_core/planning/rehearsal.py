@@ -38,8 +38,9 @@ _CHAT = (
 def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any]:
     """The settings of the small pipeline, as plain values; its models are written to `folder`.
 
-    Problems are drawn from `synthetic` in the pipeline's own form of traces. Models have few
-    layers, or, where any setting is about layers, as many as the pipeline's.
+    They name nothing outside `folder`. Problems are drawn from `synthetic` in the pipeline's own
+    form of traces. Models have few layers, or, where any setting is about layers, as many as the
+    pipeline's.
     """
     layers = None if _about_layers(settings) else _LAYERS
     plain: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
@@ -74,6 +75,8 @@ def rehearsed(settings: Pipeline, shapes: Shapes, folder: Path) -> dict[str, Any
             student["curriculum"] = {"latents_per_step": plain["evict"]["budget"], "steps": 1}
         if student["model"] is not None:
             _narrow(student, shapes.students[name], folder / "students" / name, layers)
+    # Students from elsewhere are weights, and the small teacher has another tokenizer than theirs.
+    plain["evaluate"].pop("others", None)
     plain["evaluate"] |= {
         "limit": _ASKED,
         "batch_size": _BATCH,

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from kava_core.planning.architecture import Architecture
 from kava_core.planning.lengths import Lengths
-from kava_core.settings import Pipeline, Training
+from kava_core.settings import Cadence, Pipeline, Training
 from kava_core.store import Codec, Geometry
 from kava_core.store.layout import TensorSpec, shard_layout
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import store_codec
 
 WEIGHT_BYTES = 4  # models are saved in float32
-_CHECKPOINTS = 2  # the last ones that a run keeps
+_KEPT = 2  # the last checkpoints, which a run keeps
 _INDEX_ROW = 140  # bytes of a record's ids, names and numbers, beside its tokens
 _MANIFEST, _MANIFEST_FILE = 2500, 140
 _HEADER = 600  # of a shard
@@ -74,11 +74,23 @@ def model_bytes(architecture: Architecture, training: Training | None, where: st
 
 
 def checkpoint_bytes(architecture: Architecture, training: Training, where: str) -> int:
-    """Of the checkpoints that lie beside a run: weights, and AdamW's two moments of what learns."""
+    """Of one checkpoint: weights, and AdamW's two moments of what learns."""
     trainable = architecture.trainable(training, where)
     learnt = trainable if training.lora else 0  # adapters lie beside the weights
-    whole = architecture.parameters + learnt + 2 * trainable
-    return _CHECKPOINTS * WEIGHT_BYTES * whole
+    return WEIGHT_BYTES * (architecture.parameters + learnt + 2 * trainable)
+
+
+def checkpoint_count(training: Training, cadence: Cadence, records: int) -> int:
+    """How many a run on so many training records writes, one of them at its end."""
+    return -(-training.total_steps(training.taught(records)) // cadence.save_every)
+
+
+def run_bytes(architecture: Architecture, training: Training, where: str, written: int) -> int:
+    """Of the checkpoints beside a run that writes so many: those that it keeps, and what the next
+    one, written before the oldest goes, takes more than the model, written after all."""
+    one = checkpoint_bytes(architecture, training, where)
+    more = one - model_bytes(architecture, training, where) if written > _KEPT else 0
+    return min(_KEPT, written) * one + max(0, more)
 
 
 def layout_bytes(layout: dict[str, TensorSpec]) -> int:

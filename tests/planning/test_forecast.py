@@ -278,22 +278,59 @@ def stage(found: Forecast, name: str) -> float:
     return seconds
 
 
-def test_workers_share_what_they_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_workers(workers: int | None, **sections: Any) -> Pipeline:
+    fidelity = {"policies": ["rkv"], "budgets": [2], "limit": 64, "batch_size": 8}
+    more = {"fidelity": fidelity, "evaluate": {"batch_size": 2}, "resources": {"workers": workers}}
+    return Pipeline.model_validate({**SMALL, **more, **sections})
+
+
+def test_workers_of_this_machine_share_what_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-
-    def planned(workers: int) -> Forecast:
-        sections = {
-            "fidelity": {"policies": ["rkv"], "budgets": [2], "limit": 64, "batch_size": 8},
-            "evaluate": {"batch_size": 2},
-            "resources": {"workers": workers},
-        }
-        settings = Pipeline.model_validate({**SMALL, **sections})
-        return forecast("small", settings, tmp_path, lambda _: Rates(1e9, 1e9))
-
-    one, four = planned(1), planned(4)
+    clock = WithoutStart(lengths_of(with_workers(1), tmp_path))  # measures once
+    one, four = (forecast("small", with_workers(n), tmp_path, lambda _: clock) for n in (1, 4))
     for shared in ("fidelity", "evaluate"):
         assert stage(four, shared) == pytest.approx(stage(one, shared) / 4), shared
+    for shared, store in (("generate", four.teacher_kv), ("evict", four.kv_targets)):
+        assert store is not None
+        # Their work is shared, the disk is not.
+        least = clock.written(store.bytes)
+        assert max(least, stage(one, shared) / 4) <= stage(four, shared) <= stage(one, shared)
     assert stage(four, "teacher") == stage(one, "teacher")
+
+
+def test_given_rates_are_of_one_device_and_one_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = with_workers(None, traces={"samples": 2, "temperature": 1.0})
+
+    def planned(cores: int, each: Pipeline, rates: Rates) -> Forecast:
+        monkeypatch.setattr("os.cpu_count", lambda: cores)
+        return forecast("small", each, tmp_path, lambda _: rates)
+
+    few, many = (planned(cores, settings, Rates(1e9, 1e9)).stages for cores in (2, 64))
+    assert few == many
+    slow_disk = planned(64, settings, Rates(1e15, 1e3))
+    stores = slow_disk.teacher_kv, slow_disk.kv_targets
+    caches, targets = (store.bytes for store in stores if store is not None)
+    assert stage(slow_disk, "generate") == pytest.approx(caches / 1e3)
+    assert stage(slow_disk, "evict") == pytest.approx((caches + targets) / 1e3)
+    alone = with_workers(None, generate={**SMALL["generate"], "keep": "targets"})
+    found = planned(64, alone, Rates(1e15, 1e3))
+    assert stage(found, "generate") == pytest.approx(found.kv_targets.bytes / 1e3)
+    slow_device = planned(64, settings, Rates(1e6, 1e15))
+    operations = next(each.flops for each in slow_device.stages if each.stage == "generate")
+    assert stage(slow_device, "generate") == pytest.approx(operations / 1e6)
+
+
+def test_a_run_has_as_many_checkpoints_as_it_writes(tmp_path: Path) -> None:
+    def checkpoints(save_every: int) -> float:
+        disk = forecast("small", settings_with(cadence={"save_every": save_every}), tmp_path).disk
+        return disk["checkpoints"] / disk["teacher"]
+
+    # Weights and two moments: 3 each. The third is there before the first goes, the model after.
+    assert [checkpoints(steps) for steps in (40, 20, 10)] == [3, 6, 8]
 
 
 @pytest.mark.slow  # not long, but of use on a quiet machine only

@@ -215,6 +215,7 @@ def test_a_chat_is_planned_and_runs_in_the_small(tmp_path: Path) -> None:
         update={
             "prepare": plain.prepare.model_copy(update={"prompt": prompt}),
             "teacher": plain.teacher.model_copy(update={"training": None}),
+            "evaluate": plain.evaluate.model_copy(update={"others": {"theirs": "not/there"}}),
         }
     )
     questions = [lengths_of(each, tmp_path).question.mean() for each in (plain, chat)]

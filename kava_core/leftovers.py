@@ -8,6 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from kava_core.errors import KavaError
 from kava_core.lock import Holder, holder_of, is_alive
 
 # The names that `atomic_path` and `atomic_folder` write under, with the process that does.
-HALF_WRITTEN = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.tmp")
+HALF_WRITTEN = re.compile(r"\..+\.\d{1,9}\.tmp")
+LOCK = ".lock"
+LATELY = 3600.0  # seconds: what was written to since may be another machine's work
 
 
 @dataclass(frozen=True)
@@ -25,44 +28,41 @@ class Leftover:
     that was killed has half written.
 
     what: in words. size: bytes. age: seconds since it was last written to. holder: who is at work
-    on it.
+    on it, in words.
     """
 
     path: Path
     what: str
     size: int
     age: float
-    holder: Holder | None
+    holder: str | None
 
 
 def find_leftovers(data: Path) -> list[Leftover]:
     """All unfinished and kept work of the data folder `data`, and all that is half written there,
     largest first."""
     data = data_folder(data / "pipeline")
-    folders = [data / name for name in (WORK, KEPT)]
-    entries = sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
-    locks = {path: holder_of(path) for path in entries if path.suffix == ".lock"}
-    held = [holder for holder in locks.values() if holder is not None]
-    found = [_look_at(path, "lock", None) for path, holder in locks.items() if holder is None]
-    for path in entries:
-        if path in locks:
-            continue
-        stage, output = _purpose(path)
-        holder = next((each for each in held if _works_on(each, stage, output)), None)
-        what = f"{stage} of {output}" if stage else "unknown"
-        kept = ", kept for the next run" if path.parent.name == KEPT else ""
-        found.append(_look_at(path, what + kept, holder))
-    for path, pid in _half_written(data):
-        writer = Holder(platform.node(), pid, "", "") if is_alive(pid) else None
-        place = path.parent.relative_to(data).as_posix()
-        found.append(_look_at(path, f"half written in {place}", writer))
+    held, found = _held(data), []
+    for path in [*_work(data), *_half_written(data)]:
+        if (measured := _measured(path)) is not None:
+            size, age = measured
+            what, holder = _purpose_and_holder(path, data, age, held)
+            if path.suffix != LOCK or holder is None:
+                found.append(Leftover(path, what, size, age, holder))
     return sorted(found, key=lambda left: -left.size)
 
 
-def remove(left: Leftover) -> None:
-    """Remove a leftover, unless somebody took it up in the meantime."""
-    if left.path.suffix != ".lock" or holder_of(left.path) is None:
-        clear(left.path)
+def remove(left: Leftover, data: Path) -> str | None:
+    """Remove a leftover of the data folder `data`, unless somebody has taken it up in the meantime:
+    who that is."""
+    data = data_folder(data / "pipeline")
+    if (measured := _measured(left.path)) is None:
+        return None
+    _, holder = _purpose_and_holder(left.path, data, measured[1], _held(data))
+    if holder is None:
+        with suppress(FileNotFoundError):  # somebody else removes it at the same time
+            clear(left.path)
+    return holder
 
 
 def keep_only(output: Path, stage: str, kept: Collection[Path]) -> None:
@@ -91,12 +91,22 @@ def _works_on(holder: Holder, stage: str, output: str) -> bool:
     return holder.work.split()[0] == stage and Path(output).is_relative_to(holder.folder)
 
 
-def _half_written(data: Path) -> Iterator[tuple[Path, int]]:
-    """What stands beside artefacts under a name for the time of writing, and whose it is."""
+def _work(data: Path) -> list[Path]:
+    """What stands in the folders of unfinished and of kept work."""
+    folders = [data / name for name in (WORK, KEPT)]
+    return sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir())
+
+
+def _held(data: Path) -> list[Holder]:
+    """Who is at work in the data folder."""
+    locks = (path for path in _work(data) if path.suffix == LOCK)
+    return [holder for path in locks if (holder := holder_of(path)) is not None]
+
+
+def _half_written(data: Path) -> Iterator[Path]:
+    """What stands beside artefacts under a name for the time of writing."""
     for root, folders, files in os.walk(data):
-        for name in [*folders, *files]:
-            if found := HALF_WRITTEN.fullmatch(name):
-                yield Path(root, name), int(found["pid"])
+        yield from (Path(root, name) for name in [*folders, *files] if HALF_WRITTEN.fullmatch(name))
         at_the_top = Path(root) == data
         folders[:] = [
             name
@@ -105,8 +115,44 @@ def _half_written(data: Path) -> Iterator[tuple[Path, int]]:
         ]
 
 
-def _look_at(path: Path, what: str, holder: Holder | None) -> Leftover:
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    states = [file.lstat() for file in files]
+def _measured(path: Path) -> tuple[int, float] | None:
+    """Bytes, and seconds since it was last written to; None if it is gone."""
+    paths, states = [path], []
+    for root, folders, files in os.walk(path):
+        paths += (Path(root, name) for name in [*folders, *files])
+    for each in paths:
+        with suppress(FileNotFoundError):  # whoever is at work there removes files, too
+            states.append(each.lstat())
+    if not states:
+        return None
     age = time.time() - max(state.st_mtime for state in states)
-    return Leftover(path, what, sum(state.st_size for state in states), max(0.0, age), holder)
+    return sum(state.st_size for state in states), max(0.0, age)
+
+
+def _purpose_and_holder(
+    path: Path, data: Path, age: float, held: list[Holder]
+) -> tuple[str, str | None]:
+    """What it is, and who is at work on it, in words; held: who holds the locks of `data`."""
+    if path.parent not in (data / WORK, data / KEPT):
+        place = path.parent.relative_to(data)
+        return f"half written in {place.as_posix()}", _writer(path, place, age, held)
+    if path.suffix == LOCK:
+        holder, what = holder_of(path), "lock"
+    else:
+        stage, output = _purpose(path)
+        holder = next((each for each in held if _works_on(each, stage, output)), None)
+        kept = ", kept for the next run" if path.parent.name == KEPT else ""
+        what = (f"{stage} of {output}" if stage else "unknown") + kept
+    return what, None if holder is None else str(holder)
+
+
+def _writer(path: Path, place: Path, age: float, held: list[Holder]) -> str | None:
+    """Who may still write it. Its name has a process but no host, and the disk may be shared: so
+    it may be whoever holds a lock elsewhere, and while it is new anybody."""
+    pid = int(path.name.split(".")[-2])
+    if is_alive(pid):
+        return str(Holder(platform.node(), pid, "", ""))
+    for each in held:
+        if each.host != platform.node() and place.is_relative_to(each.folder):
+            return str(each)
+    return f"process {pid} on another machine, perhaps" if age < LATELY else None

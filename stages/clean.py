@@ -18,7 +18,8 @@ def clean(data: Path, yes: bool) -> None:
     A stage that was killed goes on from it when it is run again with the same settings and inputs;
     with others it starts anew, and the old work stays until it is removed here. Below DATA/.kept
     are the answers that `evaluate` does not ask for twice. So it is with what a command that was
-    killed has half written elsewhere in DATA. What a running stage works on is left alone. No
+    killed has half written elsewhere in DATA. What a running stage works on is left alone, and
+    half-written files for an hour: on a shared disk another machine may be writing them. No
     artefact is touched.
     """
     from kava_core.console import readable_size, readable_time
@@ -35,6 +36,11 @@ def clean(data: Path, yes: bool) -> None:
     size = readable_size(sum(left.size for left in unused))
     if not yes:
         click.confirm(f"Remove {len(unused)} of them, {size}?", abort=True)
+    removed = []
     for left in unused:
-        remove(left)
-    click.echo(f"removed {len(unused)}, {size}")
+        if holder := remove(left, data):
+            click.echo(f"{left.path} stays: it is in use by {holder} now")
+        else:
+            removed.append(left)
+    size = readable_size(sum(left.size for left in removed))
+    click.echo(f"removed {len(removed)}, {size}")

@@ -1,7 +1,7 @@
 """The `kava` command: one subcommand per stage, and the tools beside them.
 
 `kava …` and `python -m stages …` are the same. Errors that a person can mend are one sentence and
-exit status 1.
+exit status 1; what was told to end exits with the status that a shell expects.
 """
 
 from __future__ import annotations
@@ -114,17 +114,18 @@ def kava(less: bool, more: bool, log_format: Format) -> None:
         quiet()
 
 
+GO_ON = "run the same command again to go on"
 # What a disk refuses, whoever wrote to it: nothing that a traceback would help with.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 # What it refuses one file, for reading or for writing.
 FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY, errno.ESTALE, errno.ENAMETOOLONG,
-               errno.ELOOP)  # fmt: skip
+               errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # fmt: skip
 # Of torch's writer of checkpoints, which stands in that file of its own.
 TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc")
 
 
 def main() -> None:
-    """Run the command line; KavaErrors become one line on stderr and exit status 1.
+    """Run the command line; KavaErrors become one line on stderr and their exit status, 1.
 
     SIGINT and SIGTERM end it in good order, with one line and the status that a shell expects.
     """
@@ -142,11 +143,13 @@ def main() -> None:
         # Libraries make errors of their own of an interrupt that reaches them.
         number = settle()
         if number or isinstance(error, click.Abort | KeyboardInterrupt):
-            complain("interrupted; run the same command again to go on")
+            # click makes an error of its own of the one that has the notes.
+            notes = getattr(error, "__notes__", getattr(error.__cause__, "__notes__", [GO_ON]))
+            complain("; ".join(["interrupted", *notes]))
             sys.exit(128 + (number or signal.SIGINT))
         if isinstance(error, KavaError):
             complain(f"error: {error}", error)
-            sys.exit(1)
+            sys.exit(error.status)
         if isinstance(error, click.ClickException):
             error.show()
             sys.exit(error.exit_code)
@@ -186,8 +189,8 @@ def _refusal(error: BaseException) -> str | None:
             )
         if isinstance(each, OSError) and number in FILE_ERRORS and each.filename:
             return (
-                f"{each.filename} cannot be used ({os.strerror(number)}). Check its disk, its name "
-                "and who may read and write it; finished work is kept."
+                f"{each.filename2 or each.filename} cannot be used ({os.strerror(number)}). Check "
+                "its disk, its name and who may read and write it; finished work is kept."
             )
         if number == errno.EMFILE:
             return (

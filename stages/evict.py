@@ -47,10 +47,9 @@ def publish_targets(run: Run, built: Build) -> None:
     from kava_core.store import TargetsStore
     from kava_core.store.summary import eviction_findings, quarantine_facts
 
-    output = run.path("kv_targets")
-    publish((built.folder, output))
-    found = eviction_findings(TargetsStore.open(output), built.counts)
+    found = eviction_findings(TargetsStore.open(built.folder), built.counts)
     write_finding(run.path(FILE), found)
+    publish((built.folder, run.path("kv_targets")))  # last: with it goes all that was finished
     identity = "; ".join(f"{what} {how_much}" for what, how_much in found.identity)
     say(
         f"kv_targets: {built.manifest.records} records, {found.megabytes:.1f} MB{built.where}; "

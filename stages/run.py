@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from kava_core.artefacts import WORK, data_folder, fingerprint
-from kava_core.console import reporting, say
+from kava_core.console import reporting, say, warn
 from kava_core.errors import KavaError
 from kava_core.lock import alone
 from kava_core.settings import Imported, Imports, Pipeline, load_any_pipeline, load_pipeline
@@ -197,13 +197,19 @@ def _logged(run: AnyRun, what: str) -> Iterator[None]:
     yield
     seconds = time.perf_counter() - began
     log = run.data / ".runs" / f"{run.name}.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
     entry = {
         "stage": what,
         "seconds": round(seconds, 1),
         "started": started.isoformat(timespec="seconds"),
         "host": platform.node(),
     }
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:  # what the stage made stands: DVC would remove it after a failure
+        warn(
+            f"{what}: {log} cannot be written ({error.strerror}), and lacks this run. What was "
+            "made is in its place; check that disk, and who may write there."
+        )
     say(f"{what}: done in {seconds:.0f} s")

@@ -16,12 +16,12 @@ import click
 
 from kava_core.console import say
 from kava_core.errors import KavaError
-from kava_core.findings.study import ASKED, Asking
 
 from .run import data_option, pipelines_option
 from .together import end_children, together
 
 if TYPE_CHECKING:
+    from kava_core.studies.asked import AskedLog
     from kava_core.studies.plan import Piece, StudyCell, StudyPlan
 
 
@@ -53,6 +53,7 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
     from kava_core.findings.study import CellAnswers, StoreFidelity
     from kava_core.reporting.study import as_page, as_table
     from kava_core.settings import load_study
+    from kava_core.studies.asked import AskedLog
     from kava_core.studies.plan import plan_study
     from kava_core.studies.summary import summarise, write_study
 
@@ -60,7 +61,8 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
     folder = data / "studies" / name
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
-        Bench(folder.absolute(), plan, lock).run(jobs)
+        asked = AskedLog(folder)
+        Bench(folder.absolute(), plan, lock, asked).run(jobs)
         found = {
             cell: read_finding(CellAnswers, _answers(folder, cell), f"study {name}")
             for cell in plan.cells
@@ -83,7 +85,7 @@ def study(name: str, jobs: int, pipelines: Path, data: Path, as_json: bool) -> N
         click.echo(summary.model_dump_json(indent=2))
     else:
         Console().print(as_table(summary))
-    _say_when_asked(folder, plan)
+    _say_when_asked(asked, plan)
     say(f"Page: {folder / 'index.html'}")
 
 
@@ -104,10 +106,11 @@ def _alone(folder: Path) -> Iterator[int]:
 class Bench:
     """Where a study is run: every stage is a process of its own, in the folder of its piece."""
 
-    def __init__(self, folder: Path, plan: StudyPlan, lock: int) -> None:
+    def __init__(self, folder: Path, plan: StudyPlan, lock: int, asked: AskedLog) -> None:
         self.folder = folder
         self.plan = plan
         self.lock = lock
+        self.asked = asked
         self.asking = threading.Lock()  # in this process, so one after another
 
     def run(self, jobs: int) -> None:
@@ -168,8 +171,8 @@ class Bench:
         say(f"made {piece.name}")
 
     def _ask(self, cell: StudyCell) -> None:
-        from kava_core.artefacts import sync
         from kava_core.findings.base import write_finding
+        from kava_core.findings.study import Asking
         from kava_core.studies.cells import ask_cell
 
         with self.asking:
@@ -187,9 +190,7 @@ class Bench:
                     problems=len(found.ids),
                     key=cell.key,
                 )
-                with (self.folder / ASKED).open("a", encoding="utf-8") as log:
-                    log.write(asking.model_dump_json() + "\n")
-                sync(self.folder / ASKED)
+                self.asked.add(asking)
             write_finding(_answers(self.folder, cell), found, spaced=False)
         words = f"{cell.system} {cell.variant}".rstrip()
         seed = "" if cell.seed is None else f", seed {cell.seed}"
@@ -232,7 +233,7 @@ class Bench:
 
     def _say_asked_before(self) -> None:
         keys = {cell.key for cell in self.plan.cells}
-        others = [asking for asking in _asked(self.folder) if asking.key not in keys]
+        others = [asking for asking in self.asked.askings if asking.key not in keys]
         if others and self.plan.study.split == "test":
             say(
                 f"test problems were asked before with other settings ({len(others)} times, last "
@@ -258,14 +259,8 @@ def _done(folder: Path, cell: StudyCell) -> bool:
     return changed and store and _answers(folder, cell).is_file()
 
 
-def _asked(folder: Path) -> list[Asking]:
-    path = folder / ASKED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [Asking.model_validate_json(line) for line in lines]
-
-
-def _say_when_asked(folder: Path, plan: StudyPlan) -> None:
+def _say_when_asked(asked: AskedLog, plan: StudyPlan) -> None:
     keys = {cell.key for cell in plan.cells}
-    times = [asking.at for asking in _asked(folder) if asking.key in keys]
+    times = [asking.at for asking in asked.askings if asking.key in keys]
     if times and plan.study.split == "test":
         say(f"Test problems were asked {len(times)} times, {min(times)} to {max(times)}.")

@@ -12,6 +12,7 @@ part of every batch, and what is logged, saved and decided is that of all of the
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kava_core.artefacts import ensure_folder
 from kava_core.console import progress, say
+from kava_core.distill.ahead import ReadAhead
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import (
     STOP_FILE,
@@ -48,7 +50,13 @@ from kava_core.store import ShardShuffleSampler
 
 
 class Stopped(KavaError):
-    """SIGTERM arrived; the state is saved and the run can be repeated."""
+    """The run was told to end, by a signal or a file; its state is saved and it can be repeated."""
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        """number: of the signal, of which a command's status tells as a shell expects."""
+        super().__init__(message)
+        if number is not None:
+            self.status = 128 + number
 
 
 class OneDevice(TrainingArguments):
@@ -96,7 +104,7 @@ def fit(
 
     A file `stop` in `folder` does what SIGTERM does: the state is saved after the step at work.
 
-    Raises KavaError on a loss that is not a number (naming the records), `Stopped` on SIGTERM.
+    Raises KavaError on a loss that is not a number (naming the records), `Stopped` if told to end.
     """
     # The Trainer moves the model; initial states must not depend on what ran before.
     set_seed(training.seed)
@@ -156,7 +164,7 @@ def fit(
             held_out=held_out,
             model=model,
             args=arguments,
-            train_dataset=dataset,
+            train_dataset=ReadAhead(dataset) if loader_workers else dataset,
             eval_dataset=dataset if evaluate_every else None,
             data_collator=_as_it_is,
             callbacks=callbacks,
@@ -180,9 +188,12 @@ def fit(
         # Mixed precision wrapped the model's forward; the caller gets its own model back.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if stop.stopped and not finished:
+        # Of several processes the one that started them makes the file when it gets the signal.
+        told = termination.is_set() or group.size() > 1
         raise Stopped(
             f"{title}: stopped at step {trainer.state.global_step} of {steps} and saved. "
-            "Run the same command again to go on."
+            "Run the same command again to go on.",
+            signal.SIGTERM if told else None,
         )
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, TrainingArguments
 
 from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
+from kava_core.distill.callbacks import STOP_FILE
 from kava_core.distill.fit import Stopped, fit
 from kava_core.distill.match import Match
 from kava_core.distill.terms import chain_terms, student_terms
@@ -69,8 +73,19 @@ def test_sigterm_saves_and_stops_and_the_rest_follows(
     assert files(tmp_path / "curves") == curves
 
 
-def test_a_process_stopped_by_sigterm_has_an_error_a_person_can_read() -> None:
+def test_a_run_that_is_told_to_end_says_so_with_the_status_of_the_signal(
+    store: Path, tmp_path: Path
+) -> None:
+    run = Toy(store, tmp_path)
+    with pytest.raises(Stopped) as ended:
+        run.but(signal_at=2, signal=signal.SIGTERM).run()
     assert issubclass(Stopped, KavaError)
+    passed_on = pickle.loads(pickle.dumps(ended.value))  # as training processes do
+    assert (str(passed_on), passed_on.status) == (str(ended.value), 128 + signal.SIGTERM)
+    (run.checkpoints / STOP_FILE).touch()
+    with pytest.raises(Stopped, match="stopped at step 3 of 10 and saved") as ended:
+        run.run()
+    assert ended.value.status == 1  # nobody sent a signal
 
 
 def test_a_run_killed_after_its_last_step_takes_no_further_one(
@@ -131,6 +146,28 @@ def test_loader_processes_change_nothing(
     assert same(run.run(), whole[0])
     assert not forks  # which would take over locks that other threads hold, of Ray for one
     assert files(tmp_path / "curves") == whole[1]
+
+
+def test_loader_processes_end_with_a_training_that_is_killed(store: Path, tmp_path: Path) -> None:
+    def others() -> set[int]:
+        return {p.pid for p in psutil.process_iter() if _group(p) == os.getpgrp()}
+
+    run = Toy(store, tmp_path, loader_workers=2)
+    assert killed(run.but(signal_at=1)) == -signal.SIGKILL  # a server is there from now on
+    before = others()
+    assert killed(run.but(signal_at=4)) == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while left := others() - before:
+        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
+        time.sleep(0.1)
+
+
+def _group(process: psutil.Process) -> int | None:
+    """Its process group; None for one that has ended, or that nobody has asked for its end."""
+    try:
+        return os.getpgid(process.pid) if process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
 
 
 def test_a_process_that_sees_many_gpus_computes_on_one(

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.stage import Stage
+from tests.faults.stage import SETTINGS, Stage
 from tests.golden.inputs import NAME, make_inputs, with_settings
 from tests.reporting.pipeline import make_pipeline
 
@@ -107,14 +107,20 @@ def _homes(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {False: home, True: report}
 
 
+def _copied(homes: dict[bool, Path], name: str, home: Path) -> Path:
+    shutil.copytree(homes[name == "report"], home)
+    if name in SETTINGS:
+        section, settings = SETTINGS[name]
+        with_settings(home, section, **settings)
+    return home
+
+
 @pytest.fixture
 def make_stage(_homes: dict[bool, Path], tmp_path: Path) -> Callable[[str], Stage]:
     """A stage by its name, in a home that a test may change."""
 
     def make(name: str) -> Stage:
-        home = tmp_path / f"home-{name}"
-        shutil.copytree(_homes[name == "report"], home)
-        return Stage(home, name)
+        return Stage(_copied(_homes, name, tmp_path / f"home-{name}"), name)
 
     return make
 
@@ -145,8 +151,7 @@ def whole(
 
     def of(name: str) -> Whole:
         if name not in made:
-            start = tmp_path_factory.mktemp(f"whole-{name}") / "start"
-            shutil.copytree(_homes[name == "report"], start)
+            start = _copied(_homes, name, tmp_path_factory.mktemp(f"whole-{name}") / "start")
             with_settings(start, "cadence", save_every=2)
             stage = Stage(start.with_name("done"), name)
             shutil.copytree(start, stage.home)

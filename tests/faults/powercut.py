@@ -146,11 +146,11 @@ class Moment:
     image: Image
 
     def below(self, place: str) -> dict[str, str]:
-        """Files below a folder of the home, with their content; empty if there is none."""
+        """As `digest`: a file of the home, or those below a folder, with their content."""
         return {
-            path.removeprefix(f"{place}/"): content
+            path.removeprefix(place).lstrip("/") or ".": content
             for path, content in self.image.items()
-            if path.startswith(f"{place}/") and content != FOLDER
+            if content != FOLDER and f"{path}/".startswith(f"{place}/")
         }
 
     def restore(self, home: Path, out: Path) -> None:

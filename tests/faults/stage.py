@@ -26,11 +26,16 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "prepare": (["prepare"], ["problems", "test_sets"]),
     "teacher": (["teacher"], ["teacher", "curves/teacher"]),
     "generate": (["generate"], ["teacher_kv"]),
-    "evict": (["evict"], ["kv_targets"]),
+    "generate-targets": (["generate"], ["kv_targets", "eviction.json"]),
+    "evict": (["evict"], ["kv_targets", "eviction.json"]),
     "fidelity": (["fidelity"], ["fidelity"]),
     "distill": (["distill", "kava"], ["students/kava", "curves/students/kava"]),
     "evaluate": (["evaluate"], ["evaluation"]),
     "report": (["report"], ["report"]),
+}
+# stage → a section of the settings, and what is another one there
+SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "generate-targets": ("generate", {"keep": "targets"})
 }
 
 

@@ -53,7 +53,7 @@ def test_a_dead_piece_of_a_cluster_costs_nothing_but_time(
     assert stage.run(nodes.join)[0] == 0, stage.said  # a training has two processes in any case
     expected = stage.digests()
     for output in stage.outputs:
-        output.rename(output.with_name("before"))
+        output.rename(output.with_name(f"{output.name}.before"))
     for kept in stage.home.glob("data/.kept"):
         shutil.rmtree(kept)
     process = settle(stage, workers=2).start(nodes.join)

@@ -69,6 +69,7 @@ def check_moments(moments: list[Moment], name: str, expected: list[dict[str, str
 # stage → a finished piece of its work
 PIECES = {
     "generate": r"data/\.work/[^/]+/output/shard-\d+\.json",
+    "generate-targets": r"data/\.work/[^/]+/output/shard-\d+\.json",
     "evict": r"data/\.work/[^/]+/output/shard-\d+\.json",
     "fidelity": r"data/\.work/[^/]+/batch-[\w-]+\.json",
     "evaluate": r"data/\.kept/[^/]+/[a-z]+(-\d+)?\.json",

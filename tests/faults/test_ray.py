@@ -55,7 +55,7 @@ def test_a_dead_piece_of_ray_costs_nothing_but_time(
     expected = stage.digests()
     on_ray(stage)
     for output in stage.outputs:
-        output.rename(output.with_name("before"))
+        output.rename(output.with_name(f"{output.name}.before"))
     process = stage.start()
     assert process.pid is not None
     driver = psutil.Process(process.pid)

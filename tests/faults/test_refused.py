@@ -17,6 +17,7 @@ import pytest
 from tests.faults import starve
 from tests.faults.conftest import Tell, Whole
 from tests.faults.stage import STAGES, Stage
+from tests.golden.inputs import NAME
 from tests.stages.project import ROOT
 
 Before = Callable[[], object]
@@ -152,6 +153,24 @@ def test_a_disk_that_is_read_only(
     subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
     check_allowed(whole(name), stage)
     tell(f"{name} refused a write", "a disk that is read-only", AFTERWARDS)
+
+
+@pytest.mark.parametrize("kind", ["a file for the folder", "a folder for the file"])
+def test_a_run_log_that_cannot_be_written_fails_no_stage(
+    whole: MakeWhole, kind: str, tmp_path: Path, tell: Tell
+) -> None:
+    """What the stage made is published by then, and DVC would remove it after a failure."""
+    stage = whole("prepare").again(tmp_path / "home", "prepare")
+    runs = stage.home / "data" / ".runs"
+    if kind == "a file for the folder":
+        runs.touch()
+    else:
+        (runs / f"{NAME}.jsonl").mkdir(parents=True)
+    assert stage.run()[0] == 0, stage.said
+    assert stage.digests() == whole("prepare").expected
+    said = " ".join(stage.said.split())
+    assert f".runs/{NAME}.jsonl cannot be written" in said and "prepare: done in" in said
+    tell("a run log that cannot be written", kind, "a warning; the stage has not failed")
 
 
 def test_a_name_that_is_too_long(whole: MakeWhole, tmp_path: Path, tell: Tell) -> None:

@@ -13,6 +13,7 @@ from kava_core.store import finalise, finished_shards
 from kava_core.store.verify import verify
 from tests.faults.conftest import Tell
 from tests.faults.stage import Stage
+from tests.stages.project import digest
 from tests.store.make import FINGERPRINTS, TARGETS
 from tests.targets.test_build import SIZES, Job, build
 
@@ -94,6 +95,27 @@ def test_what_another_process_left_in_a_store_is_not_published(unfinished: Path)
     (unfinished / ".shard-00000.safetensors.7.tmp.x").touch()
     with pytest.raises(KavaError, match=r"7\.tmp\.x does not belong to the store that was made"):
         finalise(unfinished, TARGETS, shards=len(SIZES), settings={}, fingerprints=FINGERPRINTS)
+
+
+@pytest.mark.parametrize("name", ["evict", "generate-targets"])
+def test_targets_are_kept_until_all_that_is_said_of_them_is_written(
+    make_stage: MakeStage, name: str
+) -> None:
+    """Something is in the place of eviction.json, as a disk may have no room for it."""
+    stage = make_stage(name)
+    targets, finding = stage.outputs
+    before = digest(targets)
+    (finding / "inside").mkdir(parents=True)
+    assert stage.run()[0] == 1 and "Traceback" not in stage.said, stage.said
+    assert "eviction.json cannot be used (Is a directory)" in " ".join(stage.said.split())
+    assert digest(targets) == before
+    (built,) = stage.work.glob("kv_targets-*/output")
+    shards = len(list(built.glob("shard-*.safetensors")))
+    shutil.rmtree(finding)
+    assert stage.run()[0] == 0, stage.said
+    assert f"kv_targets: {shards} of {shards} shards are finished already" in stage.said
+    assert digest(targets) != before and finding.is_file()
+    assert list(stage.work.iterdir()) == []
 
 
 def test_a_file_in_the_place_of_a_working_folder_goes(make_stage: MakeStage, tell: Tell) -> None:

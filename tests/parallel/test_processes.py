@@ -210,8 +210,9 @@ class TestTwo:
 
         before = signal.getsignal(signal.SIGTERM)
         threading.Thread(target=terminate).start()
-        with pytest.raises(Stopped, match=r"toy: stopped at step \d of 8 and saved"):
+        with pytest.raises(Stopped, match=r"toy: stopped at step \d of 8 and saved") as ended:
             in_two(run)
+        assert ended.value.status == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is before
         in_two(run)
         for each in (killed, run):

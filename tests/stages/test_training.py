@@ -83,7 +83,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(copy: Project, processes: in
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGTERM
     assert "of 60 and saved. Run the same command again to go on." in said
     assert "Traceback" not in said
     assert "continuing from checkpoint-" in copy.kava("distill", "kava")

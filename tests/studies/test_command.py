@@ -139,8 +139,10 @@ def test_interrupted_it_does_what_is_missing(copy: Bench) -> None:
     weights = digest(place / "students")
     shutil.rmtree(place)
     (copy.folder / "cells" / f"{lost.name}.json").unlink()
+    with (copy.folder / "asked.jsonl").open("a") as log:
+        log.write('{"at":"2026-01-')  # as a full disk leaves a line
     said = copy.kava("study", "tiny")
-    assert "6 cells, 1 to do" in said
+    assert "6 cells, 1 to do" in said and "the last line is torn" in " ".join(said.split())
     assert copy.asked()[6:] == [("no-cot", 1)]
     assert (copy.folder / "results.csv").read_bytes() == results
     assert digest(place / "students") == weights

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 
-from kava_core.artefacts import atomic_path
+from kava_core.artefacts import disk_errors, make_folders, sync
+from kava_core.console import printable, progress, warn
 from kava_core.errors import KavaError
 
 BESIDE = "beside"  # the teacher's folder, where --compare names none
 BATCH_SIZE = 32
+TOGETHER = 8  # batches whose answers are kept at once: each is of questions of similar length
 
 
 @click.command("ask")
@@ -40,6 +44,7 @@ BATCH_SIZE = 32
     metavar="[TEACHER]",
     help="Let the student's teacher write its chain as well; its folder, if not in ../../teacher.",
 )
+@click.option("--base", help="Of a student kept as adapters: its model, if not where they say.")
 @click.option("--write-steps", is_flag=True, help="Let the student write its steps (w_cot > 0).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per question.")
 def ask(
@@ -51,6 +56,7 @@ def ask(
     batch_size: int | None,
     max_new_tokens: int,
     compare: str | None,
+    base: str | None,
     write_steps: bool,
     as_json: bool,
 ) -> None:
@@ -74,43 +80,96 @@ def ask(
     if source is not None and as_json:
         raise KavaError("--json says nothing with --file, which gives JSON lines. Leave it out.")
 
-    from kava_core.console import printable, progress
     from kava_core.evaluation.questions import Question, Respondents, read_questions
 
-    asked = [] if source is None else read_questions(source)
     teacher = None
     if compare is not None:
         teacher = student.resolve().parents[1] / "teacher" if compare == BESIDE else Path(compare)
-    respondents = Respondents.of(student, steps=write_steps, teacher=teacher)
-    respondents.warm_up(asked[0].text if asked else question or "How many?")
 
-    def answer(text: str) -> None:
+    if source is not None:
+        asked = read_questions(source)
+        with _kept(out) as keep:
+            respondents = Respondents.of(student, steps=write_steps, teacher=teacher, base=base)
+            respondents.check(asked)
+            respondents.warm_up(asked[0].text)
+            size = batch_size or BATCH_SIZE
+            total = len(asked) * len(list(respondents))
+            with progress() as display:
+                task = display.add_task("questions", total=total, note="")
+                for first in range(0, len(asked), TOGETHER * size):
+                    rows = respondents.answer(
+                        asked[first : first + TOGETHER * size],
+                        batch_size=size,
+                        max_new_tokens=max_new_tokens,
+                        advance=lambda n: display.advance(task, n),
+                    )
+                    keep(rows)
+        return
+
+    respondents = Respondents.of(student, steps=write_steps, teacher=teacher, base=base)
+    respondents.warm_up(question or "How many?")
+    for text in _typed() if question is None else [question]:
         (found,) = respondents.answer([Question(text)], batch_size=1, max_new_tokens=max_new_tokens)
         said = json.dumps(found, ensure_ascii=False) if as_json else printable(_readable(found))
         click.echo(said)
 
-    if question is not None:
-        answer(question)
-        return
-    if interactive:
-        for text in _typed():
-            answer(text)
-        return
-    with progress() as display:
-        task = display.add_task("questions", total=len(asked) * len(list(respondents)), note="")
-        rows = respondents.answer(
-            asked,
-            batch_size=batch_size or BATCH_SIZE,
-            max_new_tokens=max_new_tokens,
-            advance=lambda n: display.advance(task, n),
-        )
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if out is None:
-        click.echo(lines, nl=False)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out) as temporary:
-        temporary.write_text(lines, encoding="utf-8")
+
+@contextmanager
+def _kept(out: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """What takes rows as they are made: the lines of `out`, or of stdout, once all are there.
+
+    Until then they lie beside `out`, and stay there if the others cannot be made. KavaError, before
+    any is made, if `out` cannot be written.
+    """
+    try:
+        if out is None:
+            rows: list[dict[str, Any]] = []
+            yield rows.extend
+            click.echo(_lines(rows), nl=False)
+        else:
+            with _Partial(out) as partial:
+                yield partial.keep
+    except BaseException as error:
+        error.add_note("the same command begins with the first question again")
+        raise
+
+
+class _Partial:
+    """The file beside `out` that becomes `out` when all has gone well."""
+
+    def __init__(self, out: Path) -> None:
+        if out.exists() and not out.is_file():
+            raise KavaError(f"--out {out}: expected a file or nothing, found something else.")
+        self.out, self.path = out, out.with_name(f"{out.name}.{os.getpid()}.partial")
+        self.count = 0
+        with disk_errors(out):
+            make_folders(out.parent)
+            self.file = self.path.open("w", encoding="utf-8")
+
+    def keep(self, rows: Sequence[dict[str, Any]]) -> None:
+        with disk_errors(self.out):
+            self.file.write(_lines(rows))
+            self.file.flush()
+        self.count += len(rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with disk_errors(self.out):
+            self.file.close()
+            if kind is None:
+                sync(self.path)
+                self.path.replace(self.out)
+                sync(self.out.parent)
+            elif not self.count:
+                self.path.unlink()
+        if kind is not None and self.count:
+            warn(f"ask: {self.count} answers were written, and are in {self.path}")
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _typed() -> Iterator[str]:

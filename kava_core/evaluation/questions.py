@@ -10,22 +10,29 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kava_core.artefacts import read_json, read_text
+from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.evaluation.asking import Written, write
+from kava_core.models.context import context_of
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
 from kava_core.models.students import open_student
+from kava_core.models.thinking import positions_to_think
 from kava_core.problems.prompt import PLAIN, prompt_in
+from kava_core.problems.readers import read_jsonl, read_text, readable
+from kava_core.problems.rows import BadRow
 from kava_core.problems.traces import TraceEncoder
+
+_NAMED = 5  # lines in a message
 
 
 @dataclass(frozen=True)
 class Question:
-    """given: what else its row of a file holds."""
+    """given: what else its row of a file holds; place: where it stands in the file."""
 
     text: str
     given: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -33,24 +40,20 @@ def read_questions(path: Path) -> list[Question]:
 
     Empty lines are none. KavaError names the line that holds no question.
     """
+    if not path.is_file():
+        raise KavaError(f"{path} is missing, or no file. Correct the path behind --file.")
+    objects = path.suffix == ".jsonl"
+    name = "question" if objects else "text"
     found = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            found.append(Question(line.strip()))
-            continue
+    for row in readable(path, read_jsonl(path) if objects else read_text(path)):
+        if isinstance(row, BadRow):
+            raise row
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise KavaError(f"{path}, line {number} is not JSON ({error}). Correct it.") from None
-        text = row.get("question") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise KavaError(
-                f"{path}, line {number}: expected an object with a text `question`, found "
-                f"{line.strip()[:60]!r}. Correct it, or name a file with one question a line."
-            )
-        found.append(Question(text, {k: v for k, v in row.items() if k != "question"}))
+            json.dumps(row.fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BadRow(row.place, "Unicode text", f"half of a character ({error})") from None
+        given = {key: value for key, value in row.fields.items() if key != name}
+        found.append(Question(row.text(name), given, row.place))
     if not found:
         raise KavaError(f"{path} holds no question. Write one a line, or one JSON object a line.")
     return found
@@ -66,13 +69,16 @@ class Respondents:
     encoder: TraceEncoder
 
     @classmethod
-    def of(cls, folder: Path, *, steps: bool, teacher: Path | None) -> Respondents:
+    def of(
+        cls, folder: Path, *, steps: bool, teacher: Path | None, base: str | None = None
+    ) -> Respondents:
         """Open them, on the fastest device there is.
 
         steps: the student writes its chain instead of thinking in latents. KavaError where it never
         learnt to (w_cot is 0), and where `teacher` is not the one that the student was made from.
+        base: as `open_student` takes it.
         """
-        system = open_student(folder)
+        system = open_student(folder, base)
         prompt = prompt_in(folder / "student.json") or PLAIN
         encoder = TraceEncoder(load_tokenizer(str(folder)), prompt=prompt)
         if steps:
@@ -98,6 +104,25 @@ class Respondents:
         yield self.system
         if self.teacher is not None:
             yield self.teacher
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """KavaError that names those of a file that are too long for who is asked."""
+        encoded = self.encoder.encode_questions([question.text for question in questions])
+        for system in self:
+            config, context = system.config, context_of(system.decoder.config)
+            around = positions_to_think(config) + len(config.answer_prompt_ids)
+            if context is None:
+                continue
+            long = [i for i, ids in enumerate(encoded) if len(ids) + around > context]
+            if long:
+                places = ", ".join(questions[i].place for i in long[:_NAMED])
+                more = f" and {len(long) - _NAMED} more" if len(long) > _NAMED else ""
+                raise KavaError(
+                    f"{len(long)} of {len(questions)} questions are too long ({places}{more}): the "
+                    f"first takes {len(encoded[long[0]]) + around} positions with latents and "
+                    f"answer prompt, and the model's context is {context}. Shorten them, or leave "
+                    "them out."
+                )
 
     def warm_up(self, question: str) -> None:
         """A model's first call is slow; after this one the seconds are those of any other."""

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kava_core.errors import KavaError
 from kava_core.models.capture import AttentionCall, recording
@@ -50,6 +50,14 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     )
     _prove(config.model_type, rotary, probe.keys)
     return rotary
+
+
+def rotates(config: PreTrainedConfig) -> bool:
+    """Whether a model of this text configuration, one that `rotary_of` accepts, rotates its keys;
+    no weights are needed."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return any(_is_frequency(path) for path, _ in model.named_buffers())
 
 
 class _Probe:
@@ -108,11 +116,16 @@ def _frequencies(model: PreTrainedModel) -> list[tuple[Tensor, float]]:
     found = []
     for path, buffer in model.named_buffers():
         module, _, name = path.rpartition(".")
-        if name.endswith("inv_freq") and "original" not in name:
+        if _is_frequency(name):
             factor = name.replace("inv_freq", "attention_scaling")
             scaling = float(getattr(model.get_submodule(module), factor, 1.0))
             found.append((buffer.double().cpu(), scaling))
     return found
+
+
+def _is_frequency(buffer: str) -> bool:
+    name = buffer.rpartition(".")[2]
+    return name.endswith("inv_freq") and "original" not in name
 
 
 def _match(

@@ -1,11 +1,12 @@
 """Rows by split: from JSONL, JSON, CSV, Parquet or text files, or from the Hub.
 
 All give the same thing, rows that know where they stand, one at a time, so that all that follows
-is one path.
+is one path. Text is UTF-8, with or without a byte order mark.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -86,7 +87,7 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
     is no object is a `BadRow`; KavaError if the list itself cannot be read.
     """
     with path.open("rb") as file:
-        start = file.read(4096).lstrip()
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if start[:1] != b"[":
         yield from read_jsonl(path)
         return
@@ -100,12 +101,14 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
     A row with other fields than the header says is a `BadRow`. KavaError if the rest cannot be
     read either: it has no header, a quote is never closed, or it is not UTF-8.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             names = next(reader, None)
             if not names or len(set(names)) != len(names):
-                raise KavaError(f"{path}:1: expected a header of different names, found {names}.")
+                raise KavaError(
+                    f"{path}:1: expected a header of different names, found {names!r:.200}."
+                )
             number = 0
             for values in reader:
                 place = f"{path}:{reader.line_num}"
@@ -114,7 +117,7 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
                 if len(values) == len(names):
                     yield Row(dict(zip(names, values, strict=True)), place, number)
                 else:
-                    expected = f"{len(names)} fields ({', '.join(names)})"
+                    expected = f"{len(names)} fields ({', '.join(names):.200})"
                     yield BadRow(place, expected, str(len(values)))
                 number += 1
         except csv.Error as error:
@@ -148,7 +151,7 @@ def read_text(path: Path) -> Iterator[Row | BadRow]:
         for line, raw in enumerate(file, start=1):
             place = f"{path}:{line}"
             try:
-                text = raw.decode("utf-8").strip()
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 yield BadRow(place, "UTF-8", str(error), "Mend the line.")
                 number += 1
@@ -236,10 +239,11 @@ def _read_file(path: Path) -> Iterator[Row | BadRow]:
             f"{path}: expected a file ending in {', '.join(_READERS)}, found "
             f"{path.suffix or 'no ending'}. Convert it, or rename it."
         )
-    return _readable(path, reader(path))
+    return readable(path, reader(path))
 
 
-def _readable(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+def readable(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """The rows of a file; KavaError where it cannot be read."""
     try:
         yield from rows
     except OSError as error:
@@ -249,8 +253,10 @@ def _readable(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow
 def _json(raw: bytes, place: str) -> Any:
     try:
         return json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRow(place, "JSON", str(error), "Mend the line.") from None
+    except (ValueError, RecursionError) as error:
+        # Of a number with thousands of digits it goes on with what a programmer could do.
+        found = str(error).partition(";")[0]
+        raise BadRow(place, "JSON", found, "Mend the line.") from None
 
 
 def _row(value: Any, place: str, number: int) -> Row | BadRow:

@@ -88,7 +88,7 @@ class Row:
             value = self.fields[name]
             found = f"{type(value).__name__} {value!r:.80}"
         else:
-            found = f"no such field beside `{'`, `'.join(self.fields)}`"
+            found = f"no such field beside {', '.join(f'`{key}`' for key in self.fields):.200}"
         return BadRow(self.place, f"{expected} in `{name}`", found)
 
 

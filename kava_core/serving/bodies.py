@@ -54,8 +54,8 @@ class StreamOptions(_Fields):
 
 
 class Asked(_Fields):
-    """What both endpoints take. temperature: 0, the likeliest tokens, as `kava ask` takes them;
-    user: whoever asks, which changes nothing."""
+    """What both endpoints take. temperature: 0, the likeliest tokens, as `kava ask` takes them, as
+    is any below 1e-6; user: whoever asks, which changes nothing."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)

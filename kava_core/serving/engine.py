@@ -20,6 +20,7 @@ from kava_core.serving.text import Text
 logger = logging.getLogger("kava.serve")
 # Tokens of questions, padding included, that are read at once: more take memory and save no time.
 _AT_ONCE = 16_384
+_COLDEST = 1e-6  # scores over a temperature below this would not be finite
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Job:
     """An answer that is asked for.
 
     ids: the question's; tell: called with each piece, by the engine's thread; stream: whether there
-    are to be pieces before the last; seed: None for another draw each time. See `Row`.
+    are to be pieces before the last; temperature: below 1e-6 it is 0; seed: None for another draw
+    each time. See `Row`.
     """
 
     ids: list[int]
@@ -55,6 +57,8 @@ class Job:
     queued: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        if self.temperature < _COLDEST:
+            self.temperature = 0.0
         self.generator = torch.Generator()
         if self.seed is None:
             self.generator.seed()

@@ -18,14 +18,17 @@ from kava_core.serving.served import Served, open_served
 from kava_core.serving.text import Text
 
 
-def serve(folder: Path, *, host: str, port: int, limits: Limits, token: str | None) -> None:
+def serve(
+    folder: Path, *, base: str | None, host: str, port: int, limits: Limits, token: str | None
+) -> None:
     """Serve the student or teacher in `folder` until SIGTERM or SIGINT.
 
-    Then nothing new is accepted, what was accepted is answered, and it returns. port: 0 for any
-    that is free. KavaError if the place is taken, or the folder holds no such model.
+    Then nothing new is accepted, what was accepted is answered, and it returns. base: as
+    `open_served` takes it. port: 0 for any that is free. KavaError if the place is taken, or the
+    folder holds no such model.
     """
     with _bound(host, port) as place:
-        served = open_served(folder)
+        served = open_served(folder, base)
         _warm_up(served)
         _listen(place, host, port)
         at, port, *_ = place.getsockname()

@@ -47,7 +47,7 @@ class Text:
         begun = (
             length
             for stop in self.stops
-            for length in range(1, len(stop))
+            for length in range(1, min(len(stop), len(text) + 1))
             if text.endswith(stop[:length])
         )
         return max(half, *begun, 0)

@@ -46,7 +46,7 @@ class Reading:
         """Load the teacher; what is returned reads a shard."""
         settings = self.settings
         source = open_problems(self.problems)
-        problems = source.open("train")
+        problems = source.open_unchecked("train")
         encoder = trace_encoder(source, self.teacher, settings)
         teacher, codec = self._load(), store_codec(settings)
         config = teacher.model.config.get_text_config()
@@ -68,7 +68,7 @@ class Reading:
         """The teacher, loaded, and the traces of the problems at these places."""
         source = open_problems(self.problems)
         encoder = trace_encoder(source, self.teacher, self.settings)
-        problems = source.open("train")
+        problems = source.open_unchecked("train")
         return self._load(), encoder.encode_all([problems[place] for place in places])
 
     def _load(self) -> TeacherPass:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from kava_core.artefacts import (
     atomic_path,
+    clear,
     ensure_folder,
     fingerprint,
     fresh_folder,
@@ -27,20 +28,22 @@ from kava_core.artefacts import (
     work_folder,
     write_json,
 )
-from kava_core.console import progress, say
+from kava_core.console import progress, say, warn
 from kava_core.errors import KavaError
+from kava_core.findings.base import Finding, read_finding
 from kava_core.models.batching import by_length, pad
 from kava_core.models.context import check_context
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import (
     DTYPES,
+    load_config,
     load_model,
     load_tokenizer,
     model_fingerprint,
-    to_device,
     tokenizer_fingerprint,
 )
-from kava_core.models.phase import rotary_of
+from kava_core.models.phase import rotates
+from kava_core.models.placing import place_frozen
 from kava_core.models.teacher_pass import check_lengths
 from kava_core.parallel.shards import run_shards
 from kava_core.problems.folder import ProblemFolder, open_problems
@@ -52,6 +55,14 @@ from kava_core.problems.written import Chain, Outcome, read_chain
 from kava_core.settings import Resources, Traces
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+
+class _Sample(Finding):
+    """A chain as a shard has it."""
+
+    text: str
+    outcome: Outcome
+    steps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,13 +78,28 @@ class WriteJob:
     def threads(self) -> int:
         return self.settings.threads
 
+    def is_finished(self, shard: int, problems: int) -> bool:
+        """Whether a run before wrote the chains of this many problems; what is torn goes."""
+        file = shard_file(self.folder, shard)
+        if not file.exists():
+            return False
+        try:
+            found = read_finding(list[list[_Sample]], file, "traces")
+            if [len(samples) for samples in found] == [self.settings.samples] * problems:
+                return True
+        except KavaError:
+            pass
+        warn(f"traces: {file} is damaged, and is made again")
+        clear(file)
+        return False
+
     def open(self) -> Callable[[int], int]:
         """Load the teacher; what is returned writes a shard and says how many problems it has."""
         settings = self.settings
         source = open_problems(self.problems)
-        problems = source.open("train")
+        problems = source.open_unchecked("train")
         encoder = encoder_of(source, self.teacher)
-        model = to_device(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
+        model = place_frozen(load_model(str(self.teacher), DTYPES[settings.model_dtype]))
         writer = LatentReasoner.plain(model, answer_prompt_ids=[], eos_token_id=encoder.eos)
 
         def work(shard: int) -> int:
@@ -207,13 +233,13 @@ def build_traces(
 
 
 def _run(job: WriteJob, problems: int, resources: Resources) -> None:
-    numbers = range(-(-problems // job.settings.shard_size))
-    left = [number for number in numbers if not shard_file(job.folder, number).is_file()]
-    if len(left) < len(numbers):
-        say(f"traces: {len(numbers) - len(left)} of {len(numbers)} shards are finished already")
+    size = job.settings.shard_size
+    sizes = [min(size, problems - first) for first in range(0, problems, size)]
+    left = [shard for shard, count in enumerate(sizes) if not job.is_finished(shard, count)]
+    if len(left) < len(sizes):
+        say(f"traces: {len(sizes) - len(left)} of {len(sizes)} shards are finished already")
     with progress() as display:
-        size = job.settings.shard_size
-        done = problems - sum(min(size, problems - number * size) for number in left)
+        done = problems - sum(sizes[shard] for shard in left)
         task = display.add_task("traces (problems)", total=problems, completed=done, note="")
         for _, count in run_shards(
             job,
@@ -331,7 +357,7 @@ def _check_place(
     examples: Sequence[Problem], encoder: TraceEncoder, teacher: Path, settings: Traces
 ) -> None:
     """KavaError for the longest question, if what may be written has no place behind it."""
-    model = load_model(str(teacher))
+    config = load_config(str(teacher))
     longest, tokens = "", 0
     rest = iter(examples)
     while part := list(islice(rest, PART)):
@@ -340,10 +366,10 @@ def _check_place(
             if len(ids) > tokens:
                 longest, tokens = problem.id, len(ids)
     # A model that rotates its keys can write on past its context.
-    learned = not rotary_of(model).inv_freq.shape[1]
+    learned = not rotates(config)
     written = settings.max_new_tokens if learned else 1
     check_context(
-        model.config,
+        config,
         tokens + written,
         what=f"problem {longest}",
         including=f"{written} to write" + (" (traces.max_new_tokens)" if learned else ""),

@@ -81,3 +81,36 @@ def test_learned_positions_bound_what_may_be_written(encoder: TraceEncoder, kind
     examine(asked, encoder, some(encoder), batch_size=5, max_new_tokens=5)
     with pytest.raises(KavaError, match=r"lower evaluate\.max_new_tokens"):
         examine(asked, encoder, some(encoder), batch_size=5, max_new_tokens=64)
+
+
+def test_latents_that_stand_apart_take_more_of_the_context(encoder: TraceEncoder) -> None:
+    size, context = len(encoder.tokenizer), 64
+    config = LlamaConfig(**{**COMMON, "vocab_size": size, "max_position_embeddings": context})
+    test_set = some(encoder)
+    longest = max(
+        len(question) + len(answer)
+        for question, answer in zip(
+            encoder.encode_questions([p.question for p in test_set.problems]),
+            encoder.encode_answers([p.answer for p in test_set.problems]),
+            strict=True,
+        )
+    )
+    left = context - longest - len(encoder.answer_prompt_ids) - 2
+    for stride, fits in ((left // 2, True), (left // 2 + 1, False)):
+        asked = LatentReasoner.from_teacher(
+            tiny_model(config),
+            latents=2,
+            iterations=1,
+            reasoning="jacobi",
+            projection=True,
+            per_position=True,
+            answer_prompt_ids=encoder.answer_prompt_ids,
+            eos_token_id=encoder.eos,
+            seed=0,
+            stride=stride,
+        ).eval()
+        if fits:
+            examine(asked, encoder, test_set, batch_size=5, max_new_tokens=2)
+            continue
+        with pytest.raises(KavaError, match=rf"takes \d+ .* context is {context}"):
+            examine(asked, encoder, test_set, batch_size=5, max_new_tokens=2)

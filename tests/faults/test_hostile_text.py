@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,18 @@ HOSTILE = {
 LONGEST = 10_000_000  # characters of one question
 
 
-def prepare(home: Path, rows: list[dict[str, object]], lost: int = 0) -> str:
+def prepare(
+    home: Path, rows: Sequence[dict[str, object] | str], lost: int = 0, **settings: object
+) -> str:
     """Run `prepare` on the rows of a table of which some are left out; what it says."""
     file = home / "rows" / "hostile.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in rows]
+    file.write_text("\n".join(lines), encoding="utf-8")
     source = {"name": "table", "question": "q", "answer": "a", "steps": "s"}
     sizes = {"train": len(rows) - lost - 3, "validation": 1, "test": 2}
     with_settings(
         home, "prepare", source=source, path=str(file), traces="equations", deduplicate=True,
-        **sizes,
+        **sizes, **settings,
     )  # fmt: skip
     options = ["--pipelines", str(home / "pipelines.yaml"), "--data", str(home / "data")]
     result = CliRunner().invoke(kava, ["prepare", *options], catch_exceptions=False)
@@ -87,6 +90,25 @@ def test_ten_megabytes_in_one_field(make_stage: MakeStage, tell: Tell) -> None:
     said = prepare(home, [row("x" * LONGEST, 3), *rows], lost=1)
     assert re.search(r"left out of \S+: .*question.* 1", said), said
     tell("hostile text", "10 MB in one field", "read; left out by a limit, and counted")
+
+
+BROKEN = {
+    "a number of 5,000 digits": '{"q": "?", "a": 1' + "0" * 5000 + "}",
+    "100,000 brackets": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_line_that_no_reader_takes_is_left_out(
+    make_stage: MakeStage, kind: str, tell: Tell
+) -> None:
+    home = make_stage("prepare").home
+    rows = [json.dumps(row(f"Ann has {n} pens . How many ?", n)) for n in range(8)]
+    said = prepare(home, [*rows, BROKEN[kind]], lost=1, on_bad_record="drop")
+    assert len(questions(home)) == 8
+    assert re.search(r"1 expected JSON \(\S+hostile\.jsonl:9\)", said), said
+    assert len(said) < 2000
+    tell("hostile text", f"{kind} in a line of JSON", "left out by `drop`, and counted")
 
 
 def test_what_a_terminal_is_shown_steers_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from kava_core.errors import KavaError
-from kava_core.models.phase import rotary_of
+from kava_core.models.phase import rotary_of, rotates
 from kava_core.models.teacher_pass import TeacherPass
 from kava_core.rotary import Rotary
 from tests.models.plain_keys import plain_keys
-from tests.tiny import ARCHITECTURES, COMMON, assert_near, tiny_model, tiny_trace
+from tests.tiny import ARCHITECTURES, COMMON, CONFIGS, assert_near, tiny_model, tiny_trace
 
 TRACE = tiny_trace("t", 60, 30, 2)
 YARN = {
@@ -97,6 +97,13 @@ def test_learned_positions_turn_nothing() -> None:
     assert rotary.inv_freq.shape == (3, 0)
     cos, sin = Rotary.from_json(rotary.to_json()).cos_sin(torch.arange(5))
     assert cos.shape == sin.shape == (3, 5, 0)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "gpt_neox", "phi3", "opt"])
+def test_a_configuration_tells_whether_keys_are_turned(name: str) -> None:
+    config = CONFIGS[name] if name in CONFIGS else tiny_config(name)
+    assert rotates(config) == bool(rotary_of(tiny_model(config)).inv_freq.shape[1])
+    assert rotates(config) == (name not in ("gpt2", "opt"))
 
 
 @pytest.mark.parametrize(

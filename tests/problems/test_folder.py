@@ -41,6 +41,14 @@ def asked(path: Path, splits: ProblemSplits) -> Path:
     return path
 
 
+def without_problems(file: Path) -> None:
+    """Spoil all of a Parquet file but its footer."""
+    content = bytearray(file.read_bytes())
+    last = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[4:last] = bytes(last - 4)
+    file.write_bytes(content)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -52,6 +60,17 @@ def test_what_is_taught_is_read_as_it_was(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["train"]["problems"] == 6
     assert metrics["rows"]["train"] == {"in": 6, "kept": 6, "dropped": {}}
+
+
+def test_a_worker_opens_a_file_without_reading_a_problem(tmp_path: Path) -> None:
+    opened = open_problems(taught(tmp_path, SPLITS))
+    assert opened.open_unchecked("train")[:] == opened.open("train")[:] == SPLITS.train
+    without_problems(tmp_path / "train.parquet")
+    problems = opened.open_unchecked("train")
+    assert len(problems) == opened.count("train") == 6
+    for read in (lambda: problems[0], lambda: opened.open("train")):
+        with pytest.raises(KavaError, match="is not a readable Parquet file"):
+            read()
 
 
 def test_test_sets_are_the_own_one_first_and_then_the_others(tmp_path: Path) -> None:

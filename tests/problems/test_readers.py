@@ -132,6 +132,11 @@ def test_a_broken_file_is_refused_with_its_place(
     ("name", "content", "bad"),
     [
         ("train.jsonl", b'{"a": 1}\n{"a": \n[1]\n\n{"a": 2}\n', ["JSON", "a JSON object"]),
+        (
+            "train.jsonl",
+            b'{"a": 1}\n{"a": 1' + b"0" * 5000 + b"}\n" + b"[" * 100_000 + b'\n{"a": 2}\n',
+            ["JSON"] * 2,
+        ),
         ("train.json", b'[{"a": 1}, 7, "x", {"a": 2}]', ["a JSON object"] * 2),
         ("train.csv", b"a,b\n1,2\n3\n4,5,6\n7,8\n", ["2 fields (a, b)"] * 2),
         ("train.txt", b"one\n\xff\n\xfe\ntwo\n", ["UTF-8"] * 2),
@@ -145,6 +150,30 @@ def test_reading_goes_on_behind_a_line_that_is_no_row(
     assert [row.expected for row in found if isinstance(row, BadRow)] == bad
     rows = [row for row in found if isinstance(row, Row)]
     assert [row.number for row in rows] == [0, 3]  # as if the others were mended
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", b'{"text": "one"}\n{"text": "two"}\n'),
+        ("train.json", b' [{"text": "one"}, {"text": "two"}]'),
+        ("train.csv", b'"text"\none\ntwo\n'),
+        ("train.txt", b"one\ntwo\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
+    """Excel's "CSV UTF-8" begins with one."""
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert [row.fields for row in read(tmp_path / name)] == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("header", ["{}", "{},a0"], ids=["a wrong row", "a name twice"])
+def test_a_header_of_many_names_is_not_echoed_whole(tmp_path: Path, header: str) -> None:
+    names = ",".join(f"a{i}" for i in range(100_001))
+    (tmp_path / "train.csv").write_text(f"{header.format(names)}\n1,2\n")
+    with pytest.raises(KavaError, match=r"train\.csv:[12]: expected") as raised:
+        list(read(tmp_path / "train.csv"))
+    assert len(str(raised.value)) < len(str(tmp_path)) + 400
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

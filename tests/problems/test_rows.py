@@ -28,3 +28,10 @@ def test_numbers_of_rows_are_texts() -> None:
     for value in (True, float("nan"), float("inf"), [1], {}):
         with pytest.raises(KavaError, match=r"train.jsonl:1: expected a text or a number"):
             written(value)
+
+
+def test_a_row_of_many_fields_is_not_echoed_whole() -> None:
+    row = Row({f"field-{i}": 1 for i in range(100_000)}, "train.jsonl:1", 0)
+    with pytest.raises(KavaError, match="no such field beside `field-0`, `field-1`") as raised:
+        row.text("question")
+    assert len(str(raised.value)) < 400

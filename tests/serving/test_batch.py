@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ from torch import nn
 
 from kava_core.models.latent import LatentReasoner
 from kava_core.serving.batch import Batch
+from kava_core.serving.engine import Engine, Job, Piece
+from kava_core.serving.meters import Meters
+from kava_core.serving.served import open_served
+from kava_core.serving.text import Text
+from tests.serving.conftest import QUESTIONS
 from tests.tiny import ARCHITECTURES, EOS, VOCABULARY, tiny_model, tiny_student
 
 LONGEST = 12
@@ -125,6 +132,31 @@ def test_what_is_unlikely_is_not_drawn() -> None:
     rows = [Row(ids, temperature=1.5, top_p=1e-6, seed=seed) for seed in range(4)]
     answered(Batch(system), [rows])
     assert all(row.written == alone(system, ids) for row in rows)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 9e-7, 1e-6])
+def test_a_cold_row_costs_its_neighbour_nothing(
+    folders: dict[str, Path], temperature: float
+) -> None:
+    served = open_served(folders["student"])
+    pieces: SimpleQueue[tuple[int, Piece]] = SimpleQueue()
+
+    def job(number: int, temperature: float) -> Job:
+        return Job(
+            served.encoder.encode_questions(QUESTIONS[:1])[0],
+            max_tokens=12,
+            text=Text(served.encoder.tokenizer),
+            tell=lambda piece: pieces.put((number, piece)),
+            temperature=temperature,
+        )
+
+    engine = Engine(served, Meters(), max_batch=2, queue=2)
+    engine.submit([job(0, 0.0), job(1, temperature)])  # before it starts, so that they join as one
+    engine.start()
+    ended = dict(pieces.get(timeout=60) for _ in range(2))
+    engine.stop()
+    assert ended[0].finish in ("stop", "length")
+    assert ended[1] == ended[0]
 
 
 def test_rows_that_left_leave_no_columns_behind() -> None:

@@ -230,7 +230,8 @@ def test_long_questions_are_read_a_few_at_a_time(served: Served) -> None:
 
 def refused(folder: Path, **place: Any) -> str:
     with pytest.raises(KavaError) as error:
-        serve(folder, **{"host": "127.0.0.1", "port": 0, **place}, limits=Limits(), token=None)
+        address = {"host": "127.0.0.1", "port": 0, **place}
+        serve(folder, **address, limits=Limits(), token=None, base=None)
     return str(error.value)
 
 

@@ -135,6 +135,7 @@ def test_drawn_answers_follow_their_seed(student: Running, asked: list[dict[str,
     assert len(set(drawn)) > 1
     assert texts(temperature=1.5) != texts(temperature=1.5)
     assert texts(temperature=1.5, top_p=1e-6, seed=7) == [asked[0]["text"]] * 6
+    assert texts(temperature=1e-300, seed=7) == [asked[0]["text"]] * 6
     assert texts() == [asked[0]["text"]] * 6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -50,3 +52,14 @@ def test_nothing_is_handed_out_of_a_stop_or_behind_it(
     text = Text(tokenizer, stops)
     assert "".join(pieces(text, TEXT)) == expected
     assert text.stopped == (expected != TEXT)
+
+
+def test_a_long_stop_costs_no_more_than_what_is_written(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = Text(tokenizer, ["x" * 100_000])
+    tracemalloc.start()
+    try:
+        assert "".join(pieces(text, "9 xx")) == "9 xx"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 50_000  # it is never held again to be compared

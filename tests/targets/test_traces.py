@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
 from kava_core.artefacts import fresh_folder, write_json
 from kava_core.distill.batches import ChainDataset
@@ -28,7 +28,9 @@ from kava_core.settings import Generate, Resources, Traces
 from kava_core.store import TeacherStore
 from kava_core.targets import traces
 from kava_core.targets.generate import build_teacher_kv
-from kava_core.targets.traces import Written, build_traces
+from kava_core.targets.reading import Reading
+from kava_core.targets.traces import WriteJob, Written, build_traces
+from tests.problems.test_folder import without_problems
 from tests.stages.project import digest
 from tests.tiny import COMMON, tiny_model
 
@@ -132,6 +134,41 @@ def test_workers_and_a_kill_change_no_byte(inputs: Path) -> None:
     times = [shards[i].stat().st_mtime_ns for i in (0, 2)]
     assert digest(written(inputs, DRAWN, Resources(workers=2)).folder) == expected
     assert [shards[i].stat().st_mtime_ns for i in (0, 2)] == times
+
+
+@pytest.mark.parametrize("content", [b"", None, b"[]", b"{}", b"[[]]", b"[" * 5000])
+def test_a_torn_shard_is_written_again(
+    inputs: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = digest(written(inputs, DRAWN).folder)
+    shards = sorted((inputs / "data/.work").glob("traces-*/shards/*.json"))
+    whole = [shard.read_bytes() for shard in shards]
+    shards[1].write_bytes(whole[1][: len(whole[1]) // 2] if content is None else content)
+    times = [shards[i].stat().st_mtime_ns for i in (0, 2)]
+    capsys.readouterr()
+    assert digest(written(inputs, DRAWN).folder) == expected
+    assert [shard.read_bytes() for shard in shards] == whole
+    assert [shards[i].stat().st_mtime_ns for i in (0, 2)] == times
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{shards[1].name} is damaged, and is made again" in said
+    assert "2 of 3 shards are finished already" in said
+
+
+def test_a_worker_reads_no_more_problems_than_those_of_its_shards(inputs: Path) -> None:
+    without_problems(inputs / "problems/train.parquet")
+    problems, teacher = inputs / "problems", inputs / "teacher"
+    for job in (WriteJob(problems, teacher, DRAWN, inputs), Reading(problems, teacher, Generate())):
+        work = job.open()
+        with pytest.raises(KavaError, match="is not a readable Parquet file"):
+            work(0)
+
+
+def test_the_place_of_questions_is_checked_without_weights(inputs: Path) -> None:
+    config = GPT2Config(vocab_size=len(TOKENIZER), n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    save_model(inputs / "teacher", tiny_model(config), TOKENIZER)
+    (inputs / "teacher/model.safetensors").unlink()
+    with pytest.raises(KavaError, match=r"positions with 60 to write \(traces\.max_new_tokens\)"):
+        written(inputs, Traces(max_new_tokens=60))
 
 
 def test_caches_and_students_without_latents_are_of_the_same_chains(inputs: Path) -> None:

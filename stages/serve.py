@@ -14,6 +14,7 @@ TOKEN = "KAVA_SERVE_TOKEN"
 
 @click.command("serve")
 @click.argument("student", type=click.Path(path_type=Path))
+@click.option("--base", help="Of a student kept as adapters: its model, if not where they say.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Who may reach it.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any."
@@ -51,6 +52,7 @@ TOKEN = "KAVA_SERVE_TOKEN"
 )
 def serve(
     student: Path,
+    base: str | None,
     host: str,
     port: int,
     max_batch: int,
@@ -81,6 +83,7 @@ def serve(
         ) from None
     run.serve(
         student,
+        base=base,
         host=host,
         port=port,
         limits=Limits(max_batch, queue, max_tokens, timeout, max_body),

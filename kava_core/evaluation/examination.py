@@ -15,6 +15,7 @@ from kava_core.memory import peak_tensor_bytes
 from kava_core.models.batching import by_length, pad
 from kava_core.models.context import check_context, context_of
 from kava_core.models.latent import LatentReasoner
+from kava_core.models.thinking import positions_to_think
 from kava_core.problems.records import Problem
 from kava_core.problems.traces import TraceEncoder
 
@@ -130,8 +131,7 @@ def _check_context(
     """
     if context_of(system.decoder.config) is None:
         return
-    latents = system.config.latents
-    around = (latents + 2 if latents else 0) + len(encoder.answer_prompt_ids)
+    around = positions_to_think(system.config) + len(encoder.answer_prompt_ids)
     learned = not system.rotary().inv_freq.shape[1]
     questions = encoder.encode_questions([p.question for p in test_set.problems])
     answers = encoder.encode_answers([p.answer for p in test_set.problems])

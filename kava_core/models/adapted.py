@@ -8,19 +8,28 @@ compute nonsense without a word.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import StringConstraints, ValidationError
+from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
 from kava_core.artefacts import file_digest, read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.findings.base import Finding
+from kava_core.models.inspection import check_files
+from kava_core.settings.document import LONGEST_MESSAGE, shorten, shown
 
 ADAPTER = "adapter"
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+# Of adapter_config.json, what is not at PEFT's default.
+SETTINGS = (
+    *("task_type", "target_modules", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("use_rslora", "use_dora"),
+)
+Word = Annotated[str, StringConstraints(max_length=100)]
 
 
 class Base(Finding):
@@ -30,9 +39,9 @@ class Base(Finding):
     `kava_core.models.loading.model_fingerprint`.
     """
 
-    model: str
-    commit: str | None
-    fingerprint: str
+    model: Annotated[str, StringConstraints(max_length=1000)]
+    commit: Word | None
+    fingerprint: Word
 
     def write(self, adapter: Path) -> None:
         write_json(adapter / BASE, self.model_dump())
@@ -53,25 +62,43 @@ class Base(Finding):
     def place(self, folder: Path) -> str:
         """Where the model of `folder` finds its base: the folder of that name, as seen from one
         above `folder` or from here; else it is a Hub id."""
-        above = (parent / self.model for parent in folder.absolute().parents)
-        found = (str(path) for path in (*above, Path(self.model)) if path.is_dir())
-        return next(found, self.model)
+        above = (str(parent / self.model) for parent in folder.absolute().parents)
+        return next(filter(is_folder, (*above, self.model)), self.model)
 
     def check(self, folder: Path, place: str, found: str) -> None:
         """KavaError if the model at `place`, whose fingerprint is `found`, is another one."""
         if found != self.fingerprint:
             raise KavaError(
                 f"the adapters in {folder} belong on the model {self.fingerprint}, and {place} is "
-                f"{found}. Put the model they were trained on there, or give it as their base."
+                f"{found}. Put the model they were trained on there, or give it as their base "
+                "(--base)."
             )
 
 
+def is_folder(path: str) -> bool:
+    """Whether there is one of that name, which may be one that no folder can have."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
 def adapters_in(path: str) -> Path | None:
-    """`adapter/` of a model that is kept as adapters; None for one with weights of its own."""
+    """`adapter/` of a model that is kept as adapters; None for one with weights of its own.
+
+    KavaError if it holds what should not be read, or lacks weights.
+    """
     folder = Path(path)
-    if not (folder / ADAPTER / CONFIG).is_file() or any(folder.glob("model*.safetensors")):
+    adapter = folder / ADAPTER
+    if not (adapter / CONFIG).exists() or any(folder.glob("model*.safetensors")):
         return None
-    return folder / ADAPTER
+    check_files(adapter)
+    if not (adapter / WEIGHTS).is_file():
+        raise KavaError(
+            f"{adapter / WEIGHTS} is missing, and {CONFIG} beside it says that there are adapters. "
+            "Copy or make them again."
+        )
+    return adapter
 
 
 def adapters_fingerprint(adapter: Path) -> dict[str, Any]:
@@ -90,7 +117,7 @@ def put_on(model: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrai
     KavaError if they do not fit it whole.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
         from peft.utils import get_peft_model_state_dict
     except ImportError:
         raise KavaError(
@@ -100,9 +127,18 @@ def put_on(model: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrai
     try:
         with safe_open(adapter / WEIGHTS, framework="pt") as file:
             names = set(file.keys())
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0].rstrip(".")
+        config = PeftConfig.from_pretrained(str(adapter))
+        _check_lora(config)
+        # They are read into no tensors that would be made first, of whatever rank is asked for.
+        adapted = PeftModel.from_pretrained(
+            model, str(adapter), config=config, low_cpu_mem_usage=True
+        )
+        generation = None
+        if (adapter.parent / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(adapter.parent)
+    except Exception as error:  # whatever foreign files make PEFT stumble over
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        why = shorten(said[0].rstrip("."), LONGEST_MESSAGE)
         raise KavaError(
             f"no adapters could be loaded from {adapter}: {why}. Make them again."
         ) from None
@@ -110,12 +146,26 @@ def put_on(model: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrai
     if names != wanted:
         raise KavaError(
             f"{adapter / WEIGHTS} should have {len(wanted)} tensors for this model, and has "
-            f"{len(names)}; of one only: {', '.join(sorted(wanted ^ names)[:3])}. Make it again."
+            f"{len(names)}; of one only: {shorten(', '.join(sorted(wanted ^ names)[:3]), 300)}. "
+            "Make it again."
         )
     merged: PreTrainedModel = adapted.merge_and_unload()
     for parameter in merged.parameters():  # not `to(dtype)`, which rounds rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     merged.config.dtype = dtype
-    if (adapter.parent / "generation_config.json").is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(adapter.parent)
+    if generation is not None:
+        merged.generation_config = generation
     return merged.eval()
+
+
+def _check_lora(config: Any) -> None:
+    """ValueError for settings that none of ours has: there are some that grow the model, search it
+    for any expression, or import what they name."""
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    for name, value in config.to_dict().items():
+        if name not in SETTINGS and value != usual.get(name):
+            raise ValueError(f"{name} in {CONFIG} cannot be {shown(value)}")
+    if not isinstance(config.target_modules, set):
+        raise ValueError(f"expected a list of names as target_modules in {CONFIG}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kava_core.artefacts import atomic_path, disk_errors
 from kava_core.errors import KavaError
+from kava_core.settings.document import shorten
 
 
 def convert_weights(path: Path, destination: Path) -> int:
@@ -37,8 +38,25 @@ def convert_weights(path: Path, destination: Path) -> int:
             f"{path}: expected a state dict, names and tensors, found {type(found).__name__} of "
             "something else. Name the file that holds the weights."
         )
+    for name, tensor in found.items():
+        if (kind := _unusual(tensor)) is not None:
+            raise KavaError(
+                f"{path}: expected tensors of plain numbers, found {shorten(name)}, which is "
+                f"{kind}. Have it saved as safetensors by those who made it."
+            )
     # Tied weights are one tensor under two names, which safetensors does not write.
     apart = {name: tensor.clone().contiguous() for name, tensor in found.items()}
     with disk_errors(destination), atomic_path(destination) as temporary:
         save_file(apart, temporary, {"format": "pt"})
     return len(found)
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    """Why safetensors has no place for a tensor; None if it has."""
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.is_meta:
+        return "without numbers (meta)"
+    if tensor.is_quantized or tensor.dtype is torch.complex128:
+        return str(tensor.dtype).removeprefix("torch.")
+    return None

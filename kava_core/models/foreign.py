@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,10 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from kava_core.artefacts import atomic_folder, file_digest, read_json, write_json
 from kava_core.errors import KavaError
+from kava_core.models.inspection import OF_OBJECT
 from kava_core.models.latent import LatentReasoner, LatentReasonerConfig
 from kava_core.models.loading import commit_of, load_model, load_tokenizer, model_fingerprint
+from kava_core.models.thinking import LARGEST
 from kava_core.problems.prompt import ANSWER_PROMPT, Prompt
 from kava_core.problems.traces import TraceEncoder
+from kava_core.settings.document import shown
 
 Format = Literal["codi", "pccot", "coconut"]
 FILES: dict[Format, tuple[str, ...]] = {
@@ -170,25 +173,25 @@ def _read(
 
 def _read_pccot(file: Path, asked: str) -> Published:
     folder = file.parent
-    config, arguments = read_json(folder / "config.json"), read_json(folder / "pccot_args.json")
+    config, arguments = _settings(folder / "config.json"), _settings(folder / "pccot_args.json")
     adapted = file.name.startswith("adapter")
-    adapter = read_json(folder / "adapter_config.json") if adapted else {}
+    adapter = _settings(folder / "adapter_config.json") if adapted else {}
     names = ("bot_token_id", "eot_token_id", "latent_token_id", "num_latent_tokens")
-    numbers = {name: arguments.get(name) for name in names}
+    numbers: dict[str, Any] = {name: arguments.get(name) for name in names}
     numbers["num_iterations"] = config.get("num_iterations")
     numbers |= {"lora_alpha": adapter.get("lora_alpha")} if adapted else {}
     for name, value in numbers.items():
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < LARGEST:
             raise KavaError(
                 f"{folder}: expected a number as {name} in config.json, pccot_args.json or "
-                f"adapter_config.json, found {value!r}. Copy the student's files again."
+                f"adapter_config.json, found {shown(value)}. Copy the student's files again."
             )
     for name in ("use_rslora", "use_dora"):
         if adapter.get(name):
             raise KavaError(f"{folder}: adapters with {name} cannot be merged here.")
     answer = arguments.get("answer_prompt", ANSWER_PROMPT)
     if not isinstance(answer, str) or not answer.strip():
-        raise KavaError(f"{folder}: answer_prompt in pccot_args.json is no text: {answer!r}.")
+        raise KavaError(f"{folder}: answer_prompt in pccot_args.json is no text: {shown(answer)}.")
     return Published(
         Ids(numbers["bot_token_id"], numbers["eot_token_id"], numbers["latent_token_id"]),
         numbers["num_latent_tokens"],
@@ -198,6 +201,15 @@ def _read_pccot(file: Path, asked: str) -> Published:
         not adapted,
         config.get("use_projection") is True,
     )
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    found = read_json(file, OF_OBJECT[0])
+    if not isinstance(found, dict):
+        raise KavaError(
+            f"{file}: expected a JSON object, found {shown(found)}. Copy the student's files again."
+        )
+    return found
 
 
 def _named_as_ours(tensors: dict[str, Tensor], form: Format) -> dict[str, Tensor]:

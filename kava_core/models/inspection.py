@@ -14,16 +14,19 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
-from kava_core.artefacts import read_json
+from kava_core.artefacts import parse_json, read_json, read_regular
 from kava_core.errors import KavaError
-from kava_core.models.sharding import read_header
+from kava_core.models.sharding import read_header, values_at_most
+from kava_core.settings.document import shown
 
 # Read whole, by their endings.
 TEXTS = (".json", ".jinja", ".txt", ".model")
-LARGEST = 1 << 28  # bytes; the tokenizers of today come to a tenth
+# JSON objects beside those that transformers and PEFT call …config.json.
+OBJECTS = ("latents.json", "student.json", "teacher.json", "base.json")
+# Bytes and values that are read of an object, of an index, and of the rest, such as a tokenizer;
+# those of today have half as many.
+OF_OBJECT, OF_INDEX, OF_REST = (1 << 22, 1 << 18), (1 << 26, 1 << 20), (1 << 26, 1 << 22)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# transformers parses it faster, and does not fall for what is nested too deep.
-TOKENIZER = "tokenizer.json"
 AGAIN = "Download or save the model again."
 # Weights of 4 bits hold eight numbers in one of 32, and some architectures share layers.
 AT_MOST = 16
@@ -73,18 +76,25 @@ def check_files(folder: Path, *, whole: bool = True) -> None:
         if file.name.endswith(".safetensors"):
             read_header(file)
             continue
-        if found.st_size > LARGEST:
+        is_object = file.name.endswith("config.json") or file.name in OBJECTS
+        largest, most = OF_OBJECT if is_object else OF_INDEX if file.name == INDEX else OF_REST
+        if found.st_size > largest:
             raise KavaError(
-                f"{file} cannot be read: expected at most {LARGEST:,} bytes, found "
+                f"{file} cannot be read: expected at most {largest:,} bytes, found "
                 f"{found.st_size:,}. {AGAIN}"
             )
-        if file.suffix == ".json" and file.name != TOKENIZER:
-            content = read_json(file)
-            if file.name == INDEX:
-                if not (folder / WEIGHTS).exists():  # else nobody reads it
-                    _check_index(file, content, whole)
-            elif file.name.endswith("config.json") and not isinstance(content, dict):
-                raise KavaError(f"{file} is no configuration: expected a JSON object. {AGAIN}")
+        if file.suffix != ".json":
+            continue
+        text = read_regular(file, largest)
+        if (values := values_at_most(text)) > most:
+            raise KavaError(
+                f"{file} cannot be read: expected at most {most:,} values, found about {values:,}. "
+                f"{AGAIN}"
+            )
+        if is_object and not isinstance(parse_json(text, str(file)), dict):
+            raise KavaError(f"{file} is no configuration: expected a JSON object. {AGAIN}")
+        if file.name == INDEX and not (folder / WEIGHTS).exists():  # else nobody reads it
+            _check_index(file, parse_json(text, str(file)), whole)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -111,13 +121,19 @@ def check_size(config: PreTrainedConfig, folder: Path) -> None:
         _number(text, name)
         for name in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size")
     )
-    wanted = hidden * (vocabulary + layers * (hidden + inner))
+    heads = _number(text, "num_attention_heads") * _number(text, "head_dim")
+    wanted = hidden * (vocabulary + layers * (hidden + inner + heads))
     if layers > AT_MOST * len(shapes) or wanted > AT_MOST * held:
         raise KavaError(
-            f"{folder} does not hold the model of its config.json: {layers:,} layers of width "
-            f"{hidden:,} and {vocabulary:,} tokens would take {wanted:,} numbers and more, and the "
-            f"weights have {held:,} in {len(shapes):,} tensors. {AGAIN}"
+            f"{folder} does not hold the model of its config.json: {_count(layers)} layers of "
+            f"width {_count(hidden)} and {_count(vocabulary)} tokens would take {_count(wanted)} "
+            f"numbers and more, and the weights have {_count(held)} in {len(shapes):,} tensors. "
+            f"{AGAIN}"
         )
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10**15 else "over 10^15"
 
 
 def _number(config: Any, name: str) -> int:
@@ -133,7 +149,7 @@ def _check_index(file: Path, content: Any, whole: bool) -> None:
     for name in places.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise KavaError(
-                f"{file} names {str(name)[:80]!r}, expected the name of a file beside it. {AGAIN}"
+                f"{file} names {shown(name)}, expected the name of a file beside it. {AGAIN}"
             )
         if whole and not (file.parent / name).is_file():
-            raise KavaError(f"{file} names {name[:80]}, and there is no such file. {AGAIN}")
+            raise KavaError(f"{file} names {shown(name)}, and there is no such file. {AGAIN}")

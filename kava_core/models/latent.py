@@ -32,6 +32,7 @@ from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
 from kava_core.models import thinking
 from kava_core.models.head import read_head
+from kava_core.models.inspection import look_at
 from kava_core.models.loading import load_config, load_model, save_model
 from kava_core.models.phase import rotary_of
 from kava_core.models.recompute import switch_recomputing
@@ -47,9 +48,10 @@ from kava_core.models.thinking import (
     Thought,
     add_latents,
     answer,
+    fill_latents,
     left_padded,
-    load_latents,
     passes_to_think,
+    read_latents,
     think,
 )
 from kava_core.rotary import Rotary, unrotate
@@ -221,6 +223,7 @@ class LatentReasoner(PreTrainedModel):
         there is no student, or its parts do not belong together.
         """
         place, on = os.fspath(path), None if base is None else os.fspath(base)
+        look_at("student", place, revision)
         try:
             settings = LatentSettings.read(_file(place, SETTINGS_FILE, revision))
             if dtype is None:
@@ -229,6 +232,16 @@ class LatentReasoner(PreTrainedModel):
             decoder = load_model(place, dtype, revision, on)
             if attn_implementation is not None:
                 decoder.set_attn_implementation(attn_implementation)
+            tokens = cast(nn.Embedding, decoder.get_input_embeddings()).num_embeddings
+            if any(token >= tokens for token in settings.answer_prompt_ids):
+                raise Refused(
+                    f"the answer prompt in {SETTINGS_FILE} has a token beyond the {tokens} that "
+                    "the model has. Copy or make both again."
+                )
+            own: dict[str, Tensor] = {}
+            if settings.latents:
+                size = decoder.config.get_text_config().hidden_size
+                own = read_latents(_file(place, WEIGHTS_FILE, revision), size, settings)
             student = cls(
                 LatentReasonerConfig(
                     **asdict(settings),
@@ -237,9 +250,7 @@ class LatentReasoner(PreTrainedModel):
                 ),
                 decoder,
             )
-            if settings.latents:
-                like = next(decoder.parameters())
-                load_latents(student, _file(place, WEIGHTS_FILE, revision), like)
+            fill_latents(student, own, like=next(decoder.parameters()))
         except (KavaError, SafetensorError, ValueError) as error:
             raise KavaError(f"no student could be loaded from {place}: {error}") from None
         return student.eval()

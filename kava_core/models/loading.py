@@ -34,12 +34,20 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from kava_core.artefacts import file_digest, fingerprint
 from kava_core.errors import KavaError
-from kava_core.models.adapted import Base, adapters_fingerprint, adapters_in, put_on
+from kava_core.models.adapted import (
+    Base,
+    adapters_fingerprint,
+    adapters_in,
+    is_folder,
+    put_on,
+)
 from kava_core.models.context import no_decoder
 from kava_core.models.inspection import at_hand, check_size, look_at, weight_files
 from kava_core.models.sharding import joined_digest
+from kava_core.settings.document import LONGEST_MESSAGE, shorten
 
 Model = TypeVar("Model", bound=nn.Module)
+LONGEST_ID = 96  # the Hub's own limit
 NAMED = 4  # names in a message before "and n more"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -223,7 +231,7 @@ def _refuse_difference(path: str, found: dict[str, Any]) -> None:
     if wrong:
         raise KavaError(
             f"{path} does not hold the whole model and nothing else: of the tensors, "
-            f"{'; '.join(wrong)}. Download or save the model again."
+            f"{shorten('; '.join(wrong), LONGEST_MESSAGE)}. Download or save the model again."
         )
 
 
@@ -267,12 +275,12 @@ def _load_adapted(
 ) -> PreTrainedModel:
     base = Base.read(adapter)
     place = place or base.place(Path(path))
-    commit = None if Path(place).is_dir() else base.commit
-    if commit is None and not Path(place).is_dir():
+    commit = None if is_folder(place) else base.commit
+    if not is_folder(place) and (commit is None or len(place) > LONGEST_ID):
         raise KavaError(
             f"the adapters in {adapter} belong on the model {base.fingerprint}, expected in the "
-            f"folder {place}, here or above them, and there is none. Put it there, or give it as "
-            "their base."
+            f"folder {shorten(place, 200)}, here or above them, and there is none. Put it there, "
+            "or give it as their base (--base)."
         )
     base.check(adapter, place, model_fingerprint(place, commit))
     # As they were trained: adapters are added to float32 weights, then all is rounded.
@@ -462,6 +470,7 @@ def _named(names: Iterable[str]) -> str:
 def _not_found(what: str, path: str, revision: str | None, error: Exception) -> KavaError:
     at = "" if revision is None else f" at revision {revision}"
     why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    why = shorten(why, LONGEST_MESSAGE)
     if Path(path).is_dir():
         return KavaError(f"no {what} could be loaded from {path}: {why}.")
     if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):

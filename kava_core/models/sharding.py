@@ -22,7 +22,8 @@ DTYPES = (
     *("F64", "I64", "U64"),
 )
 CHUNK = 1 << 24
-LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+LARGEST_HEADER = 1 << 24  # bytes: a hundred thousand tensors take less
+MOST_VALUES = 1 << 20  # such a header has as many
 
 
 def joined_digest(files: list[Path]) -> str:
@@ -76,11 +77,14 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     KavaError if it is no file of safetensors, or longer or shorter than its tensors.
     """
     with file.open("rb") as source:
-        length = int.from_bytes(source.read(8), "little")
-        if length > LARGEST_HEADER:
+        length, size = int.from_bytes(source.read(8), "little"), file.stat().st_size
+        if length > min(LARGEST_HEADER, size):
+            raise _broken(file)
+        content = source.read(length)
+        if values_at_most(content) > MOST_VALUES:
             raise _broken(file)
         try:
-            tensors: dict[str, dict[str, Any]] = json.loads(source.read(length))
+            tensors: dict[str, dict[str, Any]] = json.loads(content)
             tensors.pop("__metadata__", None)
             known = all(
                 about["dtype"] in DTYPES
@@ -89,12 +93,18 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
                 for about in tensors.values()
             )
             ends = (about["data_offsets"][1] for about in tensors.values())
-            whole = 8 + length + max(ends, default=0) == file.stat().st_size
+            whole = 8 + length + max(ends, default=0) == size
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
             raise _broken(file) from None
     if not (known and whole):
         raise _broken(file)
     return 8 + length, tensors
+
+
+def values_at_most(content: bytes) -> int:
+    """How many values JSON has at the most: each takes a hundred bytes of memory once it is
+    read."""
+    return sum(map(content.count, (b",", b"[", b"{")))
 
 
 def _broken(file: Path) -> KavaError:

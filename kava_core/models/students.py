@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
+from kava_core.models.inspection import look_at
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.thinking import SETTINGS_FILE
+from kava_core.settings.document import shorten
 
 
 def open_student(
-    folder: Path, base: Path | None = None, dtype: torch.dtype | None = None
+    folder: Path, base: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None
 ) -> LatentReasoner:
     """The student that `kava distill` wrote to `folder`, in evaluation mode.
 
@@ -25,10 +28,11 @@ def open_student(
         raise KavaError(
             f"{folder} is no folder. Expected that of a student, such as data/NAME/students/kava."
         )
+    look_at("student", str(folder))
     if not (folder / SETTINGS_FILE).is_file():
         config = folder / "config.json"
         kind = read_json(config).get("model_type") if config.is_file() else None
-        found = f"a model of type {kind} without it" if kind else "no model"
+        found = f"a model of type {shorten(str(kind))} without it" if kind else "no model"
         raise KavaError(
             f"{folder} is no student: expected a {SETTINGS_FILE} beside its weights, found "
             f"{found}. Name a folder that `kava distill` made, or run it again."

@@ -33,6 +33,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -43,6 +44,7 @@ from transformers.utils import ModelOutput, cached_file
 FORMAT_VERSION = 1
 SETTINGS_FILE = "latents.json"
 WEIGHTS_FILE = "latents.safetensors"
+LARGEST = 1 << 31  # of a number in latents.json
 
 
 class Refused(ValueError):
@@ -105,20 +107,20 @@ class LatentSettings:
         """Refused if the file holds anything else than these settings in this format."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise Refused(f"{path} cannot be read ({error}). Copy or make it again.") from None
         version = found.pop("format_version", None) if isinstance(found, dict) else None
         if version != FORMAT_VERSION:
             raise Refused(
-                f"{path}: expected format_version {FORMAT_VERSION}, found {version}. Use the "
-                "version of the library that wrote it."
+                f"{path}: expected format_version {FORMAT_VERSION}, found {version!r:.80}. Use "
+                "the version of the library that wrote it."
             )
         types = {"reasoning": str, "projection": bool, "per_position": bool, "residual": bool}
         names = [field.name for field in fields(cls) if field.default is MISSING]
         if found.keys() - {field.name for field in fields(cls)} or set(names) - found.keys():
             raise Refused(
-                f"{path}: expected {', '.join(names)}, found {', '.join(sorted(found))}. Copy or "
-                "make it again."
+                f"{path}: expected {', '.join(names)}, found {', '.join(sorted(found)):.200}. Copy "
+                "or make it again."
             )
         for name, value in found.items():
             if name == "answer_prompt_ids":
@@ -126,9 +128,9 @@ class LatentSettings:
             elif name in types:
                 right = type(value) is types[name]
             else:
-                right = type(value) is int and value >= (name == "stride")
+                right = type(value) is int and (name == "stride") <= value < LARGEST
             if not right or (name == "reasoning" and value not in ("jacobi", "sequential")):
-                raise Refused(f"{path}: {name} cannot be {value!r}. Copy or make it again.")
+                raise Refused(f"{path}: {name} cannot be {value!r:.80}. Copy or make it again.")
         return cls(**found)
 
 
@@ -145,31 +147,45 @@ def add_latents(module: nn.Module, size: int, settings: Settings) -> None:
     module.add_module("projection", projection or nn.Identity())
 
 
-def load_latents(module: nn.Module, path: Path, like: Tensor) -> None:
-    """Fill the parameters of `add_latents` from a file, in the dtype and on the device of `like`.
+def read_latents(path: Path, size: int, settings: Settings) -> dict[str, Tensor]:
+    """What fills the parameters of `add_latents`, by their names.
 
-    Refused if a tensor is missing, one too many, or of another shape.
+    Refused if a tensor is missing, one too many, or of another shape, before any is read.
     """
-    own = {name: p for name, p in module.named_parameters() if not name.startswith("decoder.")}
+    with torch.device("meta"):  # settings may ask for more than there is memory
+        wanted = nn.Module()
+        add_latents(wanted, size, settings)
+    own = {name: list(parameter.shape) for name, parameter in wanted.named_parameters()}
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_latents(path, own, found)
+            return {name: file.get_tensor(name) for name in found}
     except (OSError, SafetensorError) as error:
         raise Refused(f"{path} cannot be read ({error}). Copy or make it again.") from None
+
+
+def _check_latents(path: Path, own: dict[str, list[int]], found: dict[str, list[int]]) -> None:
     for what, names in (("lacks", own.keys() - found), ("has too much:", found.keys() - own)):
         if names:
             raise Refused(
-                f"{path} {what} {', '.join(sorted(names))}. It belongs to other settings than "
+                f"{path} {what} {', '.join(sorted(names)):.200}. It belongs to other settings than "
                 f"{SETTINGS_FILE} beside it: copy or make both again."
             )
-    for name, parameter in own.items():
-        if found[name].shape != parameter.shape:
+    for name, shape in own.items():
+        if found[name] != shape:
             raise Refused(
-                f"{path}: expected {name} of shape {list(parameter.shape)}, found "
-                f"{list(found[name].shape)}. It belongs to another model than {SETTINGS_FILE} and "
-                "config.json beside it: copy or make them again."
+                f"{path}: expected {name} of shape {shape}, found {found[name]!s:.80}. It "
+                f"belongs to another model than {SETTINGS_FILE} and config.json beside it: copy or "
+                "make them again."
             )
-        parameter.data = found[name].to(like)
+
+
+def fill_latents(module: nn.Module, found: dict[str, Tensor], like: Tensor) -> None:
+    """Put what `read_latents` gave into the parameters of `add_latents`, in the dtype and on the
+    device of `like`."""
+    for name, tensor in found.items():
+        module.get_parameter(name).data = tensor.to(like)
 
 
 class Projection(nn.Module):
@@ -286,6 +302,11 @@ def passes_to_think(settings: Settings) -> int:
     if not settings.latents:
         return 1
     return 1 + (settings.iterations if settings.reasoning == "jacobi" else settings.latents)
+
+
+def positions_to_think(settings: Settings) -> int:
+    """Positions from the question to the answer prompt: of `<bot>`, the latents and `<eot>`."""
+    return settings.latents * settings.stride + 2 if settings.latents else 0
 
 
 def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,6 +471,7 @@ def answer(
     device = decoder.device
     ids, mask = left_padded(ids.to(device), mask.to(device))
     _check_length(decoder, settings, mask)
+    room = _room(decoder, settings, mask)
     rows, width = ids.shape
     generation_config, options = asked.lengths(width)
     thought = think(decoder, own, settings, ids, mask)
@@ -460,7 +482,7 @@ def answer(
     embeds = torch.cat((thought.embeds, tail), 1)
     embeds_mask = torch.cat((thought.mask, mask.new_ones(tail.shape[:2])), 1)
     steps = torch.cat((thought.steps, mask.new_ones(tail.shape[1])))
-    writer = _Writer(thought.state, embeds, embeds_mask, steps, asked.eos)
+    writer = _Writer(thought.state, embeds, embeds_mask, steps, asked.eos, room)
     beams, copies = asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1
     first = passes_to_think(settings)
     call: dict[str, Any] = {"input_ids": ids, "generation_config": generation_config, **options}
@@ -470,6 +492,9 @@ def answer(
         sequences, written = cast(Any, type(decoder)).generate(decoder, **call)
         found, passes = {"sequences": sequences}, first - 1 + written
     else:
+        if room is not None:
+            ends = _Filled(width + int(room.min()))
+            call["stopping_criteria"] = [*options.get("stopping_criteria", ()), ends]
         calls: list[None] = []
         counter = decoder.base_model.register_forward_hook(lambda *_: calls.append(None))
         try:
@@ -567,13 +592,20 @@ class _Asked:
 
 class _Writer:
     """Writes behind embeddings [B, N, E] with mask [B, N] and steps [N] that are still to be fed to
-    a state."""
+    a state, in each row at most as much as it has room for, [B]."""
 
     def __init__(
-        self, state: State, embeds: Tensor, mask: Tensor, steps: Tensor, eos: list[int]
+        self,
+        state: State,
+        embeds: Tensor,
+        mask: Tensor,
+        steps: Tensor,
+        eos: list[int],
+        room: Tensor | None,
     ) -> None:
         self.state, self.embeds, self.mask, self.eos = state, embeds, mask, eos
         self.steps: Tensor | None = steps
+        self.room = room
 
     def whole(self, copies: int) -> dict[str, Any]:
         """The same for transformers' own loops, each row `copies` times in the cache.
@@ -612,11 +644,12 @@ class _Writer:
             )
         state, embeds, mask, steps = self.state, self.embeds, self.mask, self.steps
         rows, width = input_ids.shape
+        longest = int(cast(int, generation_config.max_length))
+        room = mask.new_full((len(mask),), longest) if self.room is None else self.room
         if rows > len(mask):
             copies = rows // len(mask)
             state.repeat(copies)
-            embeds, mask = (x.repeat_interleave(copies, 0) for x in (embeds, mask))
-        longest = int(cast(int, generation_config.max_length))
+            embeds, mask, room = (x.repeat_interleave(copies, 0) for x in (embeds, mask, room))
         pad = generation_config.pad_token_id
         pad = (self.eos or [0])[0] if pad is None else pad
         sequences = input_ids.new_full((rows, longest), pad)
@@ -627,7 +660,10 @@ class _Writer:
         leave = all(isinstance(processor, _ROW_BY_ROW) for processor in logits_processor)
         embed = model.get_input_embeddings()
         for at in range(width, longest):
-            output = model(inputs_embeds=embeds, logits_to_keep=1, **state.advance(mask, steps))
+            call = state.advance(mask, steps)
+            if self.room is not None:  # rows that have ended are fed on
+                call["position_ids"].clamp_(max=_context(model) - 1)
+            output = model(inputs_embeds=embeds, logits_to_keep=1, **call)
             scores: Tensor = output.logits[:, -1].float()
             so_far = cast(torch.LongTensor, sequences[fed, :at])
             scores = logits_processor(so_far, cast(torch.FloatTensor, scores))
@@ -638,9 +674,8 @@ class _Writer:
                 chosen = scores.argmax(-1)
             chosen = chosen.masked_fill(~running, pad)
             sequences[fed, at] = chosen
-            ended = running & stopping_criteria(
-                cast(torch.LongTensor, sequences[fed, : at + 1]), scores
-            )
+            stopped = stopping_criteria(cast(torch.LongTensor, sequences[fed, : at + 1]), scores)
+            ended = running & (stopped | (at + 1 - width >= room[fed]))
             written[fed[ended]] = at + 1 - width
             running = running & ~ended
             left = int(running.sum())
@@ -653,11 +688,45 @@ class _Writer:
         return sequences, written
 
 
+class _Filled(StoppingCriteria):
+    """Ends all rows once they have so many columns."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
+        filled = input_ids.shape[1] >= self.columns
+        return torch.full((len(input_ids),), filled, device=input_ids.device)
+
+
+def _context(decoder: PreTrainedModel) -> Any:
+    """None where the model names no bound."""
+    return getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _room(decoder: PreTrainedModel, settings: Settings, mask: Tensor) -> Tensor | None:
+    """How many tokens can be written in each row, [B]; None where positions are not learned.
+
+    A model that rotates its keys can write on past its context, one that looks its positions up in
+    a table cannot.
+    """
+    context, tokens = _context(decoder), decoder.get_input_embeddings()
+    tables = [
+        module.num_embeddings
+        for module in decoder.modules()
+        if isinstance(module, nn.Embedding) and module is not tokens
+    ]
+    # OPT's has two rows more than positions.
+    if context is None or not any(context <= rows <= context + 2 for rows in tables):
+        return None
+    before = positions_to_think(settings) + len(settings.answer_prompt_ids)
+    return (context - before - mask.sum(1)).clamp(min=1)
+
+
 def _check_length(decoder: PreTrainedModel, settings: Settings, mask: Tensor) -> None:
-    context = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+    context = _context(decoder)
     longest = int(mask.sum(1).max())
-    thought = settings.latents * settings.stride + 2 * bool(settings.latents)
-    thought += len(settings.answer_prompt_ids)
+    thought = positions_to_think(settings) + len(settings.answer_prompt_ids)
     if context is not None and longest + thought > context:
         raise Refused(
             f"a question of {longest} tokens takes {longest + thought} positions with latents and "
@@ -717,8 +786,10 @@ def _latents_of(model: PreTrainedModel) -> tuple[LatentSettings, nn.Module]:
         settings = LatentSettings.read(_beside(model, SETTINGS_FILE))
         own = nn.Module()
         if settings.latents:
-            add_latents(own, model.config.get_text_config().hidden_size, settings)
-            load_latents(own, _beside(model, WEIGHTS_FILE), like)
+            size = model.config.get_text_config().hidden_size
+            found = read_latents(_beside(model, WEIGHTS_FILE), size, settings)
+            add_latents(own, size, settings)
+            fill_latents(own, found, like)
         # Not as a part of the model, which is saved as it was loaded.
         kept = model.__dict__["_latents_beside"] = (settings, own.eval())
     settings, own = kept

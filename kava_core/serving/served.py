@@ -10,7 +10,7 @@ from kava_core.models.context import context_of
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, to_device
 from kava_core.models.students import open_student
-from kava_core.models.thinking import SETTINGS_FILE
+from kava_core.models.thinking import SETTINGS_FILE, positions_to_think
 from kava_core.problems.prompt import PLAIN, prompt_in
 from kava_core.problems.traces import TraceEncoder
 
@@ -37,8 +37,7 @@ class Served:
         context = context_of(self.system.decoder.config)
         if context is None:
             return None
-        thought = config.latents * config.stride + 2 * bool(config.latents)
-        return context - thought - len(config.answer_prompt_ids)
+        return context - positions_to_think(config) - len(config.answer_prompt_ids)
 
     @property
     def about(self) -> str:
@@ -48,11 +47,12 @@ class Served:
         return f"a student with {latents} latents" if latents else "a student without latents"
 
 
-def open_served(folder: Path) -> Served:
+def open_served(folder: Path, base: str | None = None) -> Served:
     """The student that `kava distill`, or the teacher that `kava teacher` wrote to `folder`, on the
     fastest device there is.
 
-    Questions are put to it as `kava ask` puts them: by the prompt that it learnt from. KavaError if
+    Questions are put to it as `kava ask` puts them: by the prompt that it learnt from. base: of one
+    that is kept as adapters, the model they belong on, if it is not where they say. KavaError if
     there is neither.
     """
     if folder.is_dir() and not any(
@@ -66,10 +66,10 @@ def open_served(folder: Path) -> Served:
     name = folder.resolve().name
     if (folder / "teacher.json").is_file():
         encoder = _encoder(folder, "teacher.json")
-        model = load_model(str(folder))
+        model = load_model(str(folder), base=base)
         system = LatentReasoner.plain(model, answer_prompt_ids=[], eos_token_id=encoder.eos)
         return Served(name, "teacher", to_device(system), encoder)
-    system = open_student(folder)
+    system = open_student(folder, base)
     return Served(name, "student", to_device(system), _encoder(folder, "student.json"))
 
 

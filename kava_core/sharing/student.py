@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kava_core.artefacts import atomic_folder, read_json, tree_fingerprint
+from kava_core.artefacts import atomic_folder, read_json, tree_fingerprint, write_json
+from kava_core.console import warn
 from kava_core.errors import KavaError
 from kava_core.findings.base import read_finding
 from kava_core.findings.evaluation import (
@@ -22,8 +23,10 @@ from kava_core.findings.evaluation import (
     Scores,
 )
 from kava_core.findings.latents import Changed, Insights, InterventionScores
+from kava_core.models.adapted import ADAPTER, Base
 from kava_core.settings import Student
 from kava_core.settings.student import Curriculum
+from kava_core.sharing.describe import shown_path, warn_of_places
 from kava_core.store.export import (
     check_limits,
     check_new,
@@ -72,8 +75,11 @@ def publish_student(student: Published, destination: Path) -> None:
             "`kava evaluate` again."
         )
     text = model_card(student)
+    _warn_of_base(student)
+    warn_of_places(student.folder)
     with atomic_folder(destination) as folder:
         copy_model(student.folder, folder)
+        _hide_places(folder / "student.json")
         if (student.folder / CODE).is_dir():
             (folder / CODE).mkdir()
             for file in sorted((student.folder / CODE).glob("*.py")):
@@ -81,6 +87,28 @@ def publish_student(student: Published, destination: Path) -> None:
         (folder / CARD).write_text(text, encoding="utf-8")
         check_limits(folder)
         check_secrets(folder)
+
+
+def _warn_of_base(student: Published) -> None:
+    """Say so if nobody else has what the student's adapters belong on."""
+    if (student.folder / CODE).is_dir() or not (student.folder / ADAPTER).is_dir():
+        return
+    base = Base.read(student.folder / ADAPTER)
+    if base.commit is None:
+        warn(
+            f"warning: {student.name} is kept as adapters on {base.model}, a folder of this "
+            "machine: nobody can load it without that model. Publish it as well, or train with "
+            "`lora.save: merged`."
+        )
+
+
+def _hide_places(file: Path) -> None:
+    """Of a path that says where the student's own model lies on this machine, leave its name."""
+    about: dict[str, Any] = read_json(file)
+    model = about["settings"].get("model")
+    if model != shown_path(model):
+        about["settings"]["model"] = shown_path(model)
+        write_json(file, about)
 
 
 def model_card(student: Published) -> str:
@@ -132,6 +160,7 @@ def _method(student: Published) -> list[tuple[str, str]]:
     """What taught it, and how long."""
     plain: dict[str, Any] = read_json(student.folder / "student.json")
     settings = student.students[student.name].model_dump(mode="json", exclude={"training"})
+    settings["model"] = shown_path(settings["model"])
     terms = {
         "answer": 1.0,
         "KV cache (KaVa)": settings["alpha_kv"],
@@ -294,10 +323,18 @@ def _loading(student: Published) -> str:
             f"Questions are put as `prompt` in student.json says: {json.dumps(about['prompt'])}."
         )
     if not (student.folder / CODE).is_dir():
+        base = Base.read(student.folder / ADAPTER)
+        where = f"`{base.model}` of the Hub, at the commit {base.commit}"
+        if base.commit is None:
+            where = f"`{shown_path(base.model)}`, which its makers have and this folder has not"
+        place = base.model if base.commit else "PATH_OF_THE_BASE"
         return (
-            "It is kept as adapters: `adapter/base.json` says on which model they belong.\n\n"
+            f"It is kept as adapters on a model, {where}. The fingerprint of that model, which is "
+            f"checked, is {base.fingerprint}.\n\n"
             "```python\nfrom kava_core import LatentReasoner\n\n"
-            'student = LatentReasoner.from_pretrained("PATH_OF_THIS_FOLDER")\n```\n\n' + asked
+            "student = LatentReasoner.from_pretrained("
+            f'"PATH_OF_THIS_FOLDER", base="{place}")\n```\n\n{asked} `kava ask` and `kava serve` '
+            "take the base as `--base`."
         )
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

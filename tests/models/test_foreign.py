@@ -350,6 +350,28 @@ def test_what_the_files_tell_is_not_asked_for(base: Base, tmp_path: Path) -> Non
         import_student("pccot", theirs, str(base.path), tmp_path / "ours")
 
 
+@pytest.mark.parametrize("name", ["config.json", "pccot_args.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ["[]", '"x"', "null"])
+def test_settings_that_are_no_object_are_refused(
+    base: Base, tmp_path: Path, name: str, content: str
+) -> None:
+    theirs = PCCoT(base).save(tmp_path / "theirs")
+    (theirs / name).write_text(content)
+    with pytest.raises(KavaError, match=rf"theirs/{name}: expected a JSON object, found "):
+        import_student("pccot", theirs, str(base.path), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_numbers_that_are_no_numbers_are_refused_in_few_words(base: Base, tmp_path: Path) -> None:
+    theirs = PCCoT(base).save(tmp_path / "theirs")
+    whole = json.loads((theirs / "pccot_args.json").read_text())
+    for value in (10**30, -1, True, "x" * 10_000):
+        (theirs / "pccot_args.json").write_text(json.dumps({**whole, "num_latent_tokens": value}))
+        with pytest.raises(KavaError, match="expected a number as num_latent_tokens") as error:
+            import_student("pccot", theirs, str(base.path), tmp_path / "ours")
+        assert len(str(error.value)) < 400
+
+
 def test_another_base_is_refused(base: Base, tmp_path: Path) -> None:
     theirs = Codi(base).save(tmp_path / "theirs")
     other = tmp_path / "other"
@@ -373,4 +395,21 @@ def test_a_pickle_of_anything_but_tensors_is_refused(
     with pytest.raises(KavaError, match=r"names and tensors"):
         convert_weights(tmp_path / "file.bin", tmp_path / "file.safetensors")
     assert "run" not in capsys.readouterr().out
+    assert not (tmp_path / "file.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.eye(3).to_sparse(), "sparse_coo"),
+        (torch.empty(3, device="meta"), r"without numbers \(meta\)"),
+        (torch.zeros(3, dtype=torch.complex128), "complex128"),
+    ],
+)
+def test_tensors_that_safetensors_does_not_know_are_named(
+    tmp_path: Path, tensor: Tensor, said: str
+) -> None:
+    torch.save({"plain": torch.zeros(2), "odd": tensor}, tmp_path / "file.bin")
+    with pytest.raises(KavaError, match=rf"found odd, which is {said}\. Have it saved as"):
+        convert_weights(tmp_path / "file.bin", tmp_path / "file.safetensors")
     assert not (tmp_path / "file.safetensors").exists()

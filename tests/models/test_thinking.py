@@ -14,8 +14,11 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -25,7 +28,7 @@ from transformers.generation import BaseStreamer
 
 from kava_core.errors import KavaError
 from kava_core.models.latent import LatentReasoner
-from tests.tiny import EOS, pad, tiny_student
+from tests.tiny import COMMON, EOS, PROMPT, pad, tiny_model, tiny_student
 
 QUESTIONS = [[11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
 BATCH = pad(QUESTIONS, "left")
@@ -44,7 +47,11 @@ Ways = tuple[LatentReasoner, Callable[..., Any]]
 
 def both(folder: Path, name: str = "llama", **settings: Any) -> Ways:
     """A saved student, opened by us, and transformers' `generate` in its decoder."""
-    tiny_student(name, **settings).save_pretrained(folder)
+    return saved(folder, tiny_student(name, **settings))
+
+
+def saved(folder: Path, student: LatentReasoner) -> Ways:
+    student.save_pretrained(folder)
     decoder = AutoModelForCausalLM.from_pretrained(folder)
 
     def generate(*question: Tensor, **options: Any) -> Any:
@@ -408,6 +415,67 @@ def test_a_question_that_fills_the_context_is_refused(tmp_path: Path) -> None:
     for generate, error in ((student.generate, KavaError), (theirs, ValueError)):
         with pytest.raises(error, match="takes 513 positions with latents and answer prompt"):
             generate(question)
+
+
+SHORT = GPT2Config(
+    vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=63
+)
+AROUND = 4 + 2 + 3  # latents, <bot> and <eot>, answer prompt
+
+
+def short_student(folder: Path, model: str | PreTrainedConfig = SHORT, **settings: Any) -> Ways:
+    """Of 32 positions that are learned, where nothing ends an answer."""
+    plain = {"iterations": 2, "reasoning": "jacobi", "projection": True, "per_position": True}
+    student = LatentReasoner.from_teacher(
+        tiny_model(model),
+        **{**plain, "latents": 4, "answer_prompt_ids": PROMPT, "eos_token_id": 63, "seed": 0}
+        | settings,
+    )
+    student.decoder.lm_head.weight.data[63] = 0
+    return saved(folder, student)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"output_scores": True}])
+def test_an_answer_ends_at_the_last_position_that_was_learned(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    question = torch.arange(11, 31)[None]
+    room = 32 - 20 - AROUND
+    student, theirs = short_student(tmp_path / "student")
+    for generate in (student.generate, theirs):
+        for options in ({"max_new_tokens": 30}, {}):
+            assert generate(question, **options, **more).shape == (1, 20 + room)
+        assert generate(question, max_new_tokens=2, **more).shape == (1, 22)
+
+
+def test_each_question_has_the_room_that_it_has_alone(tmp_path: Path) -> None:
+    student, theirs = short_student(tmp_path / "student")
+    questions = [list(range(11, 31)), [16, 17], [18, 19, 20, 21, 22]]
+    for generate in (student.generate, theirs):
+        found = generate(*pad(questions, "left"), max_new_tokens=30, return_dict_in_generate=True)
+        for row, text in enumerate(questions):
+            alone = generate(torch.tensor([text]), max_new_tokens=30)[0, len(text) :].tolist()
+            room = 32 - AROUND - len(text)
+            assert len(alone) == room == found.passes[row] - 2
+            assert found.tokens[row].tolist() == alone + [63] * (23 - 2 - room)
+        several = generate(
+            *pad(questions, "left"), max_new_tokens=30, do_sample=True, num_return_sequences=2
+        )
+        assert several.shape == (6, 20 + 32 - AROUND - 2)
+
+
+def test_a_stride_takes_the_room_of_an_answer(tmp_path: Path) -> None:
+    student, _ = short_student(tmp_path / "student", stride=3)
+    question = torch.arange(11, 21)[None]
+    assert student.generate(question, max_new_tokens=30).shape == (1, 32 - 4 * 2 - AROUND)
+
+
+def test_a_model_that_rotates_writes_on_past_its_context(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**COMMON, "max_position_embeddings": 32})
+    student, theirs = short_student(tmp_path / "student", config)
+    question = torch.arange(11, 31)[None]
+    for generate in (student.generate, theirs):
+        assert generate(question, max_new_tokens=30).shape == (1, 50)
 
 
 def test_the_teachers_way_of_writing_is_not_the_students(tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ def dvc_file(name: str, settings: Pipeline | Imported) -> dict[str, Any]:
     asks_test = settings.fidelity is not None and settings.fidelity.split == "test"
     lacking = settings.generate.lacking
     # What a store lacks no student learns: not those that read problems either.
-    named = [] if lacking is None else made(f"{lacking}/manifest.json")
+    resources = settings.resources
+    elsewhere = resources.caches_to if lacking == "teacher_kv" else resources.targets_to
+    file = "manifest.json" if elsewhere is None else "remote.json"
+    named = [] if lacking is None else made(f"{lacking}/{file}")
     students = stage(
         "distill ${key}",
         "students.${key}",

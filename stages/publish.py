@@ -137,13 +137,13 @@ def _targets(run: AnyRun) -> tuple[Manifest | None, Provenance | None]:
     elsewhere; None for what is not there."""
     from kava_core.artefacts import read_json
     from kava_core.sharing.importing import IMPORTED
-    from kava_core.store.manifest import read_manifest
     from kava_core.store.provenance import CARD, Provenance, read_card
+    from kava_core.store.where import place_of
 
     path = run.path("kv_targets")
     if not path.is_dir():
         return None, None
-    manifest = read_manifest(path, "kv_targets")
+    manifest = place_of(path).read_manifest("kv_targets")
     if not isinstance(run.settings, Imported):
         return manifest, None
     said = None

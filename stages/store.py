@@ -134,10 +134,10 @@ def export_store(
 ) -> None:
     """KavaErrors as of `kava_core.store.export`, and for a teacher that the store was not made
     with."""
-    from kava_core.sharing.describe import check_teacher, describe
+    from kava_core.sharing.describe import check_teacher, describe, warn_of_places
     from kava_core.store.export import check_new
     from kava_core.store.export import export as write_export
-    from kava_core.store.manifest import read_manifest
+    from kava_core.store.where import place_of
 
     check_new(destination)
     beside = path.absolute().parent
@@ -145,7 +145,8 @@ def export_store(
         path, teacher=teacher or beside / "teacher", problems=beside / "problems", licence=licence
     )
     if teacher is not None:
-        check_teacher(teacher, read_manifest(path), path)
+        check_teacher(teacher, place_of(path).read_manifest(), path)
+        warn_of_places(teacher)
     write_export(path, destination, about, teacher)
 
 

@@ -19,8 +19,8 @@ from kava_core.problems.prompt import check_prompt, read_prompt
 from kava_core.problems.traces import chat_fingerprint
 from kava_core.settings import Evict, Student
 from kava_core.store import Expectation, TargetsStore
-from kava_core.store.manifest import read_manifest
 from kava_core.store.summary import quarantined
+from kava_core.store.where import place_of
 from kava_core.targets.plan import Plan
 from kava_core.targets.specs import stored_settings
 
@@ -101,7 +101,8 @@ class StudentInputs:
             prompt = problems.prompt
         left_out: frozenset[str] = frozenset()
         if settings.reads == "problems" and lacking is not None:
-            left_out = frozenset(id for id, _ in quarantined(read_manifest(lacking)))
+            manifest = place_of(lacking).read_manifest()
+            left_out = frozenset(id for id, _ in quarantined(manifest))
         if left_out:
             fingerprints["left_out"] = fingerprint(sorted(left_out))
         check_prompt(prompt, teacher, "teacher.json", "kava teacher")

@@ -20,6 +20,7 @@ import psutil
 from kava_core.errors import KavaError
 from kava_core.lock import is_alive
 from kava_core.parallel.devices import NO_GPU
+from kava_core.store.cache import FOLDER, SIZE
 
 if TYPE_CHECKING:
     import grpc
@@ -237,11 +238,16 @@ def described() -> str:
 
 
 def worker_environment(threads: int, gpus: float) -> dict[str, str]:
-    """Of a process with so many threads; without a share of a GPU it is shown none.
+    """Of a process with so many threads; without a share of a GPU it is shown none. Stores are
+    cached as they are here; credentials stay here, since Ray shows what it passes on.
 
     Not the job's: within `ray job submit` that is the submitter's.
     """
+    cache = {name: os.environ[name] for name in (FOLDER, SIZE) if os.environ.get(name)}
+    if FOLDER in cache:
+        cache[FOLDER] = str(Path(cache[FOLDER]).absolute())
     return {
+        **cache,
         "OMP_NUM_THREADS": str(threads),
         "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own keeps what it decoded, some 50 MB
         **({} if gpus else NO_GPU),

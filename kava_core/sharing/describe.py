@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from kava_core.artefacts import read_json
+from kava_core.console import warn
 from kava_core.errors import KavaError
+from kava_core.models.adapted import ADAPTER, BASE, Base
 from kava_core.models.loading import load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from kava_core.problems.folder import ProblemFolder, open_problems
 from kava_core.store import Expectation
-from kava_core.store.manifest import Manifest, read_manifest
+from kava_core.store.manifest import Manifest
 from kava_core.store.provenance import DataFacts, Provenance, TeacherFacts
+from kava_core.store.where import place_of
 
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 
@@ -26,7 +29,7 @@ def describe(
     of the data: an identifier of the Hub. KavaError if it is none, or of data that is not at hand.
     """
     check_licence(licence)
-    manifest = read_manifest(store)
+    manifest = place_of(store).read_manifest()
     made_from = manifest.fingerprints
     data = data_facts(problems, made_from.get("problems"), licence) if problems else None
     if data is None and licence is not None:
@@ -69,7 +72,7 @@ def data_facts(folder: Path, fingerprint: str | None, licence: str | None) -> Da
     settings, read = about.get("settings", {}), about.get("read", {}).get("train", {})
     given = DataFacts(
         source=settings.get("source", {"name": "unknown"}),
-        path=read.get("dataset") or _shown(settings.get("path")),
+        path=read.get("dataset") or shown_path(settings.get("path")),
         hub_config=settings.get("hub_config"),
         revision=settings.get("revision"),
         commit=read.get("commit"),
@@ -111,7 +114,7 @@ def teacher_facts(folder: Path) -> TeacherFacts:
     settings = about["settings"]
     names = ("n", "exact_match_cot", "exact_match_no_cot")
     return TeacherFacts(
-        model=_shown(settings["model"]) or "",
+        model=shown_path(settings["model"]) or "",
         revision=settings.get("revision"),
         commit=about.get("commit"),
         training=settings.get("training"),
@@ -120,7 +123,25 @@ def teacher_facts(folder: Path) -> TeacherFacts:
     )
 
 
-def _shown(path: str | None) -> str | None:
+def warn_of_places(folder: Path) -> None:
+    """Say which paths of this machine are told by the JSON of a model's folder that goes elsewhere.
+
+    They are left as they are: who loads the model reads them.
+    """
+    told = {}
+    if (folder / "teacher.json").is_file():
+        told["teacher.json"] = read_json(folder / "teacher.json")["settings"]["model"]
+    if (folder / ADAPTER / BASE).is_file():
+        told[ADAPTER] = Base.read(folder / ADAPTER).model
+    for name, path in told.items():
+        if path != shown_path(path):
+            warn(
+                f"warning: {name} of {folder} tells {path}, a path of this machine. To keep it to "
+                "yourself, name the model by a path from here or by its Hub id, and train again."
+            )
+
+
+def shown_path(path: str | None) -> str | None:
     """A path as others may read it: of one that says where it lies on this machine, its name."""
     if path is None or not Path(path).expanduser().is_absolute():
         return path

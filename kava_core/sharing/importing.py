@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,11 @@ from kava_core.errors import KavaError
 from kava_core.lock import alone
 from kava_core.sharing.describe import check_teacher
 from kava_core.sharing.hub import Repository, download
-from kava_core.store.export import STORE, TEACHER, copy_model
+from kava_core.store.export import STORE, TEACHER, copy_model, copy_store
 from kava_core.store.layout import MANIFEST_FILE
-from kava_core.store.manifest import Manifest, read_manifest
+from kava_core.store.manifest import Manifest
 from kava_core.store.provenance import Provenance, read_card
-from kava_core.store.verify import verify
+from kava_core.store.where import place_of
 
 IMPORTED = "imported.json"  # beside the artefacts: what the card of an imported store said
 
@@ -45,7 +44,7 @@ def import_store(source: str, teacher: Path | None, folder: Path) -> Manifest:
         if source.startswith("hf://"):
             given = download(Repository.parse(source, "dataset"), work / "download")
         store, provenance = _opened(given)
-        manifest = read_manifest(store, "kv_targets")
+        manifest = place_of(store).load_manifest("kv_targets")
         if provenance is not None:
             provenance.check(manifest, given)
         beside = given / TEACHER
@@ -56,11 +55,7 @@ def import_store(source: str, teacher: Path | None, folder: Path) -> Manifest:
             )
         check_teacher(teacher or beside, manifest, store)
         built = work / "kv_targets"
-        built.mkdir()
-        for name in [*manifest.files, MANIFEST_FILE]:
-            shutil.copyfile(store / name, built / name)
-        if problems := verify(built, full=True):
-            raise KavaError(problems[0].replace(str(built), str(store)))
+        copy_store(store, built, "kv_targets")
         copy_model(teacher or beside, work / "teacher")
         about = provenance or Provenance.of(manifest, None, None)
         publish((built, folder / "kv_targets"), (work / "teacher", folder / "teacher"))

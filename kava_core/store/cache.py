@@ -82,13 +82,16 @@ class Cache:
         another length or checksum. KavaError where there is no room.
         """
         place = self.path(info)
-        if self._has(place, info):
+        if self._has(place, info) and _is_noted(place):
             return place
-        with self._alone(place, wait=True) as origin:
-            if origin is not None and not self._has(place, info):
-                self._fetch(place, info, url, pieces, is_there, {*keep, info.blake3})
+        with self._disk_errors(place, info, url), self._alone(place, wait=True) as origin:
+            whole = self._has(place, info)
+            # First: of a copy without its origin nobody could say that it is not the only one.
+            if origin is not None and not (whole and os.fstat(origin).st_size):
                 os.ftruncate(origin, 0)
-                os.pwrite(origin, str(url).encode(), 0)
+                _write(origin, str(url).encode())
+            if not whole:
+                self._fetch(place, info, pieces, is_there, {*keep, info.blake3})
         return place
 
     def drop(self, info: FileInfo) -> None:
@@ -110,13 +113,12 @@ class Cache:
         self,
         place: Path,
         info: FileInfo,
-        url: Url,
         pieces: Callable[[], Iterable[bytes]],
         is_there: Callable[[Url], bool],
         keep: Collection[str],
     ) -> None:
         part = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
-        with disk_errors(part), part.open("wb", buffering=0) as file:
+        with part.open("wb", buffering=0) as file:
             try:
                 self._reserve(part, info, is_there, keep)
                 digest, length = blake3(), 0
@@ -129,6 +131,15 @@ class Cache:
                 if length != info.bytes or digest.hexdigest() != info.blake3:
                     raise Mismatch
                 part.replace(place)
+            finally:
+                part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _disk_errors(self, place: Path, info: FileInfo, url: Url) -> Iterator[None]:
+        """What the disk refuses while a copy is made, as a KavaError."""
+        with disk_errors(place):
+            try:
+                yield
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -137,8 +148,6 @@ class Cache:
                     f"is full. Free some space there, set {FOLDER} to a folder on another disk, or "
                     f"lower {SIZE}."
                 ) from None
-            finally:
-                part.unlink(missing_ok=True)
 
     def _reserve(
         self,
@@ -262,6 +271,14 @@ def _make_mark(mark: Path) -> None:
 
 def _origin_of(place: Path) -> Path:
     return place.with_name(f".{place.name}.from")
+
+
+def _is_noted(place: Path) -> bool:
+    """Whether it is known where a copy came from."""
+    try:
+        return _origin_of(place).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:

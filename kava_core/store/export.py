@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,10 +22,12 @@ from kava_core.artefacts import atomic_folder
 from kava_core.errors import KavaError
 from kava_core.store.index import SCHEMA
 from kava_core.store.layout import INDEX_FILE, MANIFEST_FILE
-from kava_core.store.manifest import KIND_NAMES, read_manifest
+from kava_core.store.manifest import KIND_NAMES, REMAKE, Manifest
+from kava_core.store.place import identity
 from kava_core.store.provenance import CARD, KEY, Provenance
 from kava_core.store.summary import describe_store
-from kava_core.store.verify import open_store, verify
+from kava_core.store.verify import AHEAD, open_store, verify
+from kava_core.store.where import place_of
 
 READERS = {"teacher_kv": "TeacherStore", "kv_targets": "TargetsStore"}
 STORE, TEACHER = "store", "teacher"
@@ -32,6 +35,8 @@ STORE, TEACHER = "store", "teacher"
 LARGEST_FILE, MOST_FILES = 20 * 10**9, 10_000
 # What a model's folder is made of; anything else in it stays at home.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+HUB_CACHE = re.compile("(models|datasets)--")  # the folder of a repository in the Hub's cache
 
 # Access tokens of the Hub and of others, private keys, passwords in addresses.
 SECRETS = re.compile(
@@ -54,20 +59,14 @@ def export(
     folder whose weights and tokenizer go along. KavaError if the destination is neither, lies in
     the store or cannot be written, if the Hub would not take a file or a folder, if something looks
     like a secret, or if the store is damaged (every checksum is checked: a damaged store must not
-    be passed on).
+    be passed on). A folder that stands for a store on object storage is that store.
     """
     if destination.absolute().is_relative_to(path.absolute()):
         raise KavaError(f"{destination} lies in the store itself. Choose a folder outside of it.")
     check_new(destination)
-    problems = verify(path, full=True)
-    if problems:
-        raise KavaError(problems[0])
-    manifest = read_manifest(path)
     with atomic_folder(destination) as folder:
         inside = folder / STORE
-        inside.mkdir(parents=True)
-        for name in [*manifest.files, MANIFEST_FILE]:
-            shutil.copyfile(path / name, inside / name)
+        manifest = copy_store(path, inside)
         _write_index(inside, folder / "index.parquet")
         if teacher is not None:
             copy_model(teacher, folder / TEACHER)
@@ -84,11 +83,57 @@ def check_new(destination: Path) -> None:
         raise KavaError(f"{destination} exists already. Choose a new folder, or empty it.")
 
 
+def copy_store(path: Path, destination: Path, kind: str | None = None) -> Manifest:
+    """Copy a store, wherever it lies, into a new folder; its manifest.
+
+    KavaError for a store of another kind and for one that is damaged: every checksum is checked, in
+    the copy. Nothing is copied through a link out of its folder.
+    """
+    place = place_of(path)
+    manifest = place.load_manifest(kind)
+    destination.mkdir(parents=True)
+    names = list(manifest.files)
+    for number, name in enumerate(names):
+        place.fetch_ahead(manifest, [name], names[number + 1 : number + AHEAD])
+        copy = partial(_copied, destination / name)
+        place.opened(manifest, name, copy, identity, checksums=False)
+    (destination / MANIFEST_FILE).write_bytes(place.manifest_content(manifest))
+    if problems := verify(destination, full=True):
+        raise KavaError(problems[0].replace(str(destination), str(place.path)))
+    return manifest
+
+
+def _copied(destination: Path, source: Path) -> None:
+    try:
+        shutil.copyfile(source, destination)
+    except FileNotFoundError:  # a cache may have made room of it
+        raise KavaError(f"{source} is missing, but the manifest lists it. {REMAKE}") from None
+
+
 def copy_model(source: Path, destination: Path) -> None:
-    """The files that a model's folder is made of, adapters included."""
+    """The files that a model's folder is made of, adapters included.
+
+    KavaError for one that is no file, and for a link out of the folder: what it leads to may be
+    nobody's to pass on. Links of the Hub's cache, into its own folder of contents, are followed.
+    """
+    inside = source.resolve()
+    hub = next((p.parent for p in inside.parents if p.name == "snapshots"), None)
+    contents = hub / "blobs" if hub and HUB_CACHE.match(hub.name) else inside
     for folder in (source, source / "adapter"):
         found = sorted(file for kind in MODEL_FILES for file in folder.glob(kind))
         for file in found:
+            real = file.resolve()
+            if not real.is_relative_to(inside) and real.parent != contents:
+                raise KavaError(
+                    f"{file} is a symbolic link out of its folder. Put a copy or a hard link in "
+                    "its place (with DVC: set cache.type to reflink,hardlink,copy and run `dvc "
+                    "checkout --relink`)."
+                )
+            if not real.is_file():
+                raise KavaError(
+                    f"{file} cannot be read: expected a file, found a folder, a pipe or a device, "
+                    "or nothing. Move it away, or put the file in its place."
+                )
             place = destination / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)

@@ -11,12 +11,14 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kava_core.errors import KavaError
-from kava_core.store.url import CREDENTIALS, INSTALL, Url
+from kava_core.store.http import Body
+from kava_core.store.url import CREDENTIALS, HTTP, INSTALL, Url
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -28,7 +30,16 @@ ATTEMPTS, FIRST_WAIT = 5, 0.5  # the wait doubles: 7.5 s in all
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
 
 DENIED = (401, 403)
-PASSING = (408, 425, 429)  # the only 4xx that the same request may outlive
+PASSING = (408, 425, 429)  # the only 4xx that the same request may outlive, and those named so:
+PASSING_CODES = (
+    "RequestTimeout",
+    "IncompleteBody",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+    "OperationAborted",
+    "NoSuchUpload",  # its parts are gone: the next attempt begins with the first one
+)
 NO_CREDENTIALS = (
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -46,6 +57,7 @@ FULL = (
 OUR_MISTAKES = (TypeError, AttributeError, NameError)
 
 T = TypeVar("T")
+Read = Callable[[int, int], bytes]  # start, stop
 
 # A forked process shares its parent's event queue: were it to close what it inherited, the parent
 # would not hear of its own connections any more. So it keeps all of that, unused, to its end.
@@ -84,7 +96,7 @@ class Objects:
 
     def lengths(self) -> dict[str, int] | None:
         """Bytes of each object in the folder; None where a service lists none (http)."""
-        if self.url.scheme in ("https", "http"):
+        if self.url.scheme in HTTP:
             return None
         return {name: state.size for name, state in self.states().items()}
 
@@ -97,27 +109,27 @@ class Objects:
 
     def read(self, url: Url, most: int) -> bytes:
         """The whole of a small object; KavaError if it has more than `most` bytes."""
-        size = self.size(url)
-        if size is not None and size > most:
+        size, content = self.size(url), b""
+        if size is None or size <= most:
+            content = self._ask(url, partial(self._whole, url, size, most + 1))
+        if (found := max(size or 0, len(content))) > most:
+            more = "" if size is not None else " or more"
             raise KavaError(
-                f"{url} cannot be read: expected at most {most:,} bytes, found {size:,}. Make it "
-                "again."
+                f"{url} cannot be read: expected at most {most:,} bytes, found {found:,}{more}. "
+                "Make it again."
             )
-        return bytes(self._ask(url, partial(self._whole, url, size))[: most + 1])
+        return content
 
     def head(self, url: Url, length: int) -> bytes:
         """The first `length` bytes of an object."""
-        return self._ask(url, partial(self._range, url, 0, length))[:length]
+        return b"".join(self.pieces(url, length))
 
     def pieces(self, url: Url, length: int) -> Iterator[bytes]:
         """An object of `length` bytes, piece by piece, each as long as it should be."""
-        for start in range(0, length, PART):
-            stop = min(start + PART, length)
-            piece = self._ask(url, partial(self._range, url, start, stop))
-            if len(piece) > stop - start:  # a server that knows no ranges sends everything
-                yield piece[start:]
-                return
-            yield piece
+        with self._reader(url) as read:
+            for start in range(0, length, PART):
+                stop = min(start + PART, length)
+                yield self._ask(url, partial(_exactly, read, start, stop))
 
     def write(self, url: Url, content: bytes) -> None:
         """Put a small object."""
@@ -136,17 +148,28 @@ class Objects:
         except Missing:
             return
 
-    def _whole(self, url: Url, length: int | None) -> bytes:
-        content: bytes = self._open().cat_file(url.whole)
-        if length is not None and len(content) < length:
-            raise EOFError(f"{len(content)} of {length} bytes")
+    def _whole(self, url: Url, size: int | None, most: int) -> bytes:
+        """An object, or its first `most` bytes where a server does not say how many it has."""
+        if self.url.scheme in HTTP:
+            with self._reader(url) as read:
+                content = read(0, most)
+        else:
+            content = self._open().cat_file(url.whole)
+        if len(content) < (size or 0):
+            raise EOFError(f"{len(content)} of {size} bytes")
         return content
 
-    def _range(self, url: Url, start: int, stop: int) -> bytes:
-        piece: bytes = self._open().cat_file(url.whole, start=start, end=stop)
-        if len(piece) < stop - start:
-            raise EOFError(f"{len(piece)} of {stop - start} bytes")
-        return piece
+    @contextmanager
+    def _reader(self, url: Url) -> Iterator[Read]:
+        """What reads an object's bytes, from its beginning on."""
+        if self.url.scheme not in HTTP:
+            yield lambda start, stop: self._open().cat_file(url.whole, start=start, end=stop)
+            return
+        body = Body(self._open(), url.whole)
+        try:
+            yield body.read
+        finally:
+            body.close()
 
     def _ask(self, url: Url, call: Callable[[], T], what: str = "read") -> T:
         """The result of `call`, repeated where that may help."""
@@ -176,6 +199,13 @@ class Objects:
         return self._filesystem[1]
 
 
+def _exactly(read: Read, start: int, stop: int) -> bytes:
+    piece = read(start, stop)
+    if len(piece) < stop - start:
+        raise EOFError(f"{len(piece)} of {stop - start} bytes")
+    return piece
+
+
 def _state(entry: Mapping[str, Any]) -> State:
     """entry: of fsspec's `ls` or `info`. A generation, where there is one, is another one each
     time an object is written."""
@@ -200,11 +230,11 @@ def _filesystem(url: Url) -> AbstractFileSystem:
             "retries": {"total_max_attempts": 1},
         }
     try:
-        if scheme in ("https", "http", "gs"):
+        if scheme in (*HTTP, "gs"):
             import aiohttp
 
             limits = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
-        if scheme in ("https", "http"):
+        if scheme in HTTP:
             options["client_kwargs"] = {"timeout": limits}
             options["encoded"] = True
         if scheme == "gs":
@@ -230,6 +260,8 @@ def _explained(error: Exception, url: Url, what: str) -> KavaError | None:
             "there, or have its quota raised; what was written is kept, and the same command goes "
             "on."
         )
+    if code in PASSING_CODES:
+        return None
     if isinstance(error, FileNotFoundError) or status == 404:
         if what == "written":
             return KavaError(

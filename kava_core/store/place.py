@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from kava_core.artefacts import read_regular
 from kava_core.errors import KavaError
 from kava_core.store.layout import MANIFEST_FILE
 from kava_core.store.manifest import (
@@ -14,6 +15,7 @@ from kava_core.store.manifest import (
     Manifest,
     check_content,
     check_file,
+    largest_manifest,
     load_manifest,
     read_manifest,
     unless_made_anew,
@@ -40,6 +42,10 @@ class Place(ABC):
     def load_manifest(self, kind: str | None = None) -> Manifest:
         """The manifest; KavaError too if a file that it names is not there, or of another length
         than it says, as far as that can be seen without reading them."""
+
+    @abstractmethod
+    def manifest_content(self, manifest: Manifest) -> bytes:
+        """The file that the manifest was read from, as it is written there."""
 
     @abstractmethod
     def opened(
@@ -92,6 +98,9 @@ class Folder(Place):
 
     def load_manifest(self, kind: str | None = None) -> Manifest:
         return load_manifest(self.path, kind)
+
+    def manifest_content(self, manifest: Manifest) -> bytes:
+        return read_regular(self.path / MANIFEST_FILE, largest_manifest(1 + len(manifest.files)))
 
     def check_content(self, manifest: Manifest, name: str, *, checksums: bool) -> None:
         """Once more if it is another file by now: a store may be made anew while it is read."""

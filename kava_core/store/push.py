@@ -14,10 +14,12 @@ from pathlib import Path
 
 from kava_core.errors import KavaError
 from kava_core.store.layout import MANIFEST_FILE
-from kava_core.store.manifest import Manifest, check_content, load_manifest
+from kava_core.store.manifest import Manifest, check_content
 from kava_core.store.objects import Missing, Objects
+from kava_core.store.place import Folder
 from kava_core.store.remote import READERS
 from kava_core.store.url import Url, locate
+from kava_core.store.where import place_of
 
 NOTE = "upload.json"
 LARGEST_NOTE = 1 << 16
@@ -36,7 +38,13 @@ def push(path: Path, url: str | Url, advance: Callable[[str], None] = lambda _: 
             f"{where} cannot be pushed to: expected s3://BUCKET/FOLDER or gs://BUCKET/FOLDER. For "
             "the Hugging Face Hub use `kava store export` and `hf upload`; copy a folder with `cp`."
         )
-    manifest, objects = load_manifest(path), Objects(where)
+    place = place_of(path)
+    if not isinstance(place, Folder):
+        raise KavaError(
+            f"{path} has no files to push: it stands for {place.path}. Let others link to that, or "
+            "name a folder that has the store itself."
+        )
+    manifest, objects = place.load_manifest(), Objects(where)
     there = _what_is_there(objects, manifest)
     if MANIFEST_FILE in there:
         return manifest

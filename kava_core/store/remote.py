@@ -20,6 +20,7 @@ from kava_core.store.layout import MANIFEST_FILE
 from kava_core.store.manifest import REMAKE, Manifest, check_manifest, largest_manifest
 from kava_core.store.objects import Missing, Objects
 from kava_core.store.place import Glance, Opened, Place, identity
+from kava_core.store.tensor_file import MAX_HEADER
 from kava_core.store.url import Url
 
 READERS = 4  # threads that fetch ahead: one waits for an answer while another one's bytes come
@@ -62,6 +63,10 @@ class Remote(Place):
             for name, info in manifest.files.items():
                 self._check_length(name, lengths.get(name), info.bytes)
         return manifest
+
+    def manifest_content(self, manifest: Manifest) -> bytes:
+        most = largest_manifest(1 + len(manifest.files))
+        return self._objects.read(self.path / MANIFEST_FILE, most)
 
     def _manifest(self, files: int, kind: str | None) -> Manifest:
         file = self.path / MANIFEST_FILE
@@ -194,7 +199,7 @@ class Remote(Place):
             self._check_length(name, None, size)
         content = self._objects.head(file, min(HEADER_BYTES, size))
         needed = 8 + int.from_bytes(content[:8], "little")
-        if len(content) < needed <= size:
+        if len(content) < needed <= min(size, 8 + MAX_HEADER):
             content = self._objects.head(file, needed)
         return io.BytesIO(content)
 

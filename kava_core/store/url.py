@@ -26,7 +26,7 @@ CREDENTIALS = {
     "https": "Ask whoever shares it for an address that may be read",
 }
 CREDENTIALS["http"] = CREDENTIALS["https"]
-LOCAL = "file"
+LOCAL, HTTP = "file", ("https", "http")
 FOLDED = re.compile(rf"({'|'.join((*INSTALL, LOCAL))}):/(?!/)")
 
 
@@ -100,7 +100,7 @@ def locate(path: str | StorePath) -> StorePath:
             f"{url} names no store: expected {scheme}://BUCKET/FOLDER. Say in which bucket (or on "
             "which host) it lies."
         )
-    if scheme not in ("https", "http") and (user or "?" in url.whole):
+    if scheme not in HTTP and (user or "?" in url.whole):
         raise KavaError(
             f"{url} was given with a name, a password or a query in it: expected "
             f"{scheme}://BUCKET/FOLDER. Leave them out. {CREDENTIALS[scheme]}."

@@ -122,3 +122,18 @@ def test_a_cluster_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
         assert not ray.is_initialized()
     finally:
         cluster.shutdown()
+
+
+def test_workers_have_the_cache_of_the_driver_and_none_of_its_secrets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("KAVA_CACHE", "KAVA_CACHE_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    plain = rays.worker_environment(2, 1)
+    assert plain.keys() == {"OMP_NUM_THREADS", "ARROW_DEFAULT_MEMORY_POOL"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KAVA_CACHE", "copies")
+    monkeypatch.setenv("KAVA_CACHE_SIZE", "7GB")
+    added = {"KAVA_CACHE": str(tmp_path / "copies"), "KAVA_CACHE_SIZE": "7GB"}
+    assert rays.worker_environment(2, 1) == {**plain, **added}

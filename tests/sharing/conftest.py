@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from stages.cli import kava
+from tests.sharing.fake_hub import FakeHub
 
 TRAINING = {"steps": 2, "batch_size": 8, "threads": 1}
 KAVA = {"reads": "kv_targets", "iterations": 1, "alpha_kv": 1.0, "training": TRAINING}
@@ -104,3 +107,12 @@ def received(exported: Path, tmp_path: Path) -> Path:
 def other(tmp_path: Path) -> Team:
     """Team B, which never saw A's problems."""
     return Team(tmp_path / "b", {"students": {"kava": KAVA}})
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    server = FakeHub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

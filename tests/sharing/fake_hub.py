@@ -1,4 +1,5 @@
-"""As much of the Hub's interface as publishing needs, on loopback; keeps what it is sent."""
+"""As much of the Hub's interface as publishing and reading a store need, on loopback; keeps what it
+is sent."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import base64
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 
 class FakeHub(ThreadingHTTPServer):
-    """files: path → content of the last commit. made: bodies of the requests that made
-    repositories. tokens: every Authorization that came. refuses: answer all with 403."""
+    """files: path → content, of the last commit or to be read. made: bodies of the requests that
+    made repositories. tokens: every Authorization that came. refuses: answer all with 403."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -30,7 +32,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._take()
-        self._say({"sha": "0" * 40, "siblings": []})
+        path = urlsplit(self.path).path
+        if "/resolve/" in path:
+            self._send(path.partition("/resolve/main/")[2])
+        elif "/tree/" in path:
+            folder = path.partition("/tree/main/")[2]
+            self._say([each for each in self._files() if each["path"].startswith(f"{folder}/")])
+        else:
+            self._say({"sha": "0" * 40, "siblings": [], "id": "somebody/something"})
 
     def do_POST(self) -> None:
         body = self._take()
@@ -39,6 +48,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             self.server.made.append(json.loads(body))
             self._say({"url": f"{self.server.address}/somebody/something"})
+        elif "/paths-info/" in self.path:
+            asked = parse_qs(body.decode())["paths"]
+            self._say([each for each in self._files() if each["path"] in asked])
         elif "/preupload/" in self.path:
             files = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]
@@ -58,7 +70,24 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("authorization"))
         return self.rfile.read(int(self.headers.get("content-length") or 0))
 
-    def _say(self, value: dict[str, Any], status: int = 200) -> None:
+    def _files(self) -> list[dict[str, Any]]:
+        return [
+            {"type": "file", "oid": "0" * 40, "path": path, "size": len(content)}
+            for path, content in sorted(self.server.files.items())
+        ]
+
+    def _send(self, path: str) -> None:
+        """A file, or the bytes of it that are asked for."""
+        content, asked = self.server.files[path], self.headers["range"]
+        if asked is not None:
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            content = content[first : last + 1]
+        self.send_response(200 if asked is None else 206)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _say(self, value: object, status: int = 200) -> None:
         content = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")

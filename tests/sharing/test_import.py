@@ -14,11 +14,12 @@ import pytest
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from kava_core.artefacts import WORK
+from kava_core.artefacts import WORK, file_digest
 from kava_core.errors import KavaError
 from kava_core.leftovers import find_leftovers
 from kava_core.models.loading import load_model
 from kava_core.settings import Imported, load_any_pipeline, load_pipeline
+from kava_core.store.export import copy_model
 from kava_core.store.verify import verify
 from stages.graph import check_tracked, project_files
 from tests.sharing.conftest import KAVA, MAKING, NO_COT, PREPARE, Team
@@ -180,6 +181,48 @@ def test_a_damaged_store_is_refused(received: Path, other: Team) -> None:
     with pytest.raises(KavaError, match="does not match its checksum"):
         other.kava("store", "import", str(received))
     assert not other.data("kv_targets").exists()
+
+
+@pytest.mark.parametrize("name", ["store/shard-00000.safetensors", "teacher/notes.txt"])
+def test_nothing_is_copied_that_is_no_file_of_the_folder(
+    received: Path, other: Team, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "secret.env").write_text("PASSWORD=hunter2", encoding="utf-8")
+    place = received / name
+    place.unlink(missing_ok=True)
+    place.symlink_to("../../secret.env")
+    with pytest.raises(KavaError, match=rf"{place.name} is a symbolic link out of"):
+        other.kava("store", "import", str(received))
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(KavaError, match=rf"{place.name} cannot be read: expected a file, found"):
+        other.kava("store", "import", str(received))
+    assert not list(other.data().glob("*/*"))
+
+
+def test_a_model_is_not_copied_through_the_link_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/notes.txt").write_text("PASSWORD=hunter2", encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/adapter").symlink_to(tmp_path / "private")
+    with pytest.raises(KavaError, match=r"notes.txt is a symbolic link out of its folder"):
+        copy_model(tmp_path / "model", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_teacher_in_the_cache_of_the_hub_is_taken(
+    made: Team, received: Path, other: Team, tmp_path: Path
+) -> None:
+    hub = tmp_path / "models--team--teacher"
+    snapshot = hub / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for file in (received / "teacher").iterdir():
+        content = hub / "blobs" / file_digest(file)
+        file.rename(content)
+        (snapshot / file.name).symlink_to(Path("../../blobs", content.name))
+    other.kava("store", "import", str(received / "store"), "--teacher", str(snapshot))
+    assert digest(other.data("teacher")) == digest(made.data("teacher"))
 
 
 def test_a_pipeline_that_would_not_read_it_imports_nothing(

@@ -8,36 +8,31 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.repocard import metadata_load
 
 from kava_core import LatentReasoner
-from kava_core.artefacts import read_json
+from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.findings.latents import InterventionScores
+from kava_core.models.adapted import Base
+from kava_core.models.loading import model_fingerprint
+from kava_core.serving.served import open_served
 from kava_core.settings.student import Curriculum
 from kava_core.sharing.hub import Repository, download, upload
 from kava_core.sharing.student import _changed_table, _curriculum
 from kava_core.store import TargetsStore
 from kava_core.store.export import check_limits, check_secrets
-from tests.sharing.conftest import KAVA, Team
+from stages.cli import kava
+from tests.sharing.conftest import KAVA, MAKING, Team
 from tests.sharing.fake_hub import FakeHub
 from tests.stages.project import ROOT
 
 TOKEN = f"hf_{'x' * 34}"
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    server = FakeHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def publish(team: Team, hub: FakeHub, *command: str) -> str:
@@ -270,3 +265,92 @@ def test_what_the_hub_does_not_take_is_named(
     monkeypatch.setattr("kava_core.store.export.MOST_FILES", 3)
     with pytest.raises(KavaError, match="store/ would have 3 files"):
         check_limits(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def adapted(made: Team, tmp_path_factory: pytest.TempPathFactory) -> Team:
+    """Team A, whose student is kept as adapters on the teacher."""
+    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"], "save": "adapter"}
+    student = {**KAVA, "training": {**KAVA["training"], "lora": lora}}
+    team = Team(tmp_path_factory.mktemp("adapted") / "a", {**MAKING, "students": {"kava": student}})
+    for name in ("problems", "kv_targets", "teacher"):
+        shutil.copytree(made.data(name), team.data(name))
+    team.kava("distill", "kava")
+    return team
+
+
+def test_a_student_of_adapters_is_loaded_elsewhere_as_its_card_says(
+    adapted: Team, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = publish(adapted, hub, "student", "kava", "hf://somebody/something")
+    assert "published: " in said and "kept as adapters on " in said, said
+    assert "nobody can load it without that model" in " ".join(said.split())
+    folder, base = tmp_path / "elsewhere/student", tmp_path / "elsewhere/base"
+    for name, content in hub.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    shutil.copytree(adapted.data("teacher"), base)
+    expected = LatentReasoner.from_pretrained(adapted.data("students/kava"))
+    monkeypatch.chdir(tmp_path)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert model_fingerprint(str(base)) in card and str(adapted.path) not in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for place, path in (("THIS_FOLDER", folder), ("THE_BASE", base)):
+        assert f"PATH_OF_{place}" in code
+        code = code.replace(f"PATH_OF_{place}", str(path))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ids = torch.tensor([[9, 10, 11]])
+    assert torch.equal(names["student"].generate(ids), expected.generate(ids))
+    asked = ["ask", str(folder), "how many ?", "--json"]
+    with pytest.raises(KavaError, match=r"give it as their base \(--base\)"):
+        kava.main(asked, standalone_mode=False)
+    kava.main([*asked, "--base", str(base)], standalone_mode=False)
+    with pytest.raises(KavaError, match=r"belong on the model"):
+        open_served(folder)
+    assert open_served(folder, str(base)).kind == "student"
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit(adapted: Team, tmp_path: Path) -> None:
+    team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
+    for name in ("students", "kv_targets", "teacher"):
+        shutil.copytree(adapted.data(name), team.data(name))
+    file = team.data("students/kava/adapter")
+    Base(model="team/base", commit="c" * 40, fingerprint=Base.read(file).fingerprint).write(file)
+    team.kava("publish", "student", "kava", str(tmp_path / "hub"))
+    card = (tmp_path / "hub/README.md").read_text(encoding="utf-8")
+    assert f"`team/base` of the Hub, at the commit {'c' * 40}" in card
+    assert '"PATH_OF_THIS_FOLDER", base="team/base")' in card
+
+
+def test_paths_of_this_machine_are_not_told(
+    adapted: Team, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "/home/alice/secret-project/llama"
+    team = Team(tmp_path / "a", {"students": {"kava": {**KAVA, "model": secret}}})
+    for name in ("students", "kv_targets", "teacher"):
+        shutil.copytree(adapted.data(name), team.data(name))
+    student = team.data("students/kava")
+    about = read_json(student / "student.json")
+    about["settings"]["model"] = secret
+    write_json(student / "student.json", about)
+    team.kava("publish", "student", "kava", str(tmp_path / "hub"))
+    assert '"model": "llama"' in (tmp_path / "hub/README.md").read_text(encoding="utf-8")
+    assert not [f for f in (tmp_path / "hub").rglob("*.*") if b"secret-project" in f.read_bytes()]
+    told = read_json(tmp_path / "hub/student.json")
+    assert told["settings"].pop("model") == "llama" and about["settings"].pop("model") == secret
+    assert told == about
+    # Where the base of adapters lies is read again by whoever loads them.
+    Base(model=secret, commit=None, fingerprint="0").write(student / "adapter")
+    capsys.readouterr()
+    team.kava("publish", "student", "kava", str(tmp_path / "hub-2"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"adapter of {student} tells {secret}, a path of this machine" in said
+    assert "secret-project" not in (tmp_path / "hub-2/README.md").read_text(encoding="utf-8")
+    about = read_json(team.data("teacher/teacher.json"))
+    about["settings"]["model"] = secret
+    write_json(team.data("teacher/teacher.json"), about)
+    team.kava("publish", "store", str(tmp_path / "store"), "--with-teacher")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"teacher.json of {team.data('teacher')} tells {secret}, a path" in said
+    assert "secret-project" not in (tmp_path / "store/README.md").read_text(encoding="utf-8")

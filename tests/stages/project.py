@@ -159,9 +159,9 @@ def end_session(pid: int) -> None:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """File name → hash of its content, for everything in `folder`."""
+    """File name → hash of its content, for everything in `folder`, or for that file itself."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
+        for file in sorted([folder, *folder.rglob("*")])
         if file.is_file()
     }

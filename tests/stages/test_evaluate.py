@@ -461,7 +461,7 @@ def test_options_that_mean_nothing_and_wrong_files_are_refused(home: Path) -> No
         ([question, "--out", "x.jsonl"], "--out is for the questions of --file"),
         ([question, "--batch-size", "3"], "--batch-size is for the questions of --file"),
         (["--file", file, "--json"], "--json says nothing with --file"),
-        (["--file", file], r"questions\.jsonl, line 2: expected an object with a text `question`"),
+        (["--file", file], r"questions\.jsonl:2: expected a text in `question`, found no such"),
         (["--file", home / "empty.txt"], "holds no question"),
         (["--file", home / "none.txt"], "is missing"),
         ([question, "--compare", other], "was made from the teacher"),

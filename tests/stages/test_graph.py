@@ -42,6 +42,24 @@ def test_generate_makes_the_targets_and_depends_on_what_cuts_them() -> None:
     assert "data/x/kv_targets" in stages["report"]["deps"]
 
 
+@pytest.mark.parametrize(
+    ("keep", "resources", "file"),
+    [
+        ("caches", {}, "teacher_kv/manifest.json"),
+        ("caches", {"targets_to": "s3://bucket/x"}, "teacher_kv/manifest.json"),
+        ("caches", {"caches_to": "s3://bucket/x"}, "teacher_kv/remote.json"),
+        ("targets", {"targets_to": "s3://bucket/x"}, "kv_targets/remote.json"),
+    ],
+)
+def test_students_depend_on_the_file_that_names_what_they_do_not_learn(
+    keep: str, resources: dict[str, str], file: str
+) -> None:
+    generate = {**SMOKE["generate"], "keep": keep, "on_error": "quarantine"}
+    plain = {**SMOKE, "generate": generate, "resources": resources}
+    stages = dvc_file("x", Pipeline.model_validate(plain))["stages"]
+    assert f"data/x/{file}" in stages["distill"]["do"]["deps"]
+
+
 def test_everything_that_is_read_is_made_by_one_stage() -> None:
     for what, sections in itertools.product(("caches", "targets"), ({}, {"traces": {}})):
         stages = dvc_file("x", keeping(what, **sections))["stages"]

@@ -17,6 +17,14 @@ from werkzeug.serving import make_server
 # S3 error code; None for nothing.
 Fault = Callable[[str, str, int], str | None]
 SILENCE = 2.0
+# Those that S3 sends with the code.
+STATUS = {
+    "XMinioStorageFull": "507",
+    "RequestTimeout": "400",
+    "IncompleteBody": "400",
+    "BadDigest": "400",
+    "NoSuchUpload": "404",
+}
 
 
 class S3:
@@ -42,7 +50,7 @@ class S3:
             time.sleep(SILENCE)
         if fault in ("short", "cut"):
             return self._damaged(environ, start, fault)
-        status = fault if fault.isdigit() else "507" if "Full" in fault else "500"
+        status = fault if fault.isdigit() else STATUS.get(fault, "500")
         body = f"<Error><Code>{fault}</Code><Message>me:hunter2</Message></Error>".encode()
         start(f"{status} Fault", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
         return [body]

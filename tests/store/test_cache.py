@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -136,6 +138,49 @@ def test_what_a_killed_process_left_makes_room(tmp_path: Path) -> None:
     assert copies(cache) == {b"a" * 10, b"b" * 10}
 
 
+def put_and_die(cache: Cache, at: int, survived: int) -> None:
+    """Fetch a file, and be killed at the `at`-th thing that is done to the disk."""
+    done = 0
+
+    def look(event: str, _: object) -> None:
+        nonlocal done
+        if event in ("open", "os.truncate", "os.rename", "os.remove", "os.mkdir", "os.link"):
+            done += 1
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+    put(cache, b"a" * 10)
+    os._exit(survived)
+
+
+def test_wherever_it_is_killed_a_copy_makes_room(tmp_path: Path) -> None:
+    for at in range(1, 100):
+        cache = Cache(tmp_path / str(at), 10)
+        child = multiprocessing.get_context("fork").Process(target=put_and_die, args=(cache, at, 7))
+        child.start()
+        child.join()
+        put(cache, b"b" * 10)
+        assert copies(cache) == {b"b" * 10}, at
+        if child.exitcode == 7:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert 10 < at < 99
+
+
+def test_a_copy_whose_origin_was_lost_gets_one_when_it_is_used(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 10)
+    for left in (b"", None):
+        copy = put(cache, b"a" * 10)
+        origin = copy.with_name(f".{copy.name}.from")
+        origin.unlink() if left is None else origin.write_bytes(left)
+        with pytest.raises(KavaError, match="is the only copy there is"):
+            put(cache, b"b" * 10)
+        put(cache, b"a" * 10)
+    put(cache, b"b" * 10)
+    assert copies(cache) == {b"b" * 10}
+
+
 def test_threads_that_want_the_same_file_fetch_it_once(tmp_path: Path) -> None:
     cache, fetched = Cache(tmp_path / "cache", 1000), []
 
@@ -211,9 +256,16 @@ def test_a_cache_that_cannot_hold_what_is_mixed_is_refused(
         TargetsStore.open(url, cache=Cache(tmp_path / "small", 1000)).batch([0])
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int) -> None:
+    """Be it at the note of where a copy comes from, or at the copy."""
+    write, lengths = cache_module._write, [written]
+
+    def full(descriptor: int, piece: bytes) -> None:
+        if lengths[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        lengths[0] -= 1
+        write(descriptor, piece)
 
     cache = Cache(tmp_path / "cache", 100)
     monkeypatch.setattr(cache_module, "_write", full)

@@ -7,9 +7,12 @@ import multiprocessing
 import pickle
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,59 @@ def test_faults_that_pass_change_nothing(
     far, local = TargetsStore.open(url_of(server)), TargetsStore.open(folder)
     order = order_of(local)
     assert same(batches(far, order), batches(local, order))
+
+
+def test_a_server_without_ranges_sends_a_shard_once(server: ObjectServer) -> None:
+    server.fault = lambda _, __: "whole"
+    store = TargetsStore.open(url_of(server))
+    store.batch(range(len(store)))
+    assert server.asked[SHARD] == 1
+    piece = next(objects.Objects(store.place.path).pieces(store.place.path / SHARD, 10_000))
+    assert len(piece) == objects.PART
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Says not how long an answer is, knows no ranges, and sends 64 MB, or as much as is taken."""
+
+    protocol_version = "HTTP/1.1"
+    server: Any
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.close_connection = True
+        with suppress(OSError):
+            for _ in range(256):
+                self.wfile.write(b"40000\r\n" + bytes(1 << 18) + b"\r\n")
+                self.server.sent += 1 << 18
+            self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing."""
+
+
+def test_a_server_that_sends_without_end_is_not_heard_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MOST_FILES", 0)
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    server.daemon_threads, server.sent = True, 0
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    url = Url(f"http://127.0.0.1:{server.server_port}/store")
+    there = objects.Objects(url)
+    try:
+        with pytest.raises(KavaError, match=r"expected at most .* bytes, found .* or more"):
+            TargetsStore.open(url)
+        assert there.head(url / SHARD, 1000) == bytes(1000)
+        assert sum(map(len, there.pieces(url / SHARD, 100_000))) == 100_000
+        assert server.sent < 48 << 20, "of four answers"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.mark.parametrize(

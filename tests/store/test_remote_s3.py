@@ -77,7 +77,9 @@ def test_a_file_too_many_is_found(folder: Path) -> None:
     assert f"{STORE}/notes.txt does not belong to the store" in problem
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "SlowDown", "silent", "short", "cut"])
+@pytest.mark.parametrize(
+    "fault", ["500", "503", "SlowDown", "RequestTimeout", "silent", "short", "cut"]
+)
 def test_faults_that_pass_change_nothing(
     s3: S3, folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

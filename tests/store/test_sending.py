@@ -152,7 +152,9 @@ def test_a_full_bucket_is_said(caches: Path, s3: S3, tmp_path: Path, fault: str)
         evicted(caches, tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["503", "500", "silent"])
+@pytest.mark.parametrize(
+    "fault", ["503", "500", "silent", "RequestTimeout", "IncompleteBody", "BadDigest"]
+)
 def test_faults_that_pass_change_nothing(
     caches: Path, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -266,6 +268,20 @@ def test_killed_in_the_middle_it_goes_on(caches: Path, s3: S3, tmp_path: Path) -
     assert rest.examples == 0
     assert s3.asked["PUT", "shard-00000.safetensors"] == 0
     assert content(rest.url) == files(evicted(caches, tmp_path / "near", HERE).folder)
+
+
+def test_parts_that_the_service_has_thrown_away_are_sent_again(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "PART", objects.SMALLEST_PART)
+    content = bytes(range(256)) * (2 * objects.PART // 256)
+    (tmp_path / "large").write_bytes(content)
+    there = Objects(Url(f"{TO}/x"))
+    s3.fault = lambda method, key, n: (
+        "NoSuchUpload" if method == "PUT" and key == "large" and n == 2 else None
+    )
+    there.upload(there.url / "large", str(tmp_path / "large"))
+    assert b"".join(there.pieces(there.url / "large", len(content))) == content
 
 
 @pytest.mark.parametrize(

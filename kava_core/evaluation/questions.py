@@ -18,8 +18,8 @@ from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
 from kava_core.models.students import open_student
 from kava_core.models.thinking import positions_to_think
+from kava_core.problems.formats import read_jsonl, read_text, readable
 from kava_core.problems.prompt import PLAIN, prompt_in
-from kava_core.problems.readers import read_jsonl, read_text, readable
 from kava_core.problems.rows import BadRow
 from kava_core.problems.traces import TraceEncoder
 

@@ -19,7 +19,7 @@ from kava_core.artefacts import file_digest, read_json, write_json
 from kava_core.errors import KavaError
 from kava_core.findings.base import Finding
 from kava_core.models.inspection import check_files
-from kava_core.settings.document import LONGEST_MESSAGE, shorten, shown
+from kava_core.wording import LONGEST_MESSAGE, shorten, shown
 
 ADAPTER = "adapter"
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kava_core.artefacts import atomic_path, disk_errors
 from kava_core.errors import KavaError
-from kava_core.settings.document import shorten
+from kava_core.wording import shorten
 
 
 def convert_weights(path: Path, destination: Path) -> int:

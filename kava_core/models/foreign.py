@@ -27,7 +27,7 @@ from kava_core.models.loading import commit_of, load_model, load_tokenizer, mode
 from kava_core.models.thinking import LARGEST
 from kava_core.problems.prompt import ANSWER_PROMPT, Prompt
 from kava_core.problems.traces import TraceEncoder
-from kava_core.settings.document import shown
+from kava_core.wording import shown
 
 Format = Literal["codi", "pccot", "coconut"]
 FILES: dict[Format, tuple[str, ...]] = {

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from kava_core.artefacts import parse_json, read_json, read_regular
 from kava_core.errors import KavaError
 from kava_core.models.sharding import read_header, values_at_most
-from kava_core.settings.document import shown
+from kava_core.wording import shown
 
 # Read whole, by their endings.
 TEXTS = (".json", ".jinja", ".txt", ".model")

@@ -44,7 +44,7 @@ from kava_core.models.adapted import (
 from kava_core.models.context import no_decoder
 from kava_core.models.inspection import at_hand, check_size, look_at, weight_files
 from kava_core.models.sharding import joined_digest
-from kava_core.settings.document import LONGEST_MESSAGE, shorten
+from kava_core.wording import LONGEST_MESSAGE, shorten
 
 Model = TypeVar("Model", bound=nn.Module)
 LONGEST_ID = 96  # the Hub's own limit

@@ -12,7 +12,7 @@ from kava_core.errors import KavaError
 from kava_core.models.inspection import look_at
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.thinking import SETTINGS_FILE
-from kava_core.settings.document import shorten
+from kava_core.wording import shorten
 
 
 def open_student(

@@ -20,12 +20,12 @@ import psutil
 from kava_core.errors import KavaError
 from kava_core.lock import is_alive
 from kava_core.parallel.devices import NO_GPU
-from kava_core.store.cache import FOLDER, SIZE
 
 if TYPE_CHECKING:
     import grpc
 
 RAY_FOLDER = "kava-ray-"
+CACHE = ("KAVA_CACHE", "KAVA_CACHE_SIZE")  # of stores, whose room this one knows nothing of
 # Ray's sockets lie in it, and a socket's path may have 107 bytes.
 LONGEST_ROOT = 30
 ENDING_SECONDS = 5
@@ -243,9 +243,9 @@ def worker_environment(threads: int, gpus: float) -> dict[str, str]:
 
     Not the job's: within `ray job submit` that is the submitter's.
     """
-    cache = {name: os.environ[name] for name in (FOLDER, SIZE) if os.environ.get(name)}
-    if FOLDER in cache:
-        cache[FOLDER] = str(Path(cache[FOLDER]).absolute())
+    cache = {name: os.environ[name] for name in CACHE if os.environ.get(name)}
+    if (folder := CACHE[0]) in cache:
+        cache[folder] = str(Path(cache[folder]).absolute())
     return {
         **cache,
         "OMP_NUM_THREADS": str(threads),

@@ -22,7 +22,7 @@ from kava_core.settings.base import (
     bucket_folder,
 )
 from kava_core.settings.choice import CHOICE
-from kava_core.settings.document import read_yaml, shorten, shown
+from kava_core.settings.document import read_yaml
 from kava_core.settings.evaluate import Evaluate, Report
 from kava_core.settings.evict import Evict
 from kava_core.settings.fidelity import Fidelity
@@ -31,6 +31,7 @@ from kava_core.settings.prepare import Prepare
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
 from kava_core.settings.traces import Traces
+from kava_core.wording import shorten, shown
 
 # The sections that make targets, and what belongs to them.
 MAKING = ("teacher", "generate", "evict", "traces", "fidelity")

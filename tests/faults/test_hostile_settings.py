@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kava_core.errors import KavaError
 from kava_core.settings import load_pipeline
-from kava_core.settings.document import read_yaml, shorten, shown
+from kava_core.settings.document import read_yaml
+from kava_core.wording import shorten, shown
 from tests.faults.conftest import Tell
 from tests.settings.test_pipeline import SMALL
 

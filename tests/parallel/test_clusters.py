@@ -13,6 +13,7 @@ import pytest
 from kava_core.errors import KavaError
 from kava_core.parallel import cluster as rays
 from kava_core.parallel.cluster import ANSWER_SECONDS, ray_running
+from kava_core.store import cache
 
 
 @pytest.mark.parametrize("listening", [False, True])
@@ -127,7 +128,8 @@ def test_a_cluster_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None
 def test_workers_have_the_cache_of_the_driver_and_none_of_its_secrets(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("KAVA_CACHE", "KAVA_CACHE_SIZE"):
+    assert rays.CACHE == (cache.FOLDER, cache.SIZE)
+    for name in rays.CACHE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     plain = rays.worker_environment(2, 1)

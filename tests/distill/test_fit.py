@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import time
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from tests.distill.toy import (
     write_store,
 )
 from tests.tiny import COMMON, tiny_model
+
+MARK = "KAVA_TESTED"
 
 # --- kills --------------------------------------------------------------------------------------
 
@@ -148,26 +151,30 @@ def test_loader_processes_change_nothing(
     assert files(tmp_path / "curves") == whole[1]
 
 
-def test_loader_processes_end_with_a_training_that_is_killed(store: Path, tmp_path: Path) -> None:
-    def others() -> set[int]:
-        return {p.pid for p in psutil.process_iter() if _group(p) == os.getpgrp()}
+class Marked(Toy):
+    """What it starts has its folder in the environment."""
 
-    run = Toy(store, tmp_path, loader_workers=2)
-    assert killed(run.but(signal_at=1)) == -signal.SIGKILL  # a server is there from now on
-    before = others()
+    def run(self) -> dict[str, Tensor]:
+        os.environ[MARK] = str(self.folder)
+        return super().run()
+
+
+def started_by(run: Marked) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(run.folder):
+                found.append(process)
+    return found
+
+
+def test_loader_processes_end_with_a_training_that_is_killed(store: Path, tmp_path: Path) -> None:
+    run = Marked(store, tmp_path, loader_workers=2)
     assert killed(run.but(signal_at=4)) == -signal.SIGKILL
     deadline = time.monotonic() + 30
-    while left := others() - before:
-        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
+    while left := started_by(run):
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
-
-
-def _group(process: psutil.Process) -> int | None:
-    """Its process group; None for one that has ended, or that nobody has asked for its end."""
-    try:
-        return os.getpgid(process.pid) if process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return None
 
 
 def test_a_process_that_sees_many_gpus_computes_on_one(

@@ -138,7 +138,7 @@ def put_on(model: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrai
             generation = GenerationConfig.from_pretrained(adapter.parent)
     except Exception as error:  # whatever foreign files make PEFT stumble over
         said = str(error).strip().splitlines() or [type(error).__name__]
-        why = shorten(said[0].rstrip("."), LONGEST_MESSAGE)
+        why = shorten(said[0].rstrip("."), LONGEST_MESSAGE // 2)
         raise KavaError(
             f"no adapters could be loaded from {adapter}: {why}. Make them again."
         ) from None

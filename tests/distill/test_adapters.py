@@ -248,7 +248,7 @@ def test_adapters_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     with pytest.raises(KavaError, match=again):
         load_model(made)
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(KavaError, match=again):
+    with pytest.raises(KavaError, match="is no whole file of safetensors"):
         load_model(made)
     save_file(weights, file)
     for name, said in ((CONFIG, again), (BASE, r"base\.json: model: Field required.*Make the ad")):

@@ -470,7 +470,7 @@ def _named(names: Iterable[str]) -> str:
 def _not_found(what: str, path: str, revision: str | None, error: Exception) -> KavaError:
     at = "" if revision is None else f" at revision {revision}"
     why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    why = shorten(why, LONGEST_MESSAGE)
+    why = shorten(why, LONGEST_MESSAGE // 2)
     if Path(path).is_dir():
         return KavaError(f"no {what} could be loaded from {path}: {why}.")
     if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):

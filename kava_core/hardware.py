@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 
-def hardware() -> dict[str, str]:
+@cache
+def hardware() -> Mapping[str, str]:
     """Processor, cores, memory, accelerator and system, as far as the machine tells."""
     import torch
 
@@ -19,6 +22,15 @@ def hardware() -> dict[str, str]:
         "system": platform.platform(terse=True),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def together(machines: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Several machines in words: where they differ, each value once, in the order met."""
+    found: dict[str, dict[str, None]] = {}
+    for machine in machines:
+        for name, value in machine.items():
+            found.setdefault(name, {})[value] = None
+    return {name: ", ".join(values) for name, values in found.items()}
 
 
 def _processor() -> str:

@@ -31,7 +31,6 @@ def evaluate(run: AnyRun) -> None:
     from kava_core.evaluation.systems import Systems
     from kava_core.findings.base import write_finding
     from kava_core.findings.evaluation import MEASURED, WEIGHTS
-    from kava_core.hardware import hardware
     from kava_core.leftovers import keep_only
     from kava_core.parallel.devices import check_own_gpu
 
@@ -64,7 +63,7 @@ def evaluate(run: AnyRun) -> None:
         built, list(material.test_sets.values()), found, [*students, *settings.others]
     )
     write_finding(built / WEIGHTS, plan.weights)
-    write_finding(run.path("measured", MEASURED), costs_of(found.examinations, hardware()))
+    write_finding(run.path("measured", MEASURED), costs_of(found.examinations))
     publish((built, output))
     keep_only(output, "evaluate", plan.folders)
     for title, entries in scores.items():

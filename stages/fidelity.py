@@ -24,7 +24,6 @@ def fidelity(run: Run) -> None:
     from kava_core.fidelity.sweep import try_grid
     from kava_core.findings.base import write_finding
     from kava_core.findings.fidelity import MEASURED
-    from kava_core.hardware import hardware
     from kava_core.models.loading import load_tokenizer, model_fingerprint, tokenizer_fingerprint
     from kava_core.parallel.devices import check_own_gpu
     from kava_core.problems.prompt import check_prompt
@@ -48,6 +47,6 @@ def fidelity(run: Run) -> None:
     results = try_grid(job, material, run.settings.resources)
     built = fresh_folder(work / "output")
     metrics = write_results(built, results, split=settings.split, within=settings.within)
-    write_finding(run.path("measured", MEASURED), costs_of(results, hardware()))
+    write_finding(run.path("measured", MEASURED), costs_of(results))
     publish((built, output))  # last: with it goes all that a killed run would go on from
     Console().print(recommendation_table(metrics))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,12 +62,13 @@ class Examination:
     """What a system did with a test set.
 
     nll: −log p of each token of each gold answer, nats; peak_bytes: of tensors beyond the weights,
-    while it answered the batch with the longest questions.
+    while it answered the batch with the longest questions; hardware: where, in words.
     """
 
     replies: list[Reply]
     nll: list[list[float]]
     peak_bytes: int
+    hardware: Mapping[str, str]
 
 
 class Examiner:

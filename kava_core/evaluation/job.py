@@ -13,6 +13,7 @@ from kava_core.evaluation.parts import Asked, Material, Memory, Part, Plan, Scor
 from kava_core.evaluation.perplexity import Forced
 from kava_core.evaluation.systems import Systems
 from kava_core.findings.base import Finding, write_finding
+from kava_core.hardware import hardware
 from kava_core.latents.interpret import interpret
 from kava_core.latents.similarity import slot_similarity
 from kava_core.latents.teacher import TeacherView, Truncation, read_teacher, readable
@@ -105,7 +106,7 @@ class _Bench:
             )
         examiner = self._examiner(part.test_set)
         if part.kind == "memory":
-            return Memory(peak_bytes=examiner.peak_bytes())
+            return Memory(peak_bytes=examiner.peak_bytes(), hardware=dict(hardware()))
         if part.kind == "answers":
             return Asked(replies=examiner.ask(part.number))
         forced = self._forced(part.test_set)

@@ -49,9 +49,11 @@ class Scored(Finding):
 
 
 class Memory(Finding):
-    """Bytes of tensors that the batch with the longest questions takes."""
+    """Bytes of tensors that the batch with the longest questions takes, and where it took them:
+    the machine in words."""
 
     peak_bytes: int
+    hardware: dict[str, str]
 
 
 KINDS: dict[Kind, type[Finding]] = {
@@ -215,9 +217,11 @@ class Plan:
         nll: dict[int, list[float]] = {}
         for number in self.of_kind("scores", system, test_set.name):
             nll.update(self.parts[number].read(Scored).nll)
-        (memory,) = self.of_kind("memory", system, test_set.name)
+        (number,) = self.of_kind("memory", system, test_set.name)
+        memory = self.parts[number].read(Memory)
         return Examination(
             self.replies(system, test_set, encoder, batch_size),
             [nll[i] for i in range(len(test_set.problems))],
-            self.parts[memory].read(Memory).peak_bytes,
+            memory.peak_bytes,
+            memory.hardware,
         )

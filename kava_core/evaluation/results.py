@@ -30,6 +30,7 @@ from kava_core.findings.evaluation import (
 )
 from kava_core.findings.scores import score_steps, wilson
 from kava_core.findings.tables import write_table
+from kava_core.hardware import together
 
 # test set → system → what it did
 Examinations = Mapping[str, Mapping[str, Examination]]
@@ -80,10 +81,12 @@ def cost(examination: Examination) -> SystemCost:
     )
 
 
-def costs_of(examinations: Examinations, hardware: dict[str, str]) -> EvaluationCosts:
-    """What all of them cost; hardware: the machine in words."""
+def costs_of(examinations: Examinations) -> EvaluationCosts:
+    """What all of them cost, and on which machines."""
     return EvaluationCosts(
-        hardware=hardware,
+        hardware=together(
+            found.hardware for systems in examinations.values() for found in systems.values()
+        ),
         systems={
             test_set: {name: cost(found) for name, found in systems.items()}
             for test_set, systems in examinations.items()

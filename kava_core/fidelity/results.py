@@ -29,6 +29,7 @@ from kava_core.findings.fidelity import (
 )
 from kava_core.findings.scores import score_steps, wilson
 from kava_core.findings.tables import write_table
+from kava_core.hardware import together
 
 FULL, NONE = Cell("full"), Cell("none")
 
@@ -64,11 +65,14 @@ def write_results(
     return metrics
 
 
-def costs_of(results: Sequence[Result], hardware: dict[str, str]) -> FidelityCosts:
-    """What answering from every kind of cache cost; hardware: the machine in words."""
+def costs_of(results: Sequence[Result]) -> FidelityCosts:
+    """What answering from every kind of cache cost, and on which machines."""
     costs = {result.cell: summarise_costs(result.costs) for result in results}
     return FidelityCosts(
-        hardware=hardware, full=costs[FULL], none=costs[NONE], policies=_nested(costs)
+        hardware=together(cost.hardware for result in results for cost in result.costs),
+        full=costs[FULL],
+        none=costs[NONE],
+        policies=_nested(costs),
     )
 
 

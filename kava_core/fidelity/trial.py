@@ -10,6 +10,7 @@ from kava_core.fidelity.examiner import Batch, Examiner, Outcome
 from kava_core.fidelity.grid import Cell, Grid
 from kava_core.findings.base import Finding
 from kava_core.findings.fidelity import BatchCost, CachedAnswer
+from kava_core.hardware import hardware
 from kava_core.models.slot_cache import SlotCache
 from kava_core.problems.judge import judge
 from kava_core.problems.traces import TraceEncoder
@@ -72,6 +73,7 @@ def answer(
         n_steps=batch.traces[0].n_steps,
         seconds_per_problem=outcome.seconds,
         peak_memory_bytes=outcome.memory,
+        hardware=dict(hardware()),
     )
     return Part(answers=answers, cost=cost)
 

@@ -108,7 +108,7 @@ class SystemCost(Finding):
 
 
 class EvaluationCosts(Finding):
-    """measured/evaluation.json: the machine in words, and test set → system → cost."""
+    """measured/evaluation.json: the machines in words, and test set → system → cost."""
 
     hardware: dict[str, str]
     systems: dict[str, dict[str, SystemCost]]

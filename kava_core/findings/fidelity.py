@@ -92,13 +92,14 @@ class BatchCost(Finding):
     """What answering one batch of problems of n_steps steps cost.
 
     seconds_per_problem: from the stored cache to the last token; peak_memory_bytes: of the whole
-    batch, None where the system does not tell.
+    batch, None where the system does not tell; hardware: the machine in words.
     """
 
     problems: int
     n_steps: int
     seconds_per_problem: float
     peak_memory_bytes: int | None
+    hardware: dict[str, str]
 
 
 class CacheCost(Finding):
@@ -113,7 +114,7 @@ class CacheCost(Finding):
 
 
 class FidelityCosts(Finding):
-    """measured/fidelity.json: the machine in words, and the cost of every kind of cache.
+    """measured/fidelity.json: the machines in words, and the cost of every kind of cache.
 
     policies: policy → budget → bits.
     """

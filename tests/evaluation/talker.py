@@ -77,7 +77,7 @@ def examine(
     forced = examiner.forced(ordered)
     for chosen in forced.batches(batch_size):
         nll.update(zip(chosen, forced.nll(asked, chosen), strict=True))
-    return Examination(ordered, [nll[i] for i in range(len(nll))], examiner.peak_bytes())
+    return Examination(ordered, [nll[i] for i in range(len(nll))], examiner.peak_bytes(), {})
 
 
 def system(talker: LatentReasoner, encoder: TraceEncoder, kind: str) -> LatentReasoner:

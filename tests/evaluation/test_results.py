@@ -44,6 +44,7 @@ def examined(encoder: TraceEncoder) -> Examination:
         [answered(p, mark) for p, mark in zip(some(encoder).problems, marks, strict=True)],
         [[0.5, 1.5]] * 11 + [[4.0]],
         3_500_000,
+        {"processor": "one"},
     )
 
 
@@ -91,8 +92,10 @@ def test_the_same_answers_are_scored_by_the_rules_of_another_harness(
 
 
 def test_costs_are_apart(encoder: TraceEncoder) -> None:
-    found = costs_of({"toy": {"kava": examined(encoder)}}, {"processor": "one"})
-    assert found.hardware == {"processor": "one"}
+    here = examined(encoder)
+    there = replace(here, hardware={"processor": "two", "accelerator": "large"})
+    found = costs_of({"toy": {"kava": here, "no-cot": there}, "other": {"kava": here}})
+    assert found.hardware == {"processor": "one, two", "accelerator": "large"}
     assert found.systems["toy"]["kava"].seconds_per_problem == 0.25
     assert found.systems["toy"]["kava"].peak_memory_mb == 3.5
 

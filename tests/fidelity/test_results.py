@@ -52,7 +52,11 @@ def answer(steps: int, correct: bool, nll: float = 1.0, tokens: int = 2) -> Cach
 
 def cost(steps: int, problems: int, seconds: float, memory: int | None) -> BatchCost:
     return BatchCost(
-        n_steps=steps, problems=problems, seconds_per_problem=seconds, peak_memory_bytes=memory
+        n_steps=steps,
+        problems=problems,
+        seconds_per_problem=seconds,
+        peak_memory_bytes=memory,
+        hardware={"cores": str(steps)},
     )
 
 
@@ -148,8 +152,8 @@ def test_budgets_and_bits_stand_in_the_order_of_numbers(tmp_path: Path) -> None:
 
 
 def test_seconds_and_memory_are_apart() -> None:
-    costs = costs_of(made(), {"processor": "one"})
-    assert costs.hardware == {"processor": "one"}
+    costs = costs_of(made())
+    assert costs.hardware == {"cores": "2, 3"}
     assert costs.full.seconds_per_problem == pytest.approx(0.15)
     assert costs.policies["rkv"][2]["16"].peak_memory_bytes == 9
 

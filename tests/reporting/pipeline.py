@@ -360,12 +360,13 @@ def _fidelity(folder: Path) -> None:
                 n_steps=n,
                 seconds_per_problem=(0.2 + 0.01 * slots + 0.05 * n) / 1000,
                 peak_memory_bytes=None,
+                hardware=MACHINE,
             )
             for n in (2, 3, 4)
         ]
         results.append(Result(cell, answers, costs))
     write_results(folder / "fidelity", results, split="validation", within=2.0)
-    write_finding(folder / "measured/fidelity.json", costs_of(results, MACHINE))
+    write_finding(folder / "measured/fidelity.json", costs_of(results))
 
 
 def _student(folder: Path, name: str, digest: str) -> None:

@@ -47,7 +47,7 @@ def test_every_study_can_be_planned_and_is_run(file: Path, name: str) -> None:
     assert f"\nkava study {name}\n" in PAGE or f"\nkava study {name} " in PAGE
     for cell in found.cells:
         assert cell.asked in ("validation", "test", "gsm-hard", "svamp")
-    if name != "gpt2-choice":
+    if name not in ("gpt2-choice", "gpt2-term"):
         assert found.study.split == "test" and len(found.study.seeds) >= 3
 
 
@@ -79,3 +79,10 @@ def test_systems_differ_in_what_the_table_says_alone(file: Path, name: str) -> N
     assert {key: kava["training"][key] for key in said if key not in ("epochs", "lora")} == {
         key: value for key, value in said.items() if key not in ("epochs", "lora")
     }
+
+
+def test_with_and_without_the_readout_nothing_else_differs(file: Path) -> None:
+    trained = students(plan_study(file, "gpt2-identity", load_study(file, "gpt2-identity")))
+    kava, both = trained["kava"], trained["kava-readout"]
+    assert kava.pop("iterations") == 3  # the default, which the other leaves to itself
+    assert {key for key in kava | both if kava.get(key) != both.get(key)} == {"alpha_readout"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -171,9 +170,3 @@ def end(process: Any, stage: Stage) -> None:
     process.join(PATIENCE)
     assert not process.is_alive(), f"{stage.name} does not end:\n{stage.said}"
     assert process.exitcode == 0, stage.said
-
-
-def kill(process: Any) -> None:
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()

@@ -12,7 +12,6 @@ from tests.cluster.nodes import (
     FIRST,
     Nodes,
     end,
-    kill,
     pieces,
     running_nodes,
     settle,
@@ -20,6 +19,7 @@ from tests.cluster.nodes import (
 )
 from tests.faults.conftest import Tell
 from tests.faults.stage import Stage
+from tests.holder import kill
 
 MakeStage = Callable[[str], Stage]
 LOST = {"distill": "all go on from the last checkpoint (1 of 3)"}

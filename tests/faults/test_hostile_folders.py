@@ -23,7 +23,7 @@ from kava_core.models.loading import load_model, load_tokenizer, model_fingerpri
 from kava_core.models.students import open_student
 from kava_core.settings import LoRA
 from tests.faults.conftest import Tell
-from tests.faults.test_hostile_stores import mutated
+from tests.faults.test_hostile_stores import instead, mutated, sparse
 from tests.faults.weigh import cost_of
 from tests.golden.inputs import NAME, make_inputs
 from tests.models.hub import asked, repository_in
@@ -34,20 +34,9 @@ LATENTS, LATENT_WEIGHTS, STUDENT = "latents.json", "latents.safetensors", "stude
 ADAPTER, ADAPTER_WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 BASE = "adapter/base.json"
 COMMIT = "c" * 40
-GIGABYTES = 20 << 30
 SECONDS, MEGABYTES, CHARACTERS = 2.0, 300.0, 700
 
 Damage = Callable[[Path], Any]
-
-
-def instead(name: str, make: Callable[[Path], Any]) -> Damage:
-    """Something else in a file's place."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
 
 
 def text(name: str, content: str) -> Damage:
@@ -66,11 +55,6 @@ def changed(name: str, **values: Any) -> Damage:
 
 def half(name: str) -> Damage:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
-
-
-def sparse(file: Path) -> None:
-    file.touch()
-    os.truncate(file, GIGABYTES)
 
 
 def header(length: int, content: bytes) -> Damage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.store.make import finish, make_spec, make_targets_store
 GEOMETRY = Geometry.plain(layers=1, kv_heads=1, head_dim=2, hidden_size=2, slots=1)
 SHARDS, SIZE = 100, 10_000
 SMALL_SHARDS, SMALL_SIZE = 100_000, 2
+LINKS = 50_000  # of one file: ext4 allows 65,000
 READERS, READS, BATCH = 32, 50, 64
 
 
@@ -55,14 +57,22 @@ def make_large_store(folder: Path) -> None:
 
 def make_scattered_store(folder: Path) -> None:
     """SMALL_SHARDS shards of SMALL_SIZE records, all of one content but for their ids: the tensors
-    of the first, with what a writer notes of each."""
+    of the first, with what a writer notes of each. Files of one content are one file by several
+    names, but for every LINKS-th, which is a copy."""
     folder.mkdir()
     write_shard(folder, 0, SMALL_SIZE)
+    linked = folder / shard_name(0)
     note = json.loads(side_path(folder, 0).read_text(encoding="utf-8"))
     for shard in range(1, SMALL_SHARDS):
-        os.link(folder / shard_name(0), folder / shard_name(shard))
-        ids = [f"{shard}-{i}" for i in range(SMALL_SIZE)]
-        of_this = {**note, "shard": shard, "columns": {**note["columns"], "id": ids}}
+        if shard % LINKS:
+            os.link(linked, folder / shard_name(shard))
+        else:
+            linked = Path(shutil.copyfile(linked, folder / shard_name(shard)))
+        own = {
+            "id": [f"{shard}-{i}" for i in range(SMALL_SIZE)],
+            "shard": [shard] * SMALL_SIZE,
+        }
+        of_this = {**note, "shard": shard, "columns": {**note["columns"], **own}}
         side_path(folder, shard).write_text(json.dumps(of_this), encoding="utf-8")
     finish(folder, make_spec(GEOMETRY), SMALL_SHARDS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from torch.utils.data import Dataset
 from kava_core.models.batching import pad
 from kava_core.problems.encoded import EncodedTraces
 from kava_core.record import Record
+from kava_core.settings import Student
 from kava_core.store import TargetsStore
+
+Reads = Literal["all", "endpoint", "none"]
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,16 @@ def writes_rest(store: TargetsStore) -> bool:
     return "latent_fraction" in store.manifest.settings
 
 
+def what_is_read(settings: Student) -> Reads:
+    """Of targets, by the terms of a student."""
+    if settings.taught("alpha_kv") or settings.taught("alpha_readout"):
+        return "all"
+    return "endpoint" if settings.taught("alpha_codi") else "none"
+
+
 class TargetsDataset(Dataset[dict[str, Any]]):
-    """Batches of a targets store: token ids from its index, `targets` as stored (`TargetsBatch`).
+    """Batches of a targets store: token ids from its index, and of the targets what `reads`
+    says: `all`, as `targets` (`TargetsBatch`); the `endpoint` alone, encoded; or `none`.
 
     online: instead of them `records`, from whose tokens the teacher makes the targets anew;
     records: beside them.
@@ -113,10 +124,16 @@ class TargetsDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, store: TargetsStore, chains: bool, online: bool = False, records: bool = False
+        self,
+        store: TargetsStore,
+        chains: bool,
+        online: bool = False,
+        records: bool = False,
+        reads: Reads = "all",
     ) -> None:
         self.store = store
         self.chains = chains
+        self.reads: Reads = "none" if online else reads
         self.online = online
         self.records = records
         self.writes_rest = writes_rest(store)
@@ -142,8 +159,10 @@ class TargetsDataset(Dataset[dict[str, Any]]):
         batch["cot_ids"], _ = pad([r.cot_ids for r in records], "right")
         if self.online or self.records:
             batch["records"] = records
-        if not self.online:
+        if self.reads == "all":
             batch["targets"] = self.store.batch(indices)
+        if self.reads == "endpoint":
+            batch["endpoint"] = self.store.endpoints(indices)
         return batch
 
     def lengths(self) -> Lengths:

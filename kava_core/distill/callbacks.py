@@ -62,15 +62,14 @@ class Window(TrainerCallback, ExportableState):
     """What has been measured since the last log. It is part of every checkpoint, so that a
     continued run logs what an uninterrupted one does, wherever it was stopped.
 
-    weights: those found by measuring, in the step `balanced`. before: this window and the random
-    numbers as they were when the step at work began."""
+    weights: those found by measuring. before: this window and the random numbers as they were when
+    the step at work began."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.batches = 0
         self.shares: dict[str, float] = {}
         self.weights: dict[str, float] = {}
-        self.balanced: int | None = None
         self.before: tuple[dict[str, Any], RandomState] | None = None
 
     def attributes(self) -> dict[str, Any]:
@@ -79,7 +78,6 @@ class Window(TrainerCallback, ExportableState):
             "batches": self.batches,
             "shares": dict(self.shares),
             "weights": dict(self.weights),
-            "balanced": self.balanced,
         }
 
     def state(self) -> dict[str, Any]:

@@ -22,13 +22,16 @@ class Match:
     layers, rows: equally long; layer layers[i] of the student is taught by row rows[i] of the
     store. Where layers share a merged cache, or the student is deeper than the teacher, one row
     teaches several.
-    levels: [L_s+1], the teacher's level of hidden states for each level of the student's.
+    own_levels, levels: equally long; level own_levels[i] of the student's hidden states is taught
+    by level levels[i] of the teacher's. A last level is normed, and the others are not: one is
+    compared with the other nowhere.
     heads: H and D of the targets; the student's heads are cut anew where they are others.
     """
 
     layers: list[int]
     rows: list[int]
     phase: str
+    own_levels: list[int]
     levels: list[int]
     heads: tuple[int, int]
 
@@ -38,11 +41,18 @@ class Match:
         geometry = store.geometry
         layer_map = range(geometry.model_layers) if layer_map is None else layer_map
         taught = [i for i, layer in enumerate(layer_map) if layer in store.layer_map]
+        levels = [0, *(layer + 1 for layer in layer_map)]
+        alike = [
+            own
+            for own, level in enumerate(levels)
+            if (own == len(layer_map)) == (level == geometry.model_layers)
+        ]
         return cls(
             layers=taught,
             rows=[store.layer_map[layer_map[i]] for i in taught],
             phase=store.manifest.rotary.phase,
-            levels=[0, *(layer + 1 for layer in layer_map)],
+            own_levels=alike,
+            levels=[levels[own] for own in alike],
             heads=(geometry.kv_heads, geometry.head_dim),
         )
 
@@ -89,12 +99,18 @@ class Match:
                 f"keeps targets of layers {sorted(store.layer_map)} only. Change layer_map or "
                 "evict.layers."
             )
+        if codi and match.levels == [0]:
+            raise KavaError(
+                f"the student's layers belong to the teacher's layers {chosen}, and a last layer's "
+                "hidden states are normed while the others' are not: alpha_codi has none to "
+                f"compare. End layer_map in {geometry.model_layers - 1}, or set alpha_codi to 0."
+            )
         return match
 
     def slots(self, student: LatentReasoner, reasoning: Reasoning) -> tuple[Tensor, Tensor]:
         """The student's keys and values where targets stand, [B, len(layers), H, M, D] each."""
-        keys = student.slot_keys(reasoning, self.phase)[:, self.layers]
-        values = torch.stack(reasoning.values, dim=1)[:, self.layers]
+        keys = picked(student.slot_keys(reasoning, self.phase), self.layers)
+        values = picked(torch.stack(reasoning.values, dim=1), self.layers)
         return cut_heads(keys, self.heads), cut_heads(values, self.heads)
 
 
@@ -132,6 +148,11 @@ def cut_heads(x: Tensor, heads: tuple[int, int]) -> Tensor:
     if (x.shape[-3], x.shape[-1]) == heads:
         return x
     return x.transpose(-3, -2).flatten(-2).unflatten(-1, heads).transpose(-3, -2)
+
+
+def picked(x: Tensor, places: Sequence[int]) -> Tensor:
+    """x[:, places]; x itself where these are all, in order."""
+    return x if list(places) == list(range(x.shape[1])) else x[:, places]
 
 
 def _product(shape: tuple[int, int]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kava_core.distill.losses import record_mean
 from kava_core.distill.match import Match
 from kava_core.models.latent import Reasoning
 from kava_core.settings import Student
@@ -115,10 +116,8 @@ class Objective:
                 reasoning.logits[:, :-1], batch["answer_ids"], batch["answer_mask"]
             )
         }
-        if self.w_cot and reasoning.cot_logits is not None:
-            terms["cot"] = self.w_cot * cross_entropy(
-                reasoning.cot_logits, batch["chain_ids"], batch["chain_mask"]
-            )
+        if self.w_cot and reasoning.chain_losses is not None:
+            terms["cot"] = self.w_cot * record_mean(reasoning.chain_losses, batch["chain_mask"])
         if self.alpha_codi:
             terms["codi"] = self.alpha_codi * endpoint_loss(
                 reasoning.endpoint, batch["endpoint"], self.codi_distance, self.endpoint_std

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kava_core.distill.batches import AnswerDataset, TargetsDataset, writes_rest
 from kava_core.errors import KavaError
 from kava_core.models.context import check_context
+from kava_core.models.head import check_head
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.loading import build_llama, load_model, load_tokenizer
 from kava_core.models.proofs import prove_asked, prove_latents, prove_slots, prove_teacher
@@ -108,6 +109,8 @@ def start_student(
             f"{known}. Choose a model that knows all of them."
         )
     prove_asked(model)
+    if settings.taught("w_cot"):
+        check_head(model, "Its written chain cannot be taught; set w_cot to 0.")
     student = LatentReasoner.from_teacher(
         model,
         latents=store.geometry.slots if store else 0,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kava_core.artefacts import ensure_folder, fresh_folder, work_folder, write_json
 from kava_core.distill.adapters import add_lora, end_lora
 from kava_core.distill.balance import Balance
-from kava_core.distill.batches import AnswerDataset, TargetsDataset
+from kava_core.distill.batches import AnswerDataset, TargetsDataset, what_is_read
 from kava_core.distill.curriculum import Stages
 from kava_core.distill.exact_match import Questions
 from kava_core.distill.fit import fit
@@ -186,9 +186,9 @@ class _Material:
 
     @property
     def ahead(self) -> Callable[[Sequence[int], Sequence[int]], None] | None:
-        """What is told which shards come next; online, targets are made and none is read."""
-        online = isinstance(self.dataset, TargetsDataset) and self.dataset.online
-        return None if self.store is None or online else self.store.fetch_ahead
+        """What is told which shards come next, where any is read."""
+        reads = isinstance(self.dataset, TargetsDataset) and self.dataset.reads != "none"
+        return self.store.fetch_ahead if self.store is not None and reads else None
 
     @classmethod
     def of(
@@ -206,6 +206,7 @@ class _Material:
                 chains,
                 online=settings.targets != "store",
                 records=settings.curriculum is not None,
+                reads=what_is_read(settings),
             )
             made = store.manifest.settings
             prompt = read_prompt(made, source)

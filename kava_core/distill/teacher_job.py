@@ -89,7 +89,8 @@ class TeacherJob:
         encoder: TraceEncoder,
         problems: ProblemFolder,
     ) -> PreTrainedModel:
-        check_head(model)
+        remedy = "It cannot be trained; set `training: null` to take it as it is."
+        check_head(model, remedy)
         if self.settings.forgets is not None:
             check_forgets(model.config.get_text_config())
         adapters = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from kava_core.distill.losses import chain_loss
-from kava_core.distill.match import Match
+from kava_core.distill.match import Match, picked
 from kava_core.distill.objective import Objective
 from kava_core.distill.projectors import ProjectedReasoning
 from kava_core.models.latent import LatentReasoner
+from kava_core.store.codec import EncodedTensor
 from kava_core.targets.online import JointTargets, OnlineTargets
 from kava_core.targets.rounding import Rounding
 
@@ -34,7 +37,8 @@ def student_terms(
 ) -> Terms:
     """A student's, weighted, ready for `fit`; match None means there are no targets.
 
-    online: makes the targets from the batch's `records`; None takes its stored `targets`.
+    online: makes the targets from the batch's `records`; None takes what is stored, its `targets`
+    or its `endpoint`.
     rounding: what the student's keys and values go through before they are compared. cut: what
     becomes of a batch before it is taught, in a curriculum.
     """
@@ -52,21 +56,12 @@ def student_terms(
             objective.alpha_readout > 0,
             batch.get("latents"),
         )
-        taught = objective.alpha_kv or objective.alpha_codi or objective.alpha_readout
-        if match is None or not taught:
+        if match is None:
             return objective.weighted(reasoning, batch, None, None)
-        targets = online(batch["records"]) if online else batch["targets"].dequantise()
-        wanted = {
-            **batch,
-            "keys": targets.keys[:, match.rows],
-            "values": targets.values[:, match.rows],
-            "slot_mask": targets.slot_mask[:, match.rows],
-            "endpoint": targets.endpoint[:, match.levels],
-        }
-        if objective.alpha_readout:
-            places = targets.slot_positions[:, 0, 0].long()  # of all layers and heads
-            wanted["slot_ids"] = batch["cot_ids"].gather(1, places.clamp(min=0))
-            wanted["slot_filled"] = (places >= 0).long()
+        wanted = {**batch, **_compared(objective, match, batch, online)}
+        if objective.alpha_codi:
+            ends = picked(reasoning.endpoint, match.own_levels)
+            reasoning = replace(reasoning, endpoint=ends)
         if not objective.alpha_kv:
             return objective.weighted(reasoning, wanted, None, None)
         if isinstance(reasoning, ProjectedReasoning):
@@ -80,3 +75,33 @@ def student_terms(
         return objective.weighted(reasoning, wanted, keys, values)
 
     return terms
+
+
+def _compared(
+    objective: Objective,
+    match: Match,
+    batch: Batch,
+    online: OnlineTargets | JointTargets | None,
+) -> Batch:
+    """What the terms of the objective compare with, worked out; nothing that none of them reads."""
+    if not (objective.alpha_kv or objective.alpha_codi or objective.alpha_readout):
+        return {}
+    if not online and "targets" not in batch:
+        return {"endpoint": picked(_numbers(batch["endpoint"]), match.levels)}
+    targets = online(batch["records"]) if online else batch["targets"]
+    found: Batch = {}
+    if objective.alpha_kv:
+        for name in ("keys", "values"):
+            found[name] = picked(_numbers(getattr(targets, name)), match.rows)
+        found["slot_mask"] = picked(targets.slot_positions >= 0, match.rows)
+    if objective.alpha_codi:
+        found["endpoint"] = picked(_numbers(targets.endpoint), match.levels)
+    if objective.alpha_readout:
+        places = targets.slot_positions[:, 0, 0].long()  # of all layers and heads
+        found["slot_ids"] = batch["cot_ids"].gather(1, places.clamp(min=0))
+        found["slot_filled"] = (places >= 0).long()
+    return found
+
+
+def _numbers(x: Tensor | EncodedTensor) -> Tensor:
+    return x if isinstance(x, Tensor) else x.dequantise(dtype=torch.float32)

@@ -17,7 +17,12 @@ from kava_core.artefacts import clear, fresh_folder, sync, sync_tree
 from kava_core.console import warn
 from kava_core.distill.balance import Balance
 from kava_core.distill.callbacks import Window
-from kava_core.distill.checkpoints import keep_last, last_whole_checkpoint, step_of
+from kava_core.distill.checkpoints import (
+    RandomState,
+    keep_last,
+    last_whole_checkpoint,
+    step_of,
+)
 from kava_core.distill.terms import Batch, Terms
 from kava_core.errors import KavaError
 from kava_core.parallel import group
@@ -55,6 +60,7 @@ class TermsTrainer(Trainer):
         self.shares_every = shares_every
         self.held_out = held_out
         self.warned: set[str] = set()
+        self.unmeasured: list[Batch] = []  # of the step that begins
         super().__init__(**options)
 
     def take_over(self, checkpoint: Path) -> None:
@@ -81,6 +87,12 @@ class TermsTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> ShardShuffleSampler:
         return self.sampler
 
+    def get_batch_samples(self, *given: Any, **more: Any) -> tuple[list[Batch], Any]:
+        """Keeps the batches of the step: what is measured is measured on all of them."""
+        batches, items = super().get_batch_samples(*given, **more)
+        self.unmeasured = batches
+        return batches, items
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -88,9 +100,12 @@ class TermsTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        terms = self._weighted(self.terms(model, inputs), model)
-        if self.shares_every and len(terms) > 1 and self.state.global_step % self.shares_every == 0:
-            self._measure_shares(terms, model)
+        # Here, not when the batches are read: the step has begun, in its stage of a curriculum.
+        batches, self.unmeasured = self.unmeasured, []
+        if batches:
+            self._measure(batches)
+        terms = self.terms(model, inputs)
+        terms = {name: term * self._factor(name) for name, term in terms.items()}
         loss = torch.stack(list(terms.values())).sum()
         # One exchange: the means over all processes, which are not finite if any process's is not.
         values = group.mean(torch.stack([loss, *terms.values()]).detach()).tolist()
@@ -145,7 +160,11 @@ class TermsTrainer(Trainer):
         group.wait()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The terms on the held-out records, logged as `eval_loss…`; draws no random numbers."""
+        """The terms on the held-out records, logged as `eval_loss…`; draws no random numbers.
+
+        Without what they are balanced with, which changes from step to step, so that the values of
+        a curve can be compared.
+        """
         assert self.model is not None
         own = self.held_out[group.rank() :: group.size()]
         step = self.args.per_device_train_batch_size
@@ -156,7 +175,6 @@ class TermsTrainer(Trainer):
                 indices = list(own[first : first + step])
                 batch = self.train_dataset.__getitems__(indices)  # type: ignore[union-attr]
                 terms = self.terms(self.model, send_to_device(batch, self.args.device))
-                terms = {name: term * self._factor(name) for name, term in terms.items()}
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(term) * len(indices)
         self.model.train()
@@ -170,14 +188,20 @@ class TermsTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    def _weighted(self, terms: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """The terms times their factors; in a step that is due, with factors found on its first
-        batch."""
-        step, window = self.state.global_step, self.window
-        if self.balance.due(step) and window.balanced != step:
-            window.weights = self.balance.weights(self._gradient_norms(terms, model), self._done())
-            window.balanced = step
-        return {name: term * self._factor(name) for name, term in terms.items()}
+    def _measure(self, batches: list[Batch]) -> None:
+        """The weights and the shares of the terms, where the step that begins is due."""
+        step = self.state.global_step
+        weights_due = self.balance.due(step)
+        shares_due = self.shares_every > 0 and step % self.shares_every == 0
+        if not weights_due and not shares_due:
+            return
+        norms = self._gradient_norms(batches)
+        if not all(map(math.isfinite, norms.values())):
+            return  # the loss will say so, with the records
+        if weights_due:
+            self.window.weights = self.balance.weights(norms, self._done())
+        if shares_due and norms:
+            self._note_shares({name: norm * self._factor(name) for name, norm in norms.items()})
 
     def _factor(self, name: str) -> float:
         if name in self.balance.shares:
@@ -187,18 +211,32 @@ class TermsTrainer(Trainer):
     def _done(self) -> float:
         return self.state.global_step / self.args.max_steps
 
-    def _gradient_norms(self, terms: dict[str, Tensor], model: nn.Module) -> dict[str, float]:
-        """Of the gradient of each term, over all processes."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
+    def _gradient_norms(self, batches: list[Batch]) -> dict[str, float]:
+        """Of each term's gradient over all batches of a step and all processes; none of one term.
+
+        The step itself then draws the random numbers that were drawn here. One term after the
+        other, so that no more than one gradient is held.
+        """
+        assert self.model is not None
+        numbers = RandomState.now()
+        with torch.no_grad():
+            names = list(self.terms(self.model, batches[0]))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         norms = {}
-        for name, term in terms.items():
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            squares = [group.mean(g.float()).square().sum() for g in gradients if g is not None]
+        for name in names if len(names) > 1 else []:
+            numbers.restore()
+            sums: dict[int, Tensor] = {}
+            for batch in batches:
+                term = self.terms(self.model, batch)[name]
+                for i, g in enumerate(torch.autograd.grad(term, parameters, allow_unused=True)):
+                    if g is not None:
+                        sums[i] = sums[i] + g.float() if i in sums else g.float()
+            squares = [group.mean(x / len(batches)).square().sum() for x in sums.values()]
             norms[name] = float(torch.stack(squares).sum().sqrt())
+        numbers.restore()
         return norms
 
-    def _measure_shares(self, terms: dict[str, Tensor], model: nn.Module) -> None:
-        norms = self._gradient_norms(terms, model)
+    def _note_shares(self, norms: dict[str, float]) -> None:
         total = sum(norms.values()) or 1.0
         self.window.shares = {name: norm / total for name, norm in norms.items()}
         for name, share in self.window.shares.items():

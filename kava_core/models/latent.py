@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 from kava_core.artefacts import write_json
 from kava_core.errors import KavaError
 from kava_core.models import thinking
-from kava_core.models.head import read_head
+from kava_core.models.head import losses_of_call, read_head
 from kava_core.models.inspection import look_at
 from kava_core.models.loading import load_config, load_model, save_model
 from kava_core.models.phase import rotary_of
@@ -102,8 +102,8 @@ class Reasoning:
               empty when M = 0
     latent_positions: [B, M], positions of the latents in the student's sequence
     endpoint: [B, L+1, E] at the last token of the answer prompt
-    cot_logits: [B, C+P+A, V] of the explicit chain, row j predicts token j of `C A-prompt A`; None
-              unless asked for
+    chain_losses: [B, C+P+A], cross-entropy of each token of the written chain `C A-prompt A`, 0 for
+              padding; None unless asked for
     readout:  [B, M, V], what the language-model head reads in the hidden states that became the
               latents of the last iteration; None unless asked for
     """
@@ -113,7 +113,7 @@ class Reasoning:
     values: list[Tensor]
     latent_positions: Tensor
     endpoint: Tensor
-    cot_logits: Tensor | None = None
+    chain_losses: Tensor | None = None
     readout: Tensor | None = None
 
 
@@ -369,7 +369,7 @@ class LatentReasoner(PreTrainedModel):
             values=values,
             latent_positions=positions,
             endpoint=torch.stack([h[rows, ends] for h in output.hidden_states], dim=1),
-            cot_logits=self._chain(state, question_ids, chain_ids, chain_mask),
+            chain_losses=self._chain(state, question_ids, chain_ids, chain_mask),
             readout=self.read(thought.hidden) if readout and thought.hidden is not None else None,
         )
 
@@ -534,7 +534,7 @@ class LatentReasoner(PreTrainedModel):
         chain_ids: Tensor | None,
         chain_mask: Tensor | None,
     ) -> Tensor | None:
-        """Logits of the written chain, behind the question as `state` has read it.
+        """Losses of the written chain, behind the question as `state` has read it.
 
         Of the question only its last token is read again, which foretells the chain's first; all of
         it by a student without latents, whose layers may be recomputed and then keep no cache.
@@ -545,14 +545,13 @@ class LatentReasoner(PreTrainedModel):
             return None
         width = question_ids.shape[1]
         known = width - 1 if self.config.latents else 0
-        output = self._feed(
-            state.first(known),
-            self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1)),
-            torch.cat((state.mask[:, known:width], chain_mask[:, :-1]), 1),
-            None,
-            logits=chain_ids.shape[1],
-        )
-        return output.logits
+        embeds = self._embed(torch.cat((question_ids[:, known:], chain_ids[:, :-1]), 1))
+        mask = torch.cat((state.mask[:, known:width], chain_mask[:, :-1]), 1)
+
+        def call() -> None:
+            self._feed(state.first(known), embeds, mask, None, logits=chain_ids.shape[1])
+
+        return losses_of_call(self.decoder, call, chain_ids, chain_mask)
 
     # --- the decoder ----------------------------------------------------------------------------
 

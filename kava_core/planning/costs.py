@@ -21,13 +21,15 @@ from kava_core.settings.base import Processes
 @dataclass(frozen=True)
 class Call:
     """One decoder call on `rows` sequences: `columns` new tokens each behind `past` ones, of which
-    `logits` are read out; gradient: whether what it computes is differentiated."""
+    `logits` are read out; gradient: whether what it computes is differentiated; pieced: whether its
+    logits are made piece by piece, and again."""
 
     rows: float
     columns: float
     past: float = 0
     logits: float = 0
     gradient: bool = False
+    pieced: bool = False
 
 
 def flops(architecture: Architecture, calls: Sequence[Call], training: Training | None) -> float:
@@ -64,7 +66,7 @@ def teacher_step(training: Training, lengths: Lengths) -> list[Call]:
     """One batch of whole chains, of which what follows the question is read out."""
     width = longest(lengths.whole, training.batch_size)
     taught = float((lengths.trace + lengths.prompt + lengths.answer).mean())
-    return [Call(training.batch_size, width, logits=taught, gradient=True)]
+    return [Call(training.batch_size, width, logits=taught, gradient=True, pieced=True)]
 
 
 def student_step(
@@ -94,7 +96,8 @@ def student_step(
     if student.taught("w_cot"):
         chain = longest(lengths.trace + lengths.prompt + lengths.answer, batch)
         kept = question - 1 if latents else 0.0
-        calls.append(Call(rows, question + chain - 1 - kept, kept, logits=chain, gradient=True))
+        columns = question + chain - 1 - kept
+        calls.append(Call(rows, columns, kept, logits=chain, gradient=True, pieced=True))
     return calls
 
 

@@ -307,7 +307,7 @@ class _Stages:
         work = processes * taken * flops(a, learn, training)
         work += asked * sum(flops(a, calls, None) for calls in answers)
         calls = taken * len(learn) + asked * sum(map(len, answers))
-        memory = trainer_bytes(a, share, learn, "teacher.training", pieced=True)
+        memory = trainer_bytes(a, share, learn, "teacher.training")
         return StageCost("teacher", calls, work, memory, seconds)
 
     def _traces(self, traces: Traces) -> StageCost:
@@ -400,7 +400,7 @@ class _Stages:
             seconds += self._saving(a, training, f"students.{name}.training")
             seconds += self.clock.start(processes > 1)
         where = f"students.{name}.training"
-        memory = trainer_bytes(a, training, learn, where, pieced=False)
+        memory = trainer_bytes(a, training, learn, where)
         if online:
             memory += generate_bytes(self.settings, self.shapes.teacher, self.lengths)
         return StageCost(f"distill {name}", taken * calls, taken * work, memory, seconds)
@@ -416,6 +416,7 @@ class _Stages:
                 (self.shapes.students[name], student, False)
                 for name, student in self.settings.students.items()
             ),
+            *((self.shapes.students[name], None, True) for name in settings.write_steps),
         ]
         for a, student, chain in systems:
             answers = self._written(student, settings.batch_size, chain)

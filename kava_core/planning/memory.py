@@ -12,7 +12,7 @@ from kava_core.planning.costs import Call
 from kava_core.planning.lengths import Lengths, longest
 from kava_core.settings import Pipeline, Training
 
-# Entries of logits that a loss over a whole chain holds at once (`distill.losses`).
+# Entries of logits that a loss over a whole chain holds at once (`models.head`).
 _PIECE = 2**24
 
 
@@ -28,14 +28,13 @@ def generate_bytes(settings: Pipeline, teacher: Architecture, lengths: Lengths) 
     kv = a.kv_heads * a.head_dim
     traces = float(lengths.trace.mean())
     tokens = rows * longest(lengths.whole, rows)
-    states = tokens * (a.layers + 1) * a.hidden_size * size
     layer = tokens * (2 * a.hidden_size + 3 * a.intermediate_size) * size
     recorded = rows * traces * a.layers * kv * 2 * size
     # float32 keys, values in the model's dtype, importance
     token = a.layers * (kv * (4 + size) + 4 * a.kv_heads)
     shard = traces * min(generate.shard_size, lengths.problems) * token
     before = shard if lengths.problems > generate.shard_size else 0
-    return round(a.parameters * size + before + shard + max(states + layer + recorded, shard))
+    return round(a.parameters * size + before + shard + max(layer + recorded, shard))
 
 
 def trainer_bytes(
@@ -43,12 +42,10 @@ def trainer_bytes(
     training: Training,
     calls: Sequence[Call],
     where: str,
-    *,
-    pieced: bool,
 ) -> int:
     """A process of a training run: weights, gradients, AdamW, and what the backward pass reads.
 
-    calls: of one batch of this process. pieced: whether logits are made again piece by piece.
+    calls: of one batch of this process.
     """
     a = architecture
     trainable = a.trainable(training, where)
@@ -59,9 +56,10 @@ def trainer_bytes(
     weights = 4 * (a.parameters + adapters) + (size * a.parameters if half else 0)
     learning = 4 * trainable * 3
     kept = sum(_kept(a, call, size, recomputed=training.gradient_checkpointing) for call in calls)
-    logits = sum(call.rows * call.logits for call in calls) * a.vocabulary
-    if pieced:
-        logits = min(logits, float(_PIECE))
+    logits = 0.0
+    for call in calls:
+        made = call.rows * call.logits * a.vocabulary
+        logits += min(made, float(_PIECE)) if call.pieced else made
     return round(weights + learning + kept + logits * (size + 8))
 
 

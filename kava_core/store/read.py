@@ -25,9 +25,9 @@ from kava_core.store.batch import Buffer, TargetsBatch, TeacherShard
 from kava_core.store.codec import EncodedTensor
 from kava_core.store.layout import (
     TensorSpec,
-    right_slots,
     shard_layout,
     shard_name,
+    wrong_slots,
 )
 from kava_core.store.manifest import REMAKE, Manifest
 from kava_core.store.place import Place
@@ -134,6 +134,19 @@ class TargetsStore(Store):
                     view[:] = tensor[row]
         return self._assemble([int(i) for i in indices], out)
 
+    def endpoints(self, indices: Sequence[int]) -> EncodedTensor:
+        """The endpoint states alone of the records at `indices`, in that order."""
+        layout = shard_layout(self.kind, self.geometry, self.codec, records=len(indices), tokens=0)
+        tensors = {}
+        with self._lock:
+            places = [self.index.locate(int(i)) for i in indices]
+            for place, (name, spec) in enumerate(layout.items()):
+                if name.startswith("endpoint"):
+                    tensors[name] = torch.empty(spec.shape, dtype=spec.dtype)
+                    for view, (shard, row) in zip(_rows(tensors[name]), places, strict=True):
+                        view[:] = self._shard(shard)[place][row]
+        return self._encoded("endpoint", tensors, self.geometry.hidden_size)
+
     def slot_counts(self, shard: int) -> np.ndarray:
         """How many slots are valid in a shard's records, int32 [N, L', H]."""
         with self._lock:
@@ -207,19 +220,17 @@ class TargetsStore(Store):
 
     def _check_slots(self, shard: int, counts: np.ndarray, positions: np.ndarray) -> None:
         """The slots of a shard fit the trace lengths in the index."""
-        shape = (1, len(self.geometry.rows), self.geometry.kv_heads, -1)
-        lengths = torch.from_numpy(self.index.shard(shard)["n_cot"].copy())
-        for row, length in enumerate(lengths):  # one by one: large tensors leave holes in the heap
-            right = right_slots(
-                torch.from_numpy(counts[row].copy().view(np.int32)).view(shape[:-1]),
-                torch.from_numpy(positions[row].copy().view(np.int32)).view(shape),
-                length[None],
+        shape = (len(counts), len(self.geometry.rows), self.geometry.kv_heads)
+        wrong = wrong_slots(
+            counts.view(np.int32).reshape(shape),
+            positions.view(np.int32).reshape(*shape, self.geometry.slots),
+            self.index.shard(shard)["n_cot"],
+        )
+        if wrong is not None:
+            raise KavaError(
+                f"{self.path / shard_name(shard)} and the index disagree: the slots of record "
+                f"{wrong} of the shard are not places in its trace. {REMAKE}"
             )
-            if not right.all():
-                raise KavaError(
-                    f"{self.path / shard_name(shard)} and the index disagree: the slots of record "
-                    f"{row} of the shard are not places in its trace. {REMAKE}"
-                )
 
 
 def _map(file: Path) -> np.ndarray:

@@ -72,6 +72,31 @@ def test_a_share_is_held_in_every_step(store: Path, tmp_path: Path) -> None:
     assert len(set(weights)) == PLAIN.steps and min(weights) > 0
 
 
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A run of two steps of 32 records, in one batch each, that learns next to nothing."""
+    folder = tmp_path_factory.mktemp("uncut")
+    write_store(folder / "store", toy_traces(32), shard_size=32)
+    training = toy.but(PLAIN, steps=2, batch_size=32, learning_rate=1e-9)
+    shares = Balance({"kv": 0.3, "codi": 0.2})
+    run = Toy(folder / "store", folder / "run", training, EVERY_SHARE, dropout=0.0, balance=shares)
+    run.run()
+    return run
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 4), (2, 16)])
+def test_no_weight_depends_on_how_a_step_is_cut(
+    uncut: Toy, tmp_path: Path, batch_size: int, accumulation: int
+) -> None:
+    """A share is one of the whole step's gradient."""
+    cut = toy.but(uncut.settings, batch_size=batch_size, accumulation=accumulation)
+    run = uncut.but(folder=tmp_path, settings=cut)
+    run.run()
+    for name in ("weight_kv", "weight_codi", "gradient_share_kv", "gradient_share_answer"):
+        assert curve(run, name) == pytest.approx(curve(uncut, name), rel=1e-4), name
+    assert curve(run, "gradient_share_kv") == pytest.approx([0.3] * 2, rel=1e-4)
+
+
 def test_shares_are_measured_every_so_many_steps(store: Path, tmp_path: Path) -> None:
     run = Toy(store, tmp_path, PLAIN, EVERY_SHARE, balance=Balance({"kv": 0.3}, every=4))
     run.run()

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset
+from kava_core.distill.batches import AnswerDataset, ChainDataset, TargetsDataset, what_is_read
 from kava_core.distill.terms import chain_terms
+from kava_core.settings import Student
+from kava_core.store import Codec
 from tests.distill.toy import toy_traces, write_store
 from tests.tiny import tiny_model
 
@@ -109,3 +111,24 @@ def test_the_teachers_loss_is_that_of_each_record_alone() -> None:
         losses.append(-sum(float(logits[i - 1, ids[0, i]]) for i in taught) / len(taught))
     actual = chain_terms(model, dataset.__getitems__(ORDER))["chain"]
     assert float(actual) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_of_targets_no_more_is_read_than_wanted(tmp_path: Path, bits: int) -> None:
+    codec = Codec.from_bits(keys=bits, values=bits, endpoint=bits)
+    store = write_store(tmp_path / "store", toy_traces(12), shard_size=5, codec=codec)
+    whole = TargetsDataset(store, chains=False).__getitems__(ORDER)
+    ends = TargetsDataset(store, chains=False, reads="endpoint").__getitems__(ORDER)
+    none = TargetsDataset(store, chains=False, reads="none").__getitems__(ORDER)
+    assert none.keys() == whole.keys() - {"targets"} == ends.keys() - {"endpoint"}
+    assert torch.equal(ends["endpoint"].dequantise(), whole["targets"].endpoint.dequantise())
+
+
+@pytest.mark.parametrize(
+    ("terms", "reads"),
+    [({}, "none"), ({"w_cot": 1.0}, "none"), ({"alpha_codi": 1.0}, "endpoint"),
+     ({"alpha_kv": {"share": 0.3}}, "all"), ({"alpha_codi": 1.0, "alpha_readout": 1.0}, "all")],
+)  # fmt: skip
+def test_a_student_reads_what_its_terms_compare(terms: dict[str, Any], reads: str) -> None:
+    student = {"reads": "kv_targets", "training": {"steps": 1}, **terms}
+    assert what_is_read(Student.model_validate(student)) == reads

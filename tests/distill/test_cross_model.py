@@ -147,13 +147,45 @@ def test_layers_levels_and_heads_are_matched_as_mapped(
                         losses[name].append(float(gap.square().mean()))
         kv.append(sum(sum(x) / len(x) for x in losses.values()) / 2)
     assert float(terms["kv"]) == pytest.approx(sum(kv) / 5, rel=1e-5)
-    chosen = choose_layers(layer_map, 2, 4)
     codi = [
         float((reasoning.endpoint[:, i + 1] - targets.endpoint[:, t + 1]).abs().mean())
         / statistics.endpoint_std[t + 1]
-        for i, t in enumerate(chosen)
+        for i, t in enumerate(choose_layers(layer_map, 2, 4))
+        if (i == 1) == (t == 3)  # both normed, or neither
     ]
-    assert float(terms["codi"]) == pytest.approx(sum(codi) / 2, rel=1e-5)
+    assert float(terms["codi"]) == pytest.approx(sum(codi) / len(codi), rel=1e-5)
+
+
+def test_a_normed_level_is_compared_with_a_normed_one_only(tmp_path: Path) -> None:
+    """A student twice as deep as its teacher: its last two layers belong to the teacher's last, and
+    only the last one's hidden states are normed."""
+    geometry = Geometry.plain(layers=3, kv_heads=2, head_dim=8, hidden_size=32, slots=4)
+    store = write_store(tmp_path / "store", toy_traces(5), geometry=geometry)
+    student = student_of(6).eval()
+    match = Match.between(student, store)
+    assert match.rows == [0, 0, 1, 1, 2, 2]
+    assert list(zip(match.own_levels, match.levels, strict=True)) == [
+        (0, 0), (1, 1), (2, 1), (3, 2), (4, 2), (6, 3),
+    ]  # fmt: skip
+    objective = toy_objective(store, match)
+    batch = TargetsDataset(store, chains=False).__getitems__(INDICES)
+    found = float(student_terms(objective, match)(student, batch)["codi"].detach())
+    ours, theirs = reasoned(student, batch).endpoint, batch["targets"].dequantise().endpoint
+    std = store.manifest.statistics.endpoint_std
+    gaps = [
+        (ours[:, i] - theirs[:, t]).abs().mean() / std[t]
+        for i, t in ((1, 1), (2, 1), (3, 2), (4, 2), (6, 3))
+    ]
+    assert found == pytest.approx(float(sum(gaps) / 5), rel=1e-5)
+
+
+def test_a_map_that_leaves_no_level_is_refused(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", toy_traces(4), geometry=DEEP)
+    student = student_of(1)
+    with pytest.raises(KavaError, match=r"layers \[1\], .* normed .*End layer_map in 3, or set"):
+        Match.between(student, store, [1])
+    assert Match.between(student, store, [1], codi=False).levels == [0]
+    assert Match.between(student, store, [3]).levels == [0, 4]
 
 
 def test_a_student_with_the_teachers_layers_is_matched_as_ever(tmp_path: Path) -> None:
@@ -316,12 +348,10 @@ class Cross:
         match, terms = crossed(self.store, student)
         add_lora(student.decoder, toy.lora(2, 4, 0.1, "q_proj", "k_proj"), seed=0, path="it")
         add_projectors(student, match)
-        batches = 0
+        seen = toy.Seen()
 
         def counted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-            nonlocal batches
-            batches += 1
-            if batches == stop_at:
+            if seen.number(batch) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return terms(model, batch)
 

@@ -243,7 +243,7 @@ def fit_recording(folder: Path, settings: Any, records: int = 16) -> list[list[s
         AnswerDataset(traces, chains=False),
         ShardShuffleSampler([9, records - 9], seed=settings.seed),
         settings,
-        toy.CADENCE,
+        toy.EVERY_STEP,
         folder=folder / "checkpoints",
         curves=folder / "curves",
         title="toy",

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, PreTrainedModel
 
-from kava_core.distill import losses
 from kava_core.distill.adapters import add_lora
 from kava_core.distill.batches import ChainDataset
-from kava_core.distill.losses import chain_loss, token_losses
+from kava_core.distill.losses import chain_loss
 from kava_core.distill.objective import cross_entropy
 from kava_core.memory import peak_tensor_bytes
+from kava_core.models import head as heads
+from kava_core.models.head import token_losses
 from tests.distill import toy
 from tests.tiny import ARCHITECTURES, COMMON, VOCABULARY, tiny_model
 
@@ -39,7 +40,7 @@ def measured(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 def test_loss_and_gradients_are_the_plain_ones(
     monkeypatch: pytest.MonkeyPatch, name: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(losses, "PIECE", tokens * VOCABULARY)
+    monkeypatch.setattr(heads, "PIECE", tokens * VOCABULARY)
     model = tiny_model(name)
     exact = measured(model, plain_loss(model, *GIVEN))
     lean = measured(model, chain_loss(model, *GIVEN))
@@ -66,7 +67,7 @@ def noted(seen: list[torch.dtype], scores: Tensor) -> Tensor:
 
 
 def test_autocast_reaches_the_head_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "PIECE", 4 * VOCABULARY)
+    monkeypatch.setattr(heads, "PIECE", 4 * VOCABULARY)
     model = tiny_model("llama", torch.float32)
     seen: list[torch.dtype] = []
     head = model.get_output_embeddings()
@@ -81,7 +82,7 @@ def test_autocast_reaches_the_head_in_both_passes(monkeypatch: pytest.MonkeyPatc
 
 
 def test_adapters_on_the_head_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "PIECE", 4 * VOCABULARY)
+    monkeypatch.setattr(heads, "PIECE", 4 * VOCABULARY)
     model = tiny_model(LlamaConfig(**COMMON))
     add_lora(model, toy.lora(2, 2, 0.0, "lm_head"), seed=0, path="it")
     found = measured(model, chain_loss(model, *GIVEN))
@@ -104,7 +105,7 @@ def test_memory_is_that_of_a_piece_however_many_tokens_there_are() -> None:
     def plain() -> None:
         functional.cross_entropy(head(hidden), ids).backward()
 
-    whole, piece = 4 * tokens * vocabulary, 4 * losses.PIECE
+    whole, piece = 4 * tokens * vocabulary, 4 * heads.PIECE
     assert peak_tensor_bytes(plain, torch.device("cpu")) > 2 * whole
     head.zero_grad()
     weights = 4 * width * vocabulary

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kava_core.distill.batches import TargetsDataset
-from kava_core.distill.match import Match
+from kava_core.distill.match import Match, picked
 from kava_core.distill.objective import Objective, cross_entropy, endpoint_loss, kv_loss
 from kava_core.distill.terms import student_terms
 from kava_core.errors import KavaError
@@ -245,12 +245,11 @@ def made_up() -> tuple[Reasoning, dict[str, Tensor], Tensor, Tensor]:
         values=[],
         latent_positions=torch.zeros(4, M),
         endpoint=random(B, L + 1, E),
-        cot_logits=random(4, 3, 5, seed=9),
+        chain_losses=random(4, 3, seed=9).abs() * tokens.flip(0),
     )
     batch = {
         "answer_ids": ids,
         "answer_mask": tokens,
-        "chain_ids": (ids + 1) % 5,
         "chain_mask": tokens.flip(0),
         "keys": random(B, L, H, M, D, seed=3),
         "values": random(B, L, H, M, D, seed=4),
@@ -296,8 +295,15 @@ def test_the_loss_is_the_weighted_sum_of_method_section_4() -> None:
         ]
     )
     answer = plain_cross_entropy(reasoning.logits[:, :3], batch["answer_ids"], batch["answer_mask"])
-    assert reasoning.cot_logits is not None
-    chain = plain_cross_entropy(reasoning.cot_logits, batch["chain_ids"], batch["chain_mask"])
+    assert reasoning.chain_losses is not None
+    chain = mean(
+        [
+            mean([loss for loss, real in zip(row, kept, strict=True) if real])
+            for row, kept in zip(
+                reasoning.chain_losses.tolist(), batch["chain_mask"].tolist(), strict=True
+            )
+        ]
+    )
     assert {name: float(x) for name, x in terms.items()} == {
         "answer": pytest.approx(answer, rel=1e-6),
         "cot": pytest.approx(0.25 * chain, rel=1e-6),
@@ -502,6 +508,31 @@ def test_a_batch_out_of_the_ordinary_is_divided_by_the_stores_statistics(tmp_pat
     once, often = losses(1.0), losses(100.0)
     for name in ("kv", "codi"):
         assert often[name] == pytest.approx(1e4 * once[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("weights", "reads"),
+    [({"alpha_codi": 0.0}, "none"), ({}, "endpoint")],
+)
+def test_terms_are_the_same_of_what_they_read_alone(
+    tmp_path: Path, weights: dict[str, float], reads: Any
+) -> None:
+    store = write_store(tmp_path / "store", toy_traces(6))
+    objective = toy_objective(store, alpha_kv=0.0, **weights)
+    student, terms = toy_student().eval(), student_terms(objective, Match.of(store))
+    every, needed = (
+        terms(student, TargetsDataset(store, chains=False, reads=x).__getitems__([4, 0, 2]))
+        for x in ("all", reads)
+    )
+    assert every.keys() == needed.keys()
+    assert all(torch.equal(every[name], x) for name, x in needed.items())
+
+
+def test_all_rows_in_order_are_not_copied() -> None:
+    x = random(2, 3, 4)
+    assert picked(x, [0, 1, 2]) is x
+    for places in ([0, 1], [0, 2, 1], [0, 0, 1, 2]):
+        assert torch.equal(picked(x, places), x[:, places])
 
 
 @pytest.mark.parametrize("missing", ["chain_ids", "chain_mask"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kava_core.distill.start import check_teacher, start_student
 from kava_core.distill.teacher_job import train_teacher
@@ -107,3 +107,24 @@ def test_a_student_is_refused_before_it_trains(store: Path) -> None:
     hybrid = model_of("lfm2", layer_types=["conv", "full_attention", "conv"])
     with pytest.raises(KavaError, match="lfm2 has layers of kind conv"):
         start_student(Student(training=TRAINING, reads="problems"), hybrid, ENCODER.tokenizer, None)
+
+
+class Doubling(LlamaForCausalLM):
+    """A model that makes more of its logits than it says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_written_chain_needs_logits_that_are_known() -> None:
+    model = Doubling(LlamaConfig(**{**COMMON, "vocab_size": len(ENCODER.tokenizer)}))
+
+    def start(**terms: float) -> None:
+        student = Student(reads="problems", training=TRAINING, **terms)
+        start_student(student, model, ENCODER.tokenizer, None)
+
+    start()
+    with pytest.raises(KavaError, match=r"makes its logits in a way .*; set w_cot to 0\.$"):
+        start(w_cot=1.0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kava_core.console import console
+from kava_core.distill.balance import Balance
 from kava_core.distill.batches import TargetsDataset
 from kava_core.distill.fit import fit
 from kava_core.distill.match import Match
@@ -88,6 +89,31 @@ def test_shares_of_the_gradient_are_measured_and_a_weak_term_is_named(tmp_path: 
     assert said.count("warning") == 1
 
 
+def test_what_is_due_is_measured_once_a_step(store: Path, tmp_path: Path) -> None:
+    """Weights and shares alike, on both batches for each of three terms; a batch names these."""
+    opened = TargetsStore.open(store)
+    terms = student_terms(toy.toy_objective(opened), Match.of(opened))
+    calls: list[list[str]] = []
+
+    def counted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        calls.append(batch["ids"])
+        return terms(model, batch)
+
+    fit(
+        toy_student(),
+        counted,
+        TargetsDataset(opened, chains=False),
+        ShardShuffleSampler(opened.sizes, seed=0),
+        toy.but(TRAINING, steps=4),
+        Cadence(gradient_share_every=2),
+        folder=tmp_path / "checkpoints",
+        curves=tmp_path / "curves",
+        title="toy",
+        balance=Balance({"kv": 0.3}, every=2),
+    )
+    assert len(calls) == 4 * 2 + 2 * (1 + 3 * 2)
+
+
 def test_a_term_alone_has_no_share(store: Path, tmp_path: Path) -> None:
     opened = TargetsStore.open(store)
     run = Toy(store, tmp_path, toy.but(TRAINING, steps=1), EVERY_SHARE)
@@ -141,6 +167,28 @@ def test_held_out_losses_are_those_of_the_records(store: Path, tmp_path: Path) -
     assert curve(run, "eval_loss") == [pytest.approx(total, rel=1e-5)]
 
 
+@pytest.mark.parametrize(
+    "balance", [Balance({"kv": 0.3}, every=2), Balance(fading=frozenset({"kv"}))]
+)
+def test_held_out_losses_are_those_of_weights_that_stay(
+    store: Path, tmp_path: Path, balance: Balance
+) -> None:
+    """A share counts with weight 1, and what fades as a whole: values of a curve compare."""
+    settings = toy.but(TRAINING, steps=4, held_out=HeldOut(records=2, every=1))
+    run = Toy(store, tmp_path, settings, EVERY_STEP, held_out=2, balance=balance)
+    student, opened = toy_student(), TargetsStore.open(store)
+    student.load_state_dict(run.run())
+    terms = student_terms(toy.toy_objective(opened), Match.of(opened))
+    with torch.no_grad():
+        expected = terms(
+            student.eval(), TargetsDataset(opened, chains=False).__getitems__([24, 25])
+        )
+    for name, value in expected.items():
+        assert curve(run, f"eval_loss_{name}")[-1] == pytest.approx(float(value), rel=1e-5)
+    total = sum(float(value) for value in expected.values())
+    assert curve(run, "eval_loss")[-1] == pytest.approx(total, rel=1e-5)
+
+
 def test_held_out_losses_survive_a_kill(store: Path, tmp_path: Path) -> None:
     settings = toy.but(TRAINING, held_out=HeldOut(records=2, every=2))
     run = Toy(store, tmp_path / "killed", settings, held_out=2)
@@ -161,12 +209,11 @@ def test_a_loss_that_is_no_number_names_the_records_and_saves_what_came_before(
     run = Toy(store, tmp_path, toy.but(TRAINING, accumulation=accumulation))
     opened = TargetsStore.open(store)
     terms = student_terms(toy.toy_objective(opened), Match.of(opened))
-    seen: list[list[str]] = []
+    seen = toy.Seen()
 
     def broken(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        seen.append(batch["ids"])
-        result = terms(model, batch)
-        return {**result, "kv": result["kv"] * float("nan")} if len(seen) == last else result
+        at, result = seen.number(batch), terms(model, batch)
+        return {**result, "kv": result["kv"] * float("nan")} if at == last else result
 
     last = 5 * accumulation
     with pytest.raises(KavaError) as error:
@@ -182,7 +229,7 @@ def test_a_loss_that_is_no_number_names_the_records_and_saves_what_came_before(
             title="toy",
         )
     assert "nan at step 5" in str(error.value)
-    assert f"records {', '.join(seen[last - 1])}. The state before" in str(error.value)
+    assert f"records {', '.join(seen.batches[last - 1])}. The state before" in str(error.value)
     assert checkpoints(run) == [3, 4]
     assert same(run.run(), run.but(folder=tmp_path / "whole").run())
     assert files(tmp_path / "curves") == files(tmp_path / "whole" / "curves")

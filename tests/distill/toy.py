@@ -213,12 +213,11 @@ class Toy:
             range(len(store) - self.held_out, len(store)),
         )
         terms = student_terms(toy_objective(store, w_cot=float(self.chains)), Match.of(store))
-        batches = 0
+        seen = Seen()
 
         def counted(student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-            nonlocal batches
-            batches += student.training
-            if self.signal_at and batches == self.settings.accumulation * (self.signal_at - 1) + 1:
+            at = seen.number(batch) if student.training else None
+            if self.signal_at and at == self.settings.accumulation * (self.signal_at - 1) + 1:
                 os.kill(os.getpid(), self.signal)
             return terms(student, batch)
 
@@ -242,6 +241,22 @@ class Toy:
 
     def but(self, **changes: Any) -> Toy:
         return replace(self, **changes)
+
+
+class Seen:
+    """Training batches in the order in which a run first reads them; some it reads to measure, too.
+
+    No two batches of the tests' runs are of the same records in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def number(self, batch: dict[str, Any]) -> int:
+        """Of a batch, from 1."""
+        if batch["ids"] not in self.batches:
+            self.batches.append(batch["ids"])
+        return 1 + self.batches.index(batch["ids"])
 
 
 def main(toy: Toy) -> None:

@@ -193,7 +193,7 @@ def test_boolean_masks_are_masks() -> None:
     one = student(question, mask, answer, answer_mask, answer, answer_mask)
     other = student(question, mask.bool(), answer, answer_mask.bool(), answer, answer_mask.bool())
     assert torch.equal(one.logits, other.logits)
-    assert torch.equal(one.cot_logits, other.cot_logits)
+    assert torch.equal(one.chain_losses, other.chain_losses)
     tokens = student.generate(question, mask, return_dict_in_generate=True).tokens
     assert torch.equal(
         student.generate(question, mask.bool(), return_dict_in_generate=True).tokens, tokens
@@ -212,16 +212,18 @@ def test_jacobi_with_an_iteration_per_latent_equals_sequential_reasoning(name: s
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_chain_logits_are_the_decoders_own(name: str) -> None:
+def test_chain_losses_are_the_decoders_own(name: str) -> None:
     student = tiny_student(name)
     chains = [tiny_trace("c", n, 1, 1, seed=50 + n).question_ids for n in (4, 7, 5)]
     for side in ("left", "right"):
-        got = student(*pad(QUESTIONS, side), *pad(ANSWERS), *pad(chains)).cot_logits
-        assert got.shape == (3, 7, VOCABULARY)
+        got = student(*pad(QUESTIONS, side), *pad(ANSWERS), *pad(chains)).chain_losses
+        assert got.shape == (3, 7)
         for row, (question, chain) in enumerate(zip(QUESTIONS, chains, strict=True)):
             plain = student.decoder(torch.tensor([question + chain])).logits[0]
-            assert_near(got[row, : len(chain)], plain[len(question) - 1 : -1])
-    assert reason(student, "left", QUESTIONS).cot_logits is None
+            logs = plain[len(question) - 1 : -1].log_softmax(-1)
+            assert_near(got[row, : len(chain)], -logs[range(len(chain)), chain])
+            assert not got[row, len(chain) :].any()
+    assert reason(student, "left", QUESTIONS).chain_losses is None
 
 
 @torch.no_grad()

@@ -70,17 +70,16 @@ class Training:
                 model.save_pretrained = partial(with_temporary, model.save_pretrained)
             else:
                 torch.save = partial(later, torch.save)
-        batches = 0
+        seen = toy.Seen()
 
         def recorded(student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-            nonlocal batches
             result = terms(student, batch)
             if not student.training:
                 return result
-            with (self.folder / f"seen-{group.rank()}.txt").open("a") as file:
-                file.write(" ".join(batch["ids"]) + "\n")
-            batches += 1
-            if batches == self.at and group.rank() == self.of:
+            if batch["ids"] not in seen.batches:  # else it was read to measure, too
+                with (self.folder / f"seen-{group.rank()}.txt").open("a") as file:
+                    file.write(" ".join(batch["ids"]) + "\n")
+            if seen.number(batch) == self.at and group.rank() == self.of:
                 if self.trouble == "nan":
                     return {**result, "kv": result["kv"] * float("nan")}
                 if self.trouble == "die":

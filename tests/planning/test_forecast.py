@@ -204,6 +204,15 @@ def test_a_share_of_the_trace_is_planned(tmp_path: Path) -> None:
     assert half.tokens["prompt"] > whole.tokens["prompt"]
 
 
+def test_a_written_chain_is_planned(tmp_path: Path) -> None:
+    students = {"kava": {**SMALL["students"]["kava"], "w_cot": 1.0}}
+    calls = []
+    for asked in ({}, {"write_steps": ["kava"]}):
+        found = forecast("small", settings_with(students=students, evaluate=asked), tmp_path)
+        calls.append(next(stage.calls for stage in found.stages if stage.stage == "evaluate"))
+    assert calls[1] > calls[0] + found.tokens["trace"]
+
+
 # --- operations, memory, time ---------------------------------------------------------------------
 
 
@@ -246,7 +255,7 @@ def test_the_memory_of_a_trainer_is_near_what_it_takes(ready: Path) -> None:
 
     lengths = lengths_of(settings, ready)
     teacher = teacher_architecture(settings.teacher, lengths.vocabulary)
-    planned = trainer_bytes(teacher, training, teacher_step(training, lengths), "x", pieced=True)
+    planned = trainer_bytes(teacher, training, teacher_step(training, lengths), "x")
     taken = peak_tensor_bytes(step, torch.device("cpu")) + 4 * teacher.parameters
     assert taken / 1.6 < planned < taken * 1.6
 

@@ -126,11 +126,11 @@ def write_store(folder: Path) -> None:
 class JointPass(TeacherPass):
     """The teacher's pass with gradient: its last hidden states also predict the chain."""
 
-    def _states(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    def _read(self, ids: Tensor, positions: Tensor, at: Tensor) -> tuple[Tensor, Any]:
         with torch.enable_grad():
-            states = super()._states(ids, positions)
-        self.last = states[-1]
-        return tuple(state.detach() for state in states)
+            endpoint, output = super()._read(ids, positions, at)
+        self.last = output.last_hidden_state
+        return endpoint.detach(), output
 
     def chain_loss(self, batch: dict[str, Any]) -> Tensor:
         """CE(C, A-prompt, A | Q) of the batch that was passed last."""

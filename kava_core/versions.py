@@ -14,9 +14,9 @@ VERSIONS = {
     "teacher": 2,
     "traces": 1,
     "generate": 1,
-    "evict": 2,
-    "fidelity": 1,
-    "distill": 3,
+    "evict": 3,
+    "fidelity": 2,
+    "distill": 4,
     "evaluate": 4,
     "report": 2,
 }

@@ -116,12 +116,14 @@ def recommend(exact_match: Mapping[Cell, float], within: float) -> SweetSpots:
 
     None where no budget of the grid is enough. Policies and bits keep their order.
     """
-    floor = exact_match[FULL] - within
+    full = exact_match[FULL]
     found: SweetSpots = {}
     for cell in exact_match:
         if cell.budget is not None:
             found.setdefault(cell.policy, {}).setdefault(cell.bits, None)
-    enough = [cell for cell, score in exact_match.items() if score >= floor]
+    # Scores of n problems lie 100 / n apart, so nine digits tell them apart; floats err in the last
+    # of sixteen, where a difference of exactly `within` would be taken for more.
+    enough = [cell for cell, score in exact_match.items() if round(full - score, 9) <= within]
     for cell in sorted(enough, key=lambda cell: -(cell.budget or 0)):  # the smallest comes last
         if cell.budget is not None:
             found[cell.policy][cell.bits] = cell.budget

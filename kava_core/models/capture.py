@@ -175,15 +175,49 @@ def shown_to(recorder: Recorder) -> Iterator[None]:
         _active.reset(token)
 
 
-def teacher_forced(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-    """ids, positions [B, S] → the hidden states of all L+1 levels, each [B, S, E].
+def teacher_forced(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, at: Tensor, **options: Any
+) -> tuple[Tensor, Any]:
+    """ids, positions [B, S], at [B] → the hidden states of all L+1 levels at column at[b] of row b,
+    [B, L+1, E], and all that the decoder, called with `options`, returned.
 
-    Without a mask: causality alone keeps what is right of a token out of it.
+    Without a mask: causality alone keeps what is right of a token out of it. A level is what the
+    next layer is given, the last one what the decoder returns: no other column is kept.
     """
-    states: tuple[Tensor, ...] = model.base_model(
-        input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False
-    ).hidden_states
-    return states
+    levels: list[Tensor] = []
+
+    def keep(state: Tensor) -> None:
+        row = torch.arange(len(at), device=state.device)
+        levels.append(state[row, at.to(state.device)].to(ids.device))
+
+    def given(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    handles = [
+        layer.register_forward_pre_hook(given, with_kwargs=True) for layer in decoder_layers(model)
+    ]
+    try:
+        output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    keep(output.last_hidden_state)
+    return torch.stack(levels, dim=1), output
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a decoder: the list whose i-th member has the attention of layer i. KavaError
+    if there is none."""
+    config = model.config.get_text_config()
+    for layers in model.base_model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == config.num_hidden_layers:
+            numbers = [{getattr(part, "layer_idx", None) for part in x.modules()} for x in layers]
+            if all(i in found for i, found in enumerate(numbers)):
+                return list(layers)
+    raise KavaError(
+        f"{config.model_type} has no list of {config.num_hidden_layers} layers that say their "
+        "number; its hidden states cannot be recorded. Choose another model."
+    )
 
 
 register_attention("kava")

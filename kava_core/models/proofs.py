@@ -28,6 +28,7 @@ from kava_core.rotary import Rotary
 TOLERANCE = 1e-3  # of the largest entry; in float32. Two ways to compute one thing differ by 1e-5
 SHARED = 4  # tokens that both rows of the capture probe begin with
 ROWS = [[5, 9, 7, 3, 11, 8], [5, 9, 7, 3, 6, 10]]
+ENDS = [5, 3]  # of each, where its hidden states are kept
 QUESTION = 4  # columns that are read at once before the others follow one by one
 
 
@@ -55,7 +56,9 @@ def prove_capture(model: PreTrainedModel) -> Rotary:
     witness = _Witness()
     with _tried(model, "read while its attention is recorded"):
         with recording(model, witness):
-            states = teacher_forced(model, ids, positions)
+            states = model.base_model(
+                input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False
+            ).hidden_states
         cache = DynamicCache()
         model.base_model(
             input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
@@ -94,6 +97,7 @@ def prove_capture(model: PreTrainedModel) -> Rotary:
                 f"{name} looks ahead: what it makes of a token depends on later ones. Expected a "
                 "causal language model."
             )
+    _prove_endpoint(model, ids, positions)
     return prove_rotary(model)
 
 
@@ -248,6 +252,20 @@ def _prove_mask(name: str, call: AttentionCall) -> None:
         raise KavaError(
             f"{name}, layer {call.layer}, adds numbers of its own to its attention's logits; the "
             "answer's attention to the trace cannot be recorded."
+        )
+
+
+def _prove_endpoint(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> None:
+    """What is kept of a pass is, to the bit, what the model returns of the same pass."""
+    with _tried(model, "watched from layer to layer"):
+        kept, output = teacher_forced(
+            model, ids, positions, torch.tensor(ENDS), output_hidden_states=True
+        )
+    returned = torch.stack([h.to(ids.device)[[0, 1], ENDS] for h in output.hidden_states], dim=1)
+    if not torch.equal(kept, returned):
+        raise KavaError(
+            f"{model.config.get_text_config().model_type} hands its layers other hidden states "
+            "than those that it returns; its endpoint cannot be recorded. Choose another model."
         )
 
 

@@ -60,7 +60,7 @@ def too_long(traces: Sequence[Record], config: Any) -> Iterator[tuple[int, TooLo
     windows, context = attention_windows(config), context_of(config)
     narrowest = min(windows.values(), default=None)
     for place, trace in enumerate(traces):
-        total = _length(trace)
+        total = whole_length(trace)
         reach = total - len(trace.question_ids)
         try:
             check_context(
@@ -106,10 +106,8 @@ class TeacherPass:
         recorder = _CoTRecorder(spans, self.model.config.get_text_config().num_hidden_layers)
         with recording(self.model, recorder):
             positions = torch.arange(ids.shape[1], device=device).expand(len(traces), -1)
-            states = self._states(ids.to(device), positions)
+            endpoint, _ = self._read(ids.to(device), positions, spans.endpoint)
         keys, values, importance = recorder.ragged()
-        batch = torch.arange(len(traces), device=device)
-        endpoint = torch.stack([h.to(device)[batch, spans.endpoint] for h in states], dim=1)
         return TeacherCache(
             keys=self._without_phase(keys, spans),
             values=values,
@@ -118,8 +116,8 @@ class TeacherPass:
             offsets=spans.offsets,
         )
 
-    def _states(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        return teacher_forced(self.model, ids, positions)
+    def _read(self, ids: Tensor, positions: Tensor, at: Tensor) -> tuple[Tensor, Any]:
+        return teacher_forced(self.model, ids, positions, at)
 
     def _without_phase(self, keys: Tensor, spans: _Spans) -> Tensor:
         """keys [ΣN_C, L, H, D] post-RoPE → pre-RoPE, in float32 or wider."""
@@ -136,11 +134,21 @@ def over(teacher: TeacherPass, traces: Sequence[Record], batch_size: int) -> Tea
     Which traces share a batch depends on the traces alone, so repeating it gives the same bytes.
     """
     pieces: list[TeacherCache] = [None] * len(traces)  # type: ignore[list-item]
-    for chosen in by_length([_length(t) for t in traces], batch_size):
+    for chosen in by_length([whole_length(t) for t in traces], batch_size):
         cache = teacher([traces[i] for i in chosen])
         for row, i in enumerate(chosen):
             pieces[i] = _one(cache, row)
     return _joined(pieces)
+
+
+def whole_length(trace: Record) -> int:
+    """Tokens of all that the teacher reads of a trace."""
+    return (
+        len(trace.question_ids)
+        + len(trace.cot_ids)
+        + len(trace.answer_prompt_ids)
+        + len(trace.answer_ids)
+    )
 
 
 def chosen_records(cache: TeacherCache, rows: Sequence[int]) -> TeacherCache:
@@ -268,12 +276,3 @@ def answer_importance(
     attention = logits.softmax(-1).view(b, h, hq // h, rows.shape[1], s).amax(2)  # [B, H, R, S]
     attention = attention * row_mask[:, None, :, None]
     return (attention.sum(2) / row_mask.sum(1)[:, None, None]).float()
-
-
-def _length(trace: Record) -> int:
-    return (
-        len(trace.question_ids)
-        + len(trace.cot_ids)
-        + len(trace.answer_prompt_ids)
-        + len(trace.answer_ids)
-    )

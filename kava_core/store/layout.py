@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 LIMIT = 1 << 63  # no length or number of anything reaches it
 Count = Annotated[int, Field(gt=0, lt=LIMIT)]
@@ -29,6 +29,7 @@ FLOAT_DTYPES = {
     "float16": torch.float16,
 }
 CODE_BITS = {"uint8": 8, "uint4": 4}
+PIECE = 1 << 14  # slots that are looked at together
 
 
 class StrictModel(BaseModel):
@@ -215,19 +216,31 @@ def _encoded(
     return layout
 
 
-def right_slots(counts: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-    """Which of N records have slots as the format wants them, [N] bool.
+def wrong_slots(counts: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> int | None:
+    """The first of N records whose slots are not as the format wants them; None if all are.
 
     counts: [N, L', H], positions: [N, L', H, M], lengths N_C: [N]; integers. Of the M slots the
     first `counts` are valid, at least one, at places in the trace that ascend; the others have −1.
     """
+    # Some records at once: arrays of a whole shard leave holes in the heap.
+    step = max(1, PIECE // max(1, positions[:1].size))
+    for first in range(0, len(positions), step):
+        part = slice(first, first + step)
+        right = _right_slots(counts[part], positions[part], lengths[part])
+        if not right.all():
+            return first + int(right.argmin())
+    return None
+
+
+def _right_slots(counts: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Which of N records have slots as `wrong_slots` says, [N] bool."""
     slots = positions.shape[-1]
-    valid = torch.arange(slots) < counts[..., None]  # [N, L', H, M]
-    inside = (positions >= 0) & (positions < lengths.view(-1, 1, 1, 1))
-    right = torch.where(valid, inside, positions == -1)
-    right[..., 1:] &= (positions.diff(dim=-1) > 0) | ~valid[..., 1:]
+    valid = np.arange(slots) < counts[..., None]  # [N, L', H, M]
+    inside = (positions >= 0) & (positions < lengths[:, None, None, None])
+    right = np.where(valid, inside, positions == -1)
+    right[..., 1:] &= (positions[..., 1:] > positions[..., :-1]) | ~valid[..., 1:]
     possible = (counts >= 1) & (counts <= slots)
-    return right.flatten(1).all(1) & possible.flatten(1).all(1)
+    return right.all((1, 2, 3)) & possible.all((1, 2))
 
 
 def describe(spec: Any) -> str:

@@ -34,8 +34,8 @@ from kava_core.store.index import index_columns
 from kava_core.store.layout import (
     CODE_BITS,
     describe,
-    right_slots,
     shard_name,
+    wrong_slots,
 )
 from kava_core.store.spec import StoreSpec
 from kava_core.store.statistics import row_sums
@@ -325,10 +325,10 @@ def _check_finite(name: str, x: Tensor, records: Sequence[Record], spans: Tensor
 
 def _check_slots(records: Sequence[Record], counts: Tensor, positions: Tensor) -> None:
     """KavaError naming the first record whose slots are impossible."""
-    lengths = torch.tensor([len(record.cot_ids) for record in records])
-    right = right_slots(counts, positions, lengths)
-    if not right.all():
-        first = records[int((~right).nonzero()[0])]
+    lengths = np.array([len(record.cot_ids) for record in records])
+    wrong = wrong_slots(counts.numpy(), positions.numpy(), lengths)
+    if wrong is not None:
+        first = records[wrong]
         raise KavaError(
             f"record {first.id!r} (trace of {len(first.cot_ids)} tokens) has impossible slots. "
             "Valid slots come first, ascending within the trace; the others have position -1."

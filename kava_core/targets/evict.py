@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kava_core.artefacts import work_folder
@@ -127,18 +128,29 @@ def cache_batch(store: TeacherStore, number: int) -> CacheBatch:
 
 
 def calibrate_ranges(plan: Plan, caches: Iterable[CacheBatch]) -> Ranges | None:
-    """Ranges for the targets, from those of the first records; None where tokens have their own."""
+    """Ranges for the targets, from those of the first records; None where tokens have their own.
+
+    Each row's are those of its own slots: a budget that falls with depth fills fewer in some.
+    """
     settings = plan.settings
     if settings.granularity == "token":
         return None
-    samples: list[tuple[Tensor, Tensor]] = []
+    samples: list[list[tuple[Tensor, Tensor]]] = [[] for _ in plan.geometry.rows]
     seen = 0
     for batch in caches:
         targets = plan.cut(batch)
-        valid = (targets.slot_positions >= 0).all(dim=(1, 2))  # [B, M] filled in all rows, heads
-        keys, values = (x.permute(0, 3, 1, 2, 4)[valid] for x in (targets.keys, targets.values))
-        samples.append((keys, values))
+        filled = (targets.slot_positions >= 0).all(dim=2)  # [B, L', M] in all heads
+        keys, values = (x.transpose(2, 3) for x in (targets.keys, targets.values))
+        for row, sample in enumerate(samples):
+            valid = filled[:, row]
+            # [T, 1, H, D]
+            sample.append((keys[:, row][valid][:, None], values[:, row][valid][:, None]))
         seen += len(targets.lengths)
         if seen >= settings.calibration_records:
             break
-    return calibrate(samples, settings.granularity, settings.calibration_percentile)
+    found = [
+        calibrate(sample, settings.granularity, settings.calibration_percentile)
+        for sample in samples
+    ]
+    names = (field.name for field in fields(Ranges))
+    return Ranges(*(torch.cat([getattr(each, name) for each in found]) for name in names))

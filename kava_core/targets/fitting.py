@@ -19,7 +19,7 @@ import torch
 from kava_core.artefacts import clear, read_json, write_json
 from kava_core.console import say
 from kava_core.errors import KavaError, is_out_of_memory
-from kava_core.models.teacher_pass import TeacherPass, over, too_long
+from kava_core.models.teacher_pass import TeacherPass, over, too_long, whole_length
 from kava_core.parallel.shards import run_shards
 from kava_core.record import Record
 from kava_core.settings import Resources
@@ -33,7 +33,7 @@ FILE = "batch_size.json"
 
 def longest(parts: Iterable[Sequence[Record]], count: int) -> list[int]:
     """The places of the `count` longest of all traces, the longest first."""
-    lengths = (len(t.question_ids) + len(t.cot_ids) for part in parts for t in part)
+    lengths = (whole_length(t) for part in parts for t in part)
     places = ((length, -place) for place, length in enumerate(lengths))
     return [-place for _, place in heapq.nlargest(count, places)]
 

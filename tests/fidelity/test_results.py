@@ -97,6 +97,20 @@ def test_the_recommended_budget_is_the_smallest_that_is_near_enough_per_policy_a
     assert recommend(scores, within=0)["rkv"] == {"8": None, "8/4": None}
 
 
+@pytest.mark.parametrize("n", [100, 200, 500, 1000])
+@pytest.mark.parametrize("within", [0.5, 1.0, 2.0])
+def test_a_budget_exactly_at_the_limit_is_enough_and_one_answer_less_is_not(
+    n: int, within: float
+) -> None:
+    """With any number of right answers: floats miss some of these differences by a last digit."""
+    allowed = int(within * n / 100)
+    for right in range(allowed + 1, n + 1):
+        scores = {Cell("full"): 100 * right / n}
+        scores[Cell("at", 4, 8, 8)] = 100 * (right - allowed) / n
+        scores[Cell("below", 4, 8, 8)] = 100 * (right - allowed - 1) / n
+        assert recommend(scores, within) == {"at": {"8": 4}, "below": {"8": None}}, right
+
+
 def made(scale: float = 1.0) -> list[Result]:
     """Two policies at 16 and 8 bits; rkv gets the three-step problem right from 8 slots on."""
     cells = [Cell("full"), Cell("none")]

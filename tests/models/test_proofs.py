@@ -75,6 +75,27 @@ def test_a_pass_that_calls_attention_twice_does_not_keep_the_second() -> None:
         teacher([TRACE])
 
 
+def test_layers_that_are_handed_other_hidden_states_than_are_returned_are_refused() -> None:
+    model = tiny_model("llama")
+
+    def doubled(_: nn.Module, __: Any, output: Any) -> Any:
+        first, second, *rest = output.hidden_states or (None, None)
+        if second is not None:
+            output.hidden_states = (first, 2 * second, *rest)
+        return output
+
+    model.model.register_forward_hook(doubled)
+    with pytest.raises(KavaError, match="llama hands its layers other hidden states than those"):
+        prove_capture(model)
+
+
+def test_layers_that_cannot_be_found_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(KavaError, match="llama has no list of 3 layers that say their number"):
+        prove_capture(model)
+
+
 def test_attention_outside_the_interface_is_refused() -> None:
     with pytest.raises(KavaError, match="calls transformers' attention interface 0 times"):
         prove_capture(of_type("gpt_neo", num_layers=3, attention_types=[[["global"], 3]]))

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 from kava_core.errors import KavaError
-from kava_core.models.capture import AttentionCall, recording
+from kava_core.memory import peak_tensor_bytes
+from kava_core.models.capture import AttentionCall, decoder_layers, recording, teacher_forced
 from kava_core.models.teacher_pass import (
     TeacherCache,
     TeacherPass,
@@ -157,6 +158,34 @@ def test_bfloat16_models(name: str) -> None:
     eager = eager_importance(model, trace)
     assert_near(got.importance[:, 0], eager[:, 0], 0.03)
     assert_near(got.importance, eager, 0.2)  # SDPA and eager round apart from layer to layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_endpoint_is_to_the_bit_what_the_model_returns(name: str, dtype: torch.dtype) -> None:
+    """Of all levels: the embedding's, before any layer, and the last one's, normed."""
+    model = tiny_model(name, dtype)
+    ids, _ = pad([whole(trace) for trace in TRACES])
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    at = torch.tensor([31, 0, 9])
+    states = model.base_model(
+        input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    found, _ = teacher_forced(model, ids, positions, at)
+    assert torch.equal(found, torch.stack([h[[0, 1, 2], at] for h in states], dim=1))
+    assert found.dtype == dtype
+    assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))
+
+
+def test_hidden_states_that_nobody_reads_are_not_kept() -> None:
+    """The whole pass takes a fraction of what all levels at all positions would."""
+    layers, width, rows = 24, 256, 4
+    config = {**COMMON, "hidden_size": width, "num_hidden_layers": layers, "head_dim": 8}
+    teacher = TeacherPass(tiny_model(LlamaConfig(**config), torch.float32))
+    traces = [tiny_trace(str(i), 40, 50, 5, seed=i) for i in range(rows)]
+    taken = peak_tensor_bytes(lambda: teacher(traces), torch.device("cpu"))
+    assert taken < 0.5 * rows * len(whole(traces[0])) * (layers + 1) * width * 4
 
 
 # --- recording itself ----------------------------------------------------------------------------

@@ -120,13 +120,15 @@ def test_a_shards_caches_are_those_of_its_records(caches: TeacherStore) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("shape", ["uniform", "pyramid"])
 @pytest.mark.parametrize(("records", "shards"), [(1, 1), (6, 1), (7, 2), (1000, 3)])
-def test_ranges_are_those_of_the_first_records_slots(
-    caches: TeacherStore, granularity: str, records: int, shards: int
+def test_a_rows_ranges_are_those_of_its_slots_in_the_first_records(
+    caches: TeacherStore, granularity: str, shape: str, records: int, shards: int
 ) -> None:
     settings = Evict.model_validate(
         {
             "budget": 4,
+            "budget_shape": shape,
             "keys_bits": 8,
             "granularity": granularity,
             "calibration_records": records,
@@ -134,17 +136,20 @@ def test_ranges_are_those_of_the_first_records_slots(
         }
     )
     plan = Plan.of(settings, caches.geometry)
-    samples = []
-    for number in range(shards):
-        targets = plan.cut(cache_batch(caches, number))
-        for i, count in enumerate(targets.slot_counts.amin((1, 2)).tolist()):
-            kept = (x[i, :, :, :count].movedim(2, 0) for x in (targets.keys, targets.values))
-            samples.append(tuple(kept))
-    expected = calibrate(samples, granularity, 90.0)  # type: ignore[arg-type]
     found = calibrate_ranges(plan, batches(caches))
     assert found is not None
-    for name, value in vars(expected).items():
-        assert torch.equal(getattr(found, name), value), name
+    cuts = [plan.cut(cache_batch(caches, number)) for number in range(shards)]
+    for row in range(3):
+        samples = []
+        for targets in cuts:
+            for i, count in enumerate(targets.slot_counts[:, row, 0].tolist()):
+                kept = (
+                    x[i, row, :, :count].transpose(0, 1) for x in (targets.keys, targets.values)
+                )
+                samples.append(tuple(x[:, None] for x in kept))
+        expected = calibrate(samples, granularity, 90.0)  # type: ignore[arg-type]
+        for name, value in vars(expected).items():
+            assert torch.equal(getattr(found, name)[row], value[0]), name
     assert targets_spec(
         plan, caches.manifest.rotary.rotation, batches(caches)
     ).calibration.keys() == {"keys_scale", "keys_zero"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,11 @@ def test_other_errors_are_no_lack_of_memory(
         generated(inputs, tmp_path, AUTO)
 
 
-def test_the_longest_come_first() -> None:
-    traces = [Record(str(n), list(range(n)), [1], [1], [1], "toy", "", 1) for n in (3, 9, 5, 9, 1)]
+@pytest.mark.parametrize("part", ["question_ids", "cot_ids", "answer_prompt_ids", "answer_ids"])
+def test_the_longest_come_first_whichever_part_is_long(part: str) -> None:
+    """The answer prompt holds what the student writes of a trace, with `latent_fraction`."""
+    short = Record("r", [1], [1], [1], [1], "toy", "", 1)
+    traces = [replace(short, **{part: list(range(n))}) for n in (3, 9, 5, 9, 1)]
     assert longest([traces[:2], traces[2:]], 3) == [1, 3, 2]
 
 

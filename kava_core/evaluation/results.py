@@ -28,7 +28,7 @@ from kava_core.findings.evaluation import (
     Scores,
     SystemCost,
 )
-from kava_core.findings.scores import score_steps, wilson
+from kava_core.findings.scores import CommonestAnswer, score_steps, wilson
 from kava_core.findings.tables import write_table
 from kava_core.hardware import together
 
@@ -50,6 +50,9 @@ def score(examination: Examination, test_set: ProblemSet) -> Score:
         by_steps=score_steps([len(problem.steps) for problem in test_set.problems], marks),
         by_operation=score_groups(test_set.operations, marks),
         by_trace_length=score_groups([[length_bin(n)] for n in test_set.trace_tokens], marks),
+        commonest_answer=CommonestAnswer.of(
+            [reply.answer for reply in replies], [problem.answer for problem in test_set.problems]
+        ),
     )
 
 

@@ -6,7 +6,7 @@ evaluation/ holds what is the same on a second machine, measured/evaluation.json
 from __future__ import annotations
 
 from kava_core.findings.base import Finding
-from kava_core.findings.scores import GroupScore, Percent
+from kava_core.findings.scores import CommonestAnswer, GroupScore, Percent
 
 METRICS, COMPARISONS, SUMMARY = "metrics.json", "comparisons.json", "summary.json"
 PREDICTIONS, SIMILARITY = "predictions.parquet", "similarity.json"
@@ -22,6 +22,7 @@ class Score(Finding):
     exact_match, ci95: accuracy and its 95 % interval, in %. forward_passes (decoder calls, the
     question's included) and tokens (generated, the end of sequence included) are means per problem.
     perplexity: of the gold answers, per token. A problem with several operations counts under each.
+    commonest_answer: None where nothing was answered, and in files of before it was written.
     """
 
     exact_match: Percent
@@ -33,6 +34,7 @@ class Score(Finding):
     by_steps: dict[int, GroupScore]
     by_operation: dict[str, GroupScore]
     by_trace_length: dict[str, GroupScore]
+    commonest_answer: CommonestAnswer | None = None
 
 
 Scores = dict[str, dict[str, Score]]  # test set → system

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, computed_field
 
 from kava_core.findings.base import Finding
-from kava_core.findings.evaluation import Difference
-from kava_core.findings.scores import Percent
+from kava_core.findings.scores import CommonestAnswer, Percent
 
 RESULTS, ANSWERS, SUMMARY, ASKED = "results.csv", "answers.parquet", "summary.json", "asked.jsonl"
 INTERVENTIONS, FIDELITY = "interventions.csv", "fidelity.csv"
 
 
 class CellAnswers(Finding):
-    """One system's answers: per problem its id, whether it was right, and calls of the decoder."""
+    """One system's answers: per problem its id, whether it was right, and calls of the decoder.
+
+    commonest_answer: None where nothing was answered, and in cells of before it was written.
+    """
 
     ids: list[str]
     correct: list[bool]
     passes: list[int]
+    commonest_answer: CommonestAnswer | None = None
 
 
 class CellAnswer(Finding):
@@ -32,10 +35,15 @@ class CellAnswer(Finding):
     correct: bool
 
 
+Kind = Literal["answers", "interventions"]
+
+
 class Asking(Finding):
-    """When a cell was asked test problems, a line of asked.jsonl. key: of the cell."""
+    """When a cell was asked test problems, a line of asked.jsonl, written just before. kind: as
+    they are, or again with its latents changed; key: of the cell."""
 
     at: str
+    kind: Kind = "answers"  # lines of before it was written say nothing of it
     system: str
     variant: str
     seed: int | None
@@ -106,7 +114,7 @@ class Group(Finding):
     """A system at one point of the grid, over its seeds.
 
     exact_match: of each seed, in their order; mean and standard deviation (n − 1; None for one
-    seed) of these; forward_passes: per problem, mean; n: problems.
+    seed) of these; forward_passes: per problem, mean; n: problems; commonest_answers: of each seed.
     """
 
     variant: str
@@ -117,9 +125,34 @@ class Group(Finding):
     deviation: float | None
     forward_passes: float
     n: int
+    # Not written where no cell knows its own.
+    commonest_answers: Annotated[
+        list[CommonestAnswer | None],
+        Field(default_factory=list, exclude_if=lambda value: not value),
+    ]
     # Not written where nobody was asked with changed latents.
     carried: Annotated[Carried | None, Field(exclude_if=lambda value: value is None)] = None
     fidelity: Annotated[GroupFidelity | None, Field(exclude_if=lambda value: value is None)] = None
+
+
+class SeededDifference(Finding):
+    """Exact match of one system minus that of another over the same seeds and problems, in points.
+
+    p_bootstrap: two-sided, of a paired bootstrap over seeds and problems; p_seeds: of a paired
+    t-test over the seeds' differences, None with one seed. ci95: from the lower of the lower ends
+    to the higher of the higher ends of the two 95 % intervals.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    p_bootstrap: float
+    p_seeds: float | None
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated properties
+    @property
+    def p_value(self) -> float:
+        """The larger of the two."""
+        return max(self.p_bootstrap, self.p_seeds or 0.0)
 
 
 class Compared(Finding):
@@ -129,7 +162,7 @@ class Compared(Finding):
     system: str
     baseline_variant: str
     baseline: str
-    difference: Difference
+    difference: SeededDifference
     p_holm: float
 
 

@@ -173,7 +173,7 @@ class PipelineFindings:
     its latents hold; empty where nobody looked. grid: None where the fidelity stage did not run.
     teacher_kv is None where the teacher's caches are not at hand (targets are enough to train
     from). teacher_training: None where the teacher was taken as it is. prepare: the settings the
-    problems were made with.
+    problems were made with. write_steps: the students that were asked to write their chain as well.
     """
 
     scores: Scores
@@ -190,6 +190,7 @@ class PipelineFindings:
     teacher_kv: Manifest | None
     problems: dict[str, ProblemCounts]
     prepare: dict[str, Any]
+    write_steps: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ def read_findings(
     *,
     teacher: Path | None = None,
     kv_targets: Path | None = None,
+    write_steps: Sequence[str] = (),
 ) -> PipelineFindings:
     """Read the artefacts of the pipeline in `folder` and of its `students`.
 
@@ -247,6 +249,7 @@ def read_findings(
         teacher_kv=load_manifest(teacher_kv, "teacher_kv") if teacher_kv.exists() else None,
         problems={"train": taught.train, "validation": taught.validation, **asked.test_sets},
         prepare=read_finding(TestSetsFile, folder / "test_sets/test_sets.json", "prepare").settings,
+        write_steps=write_steps,
     )
 
 

@@ -11,6 +11,7 @@ from kava_core.artefacts import atomic_path, write_json
 from kava_core.findings.base import write_finding
 from kava_core.findings.evaluation import Difference, Score
 from kava_core.findings.latents import INERT_PERCENT
+from kava_core.reporting.collapse import RULE
 from kava_core.reporting.examples import Example, choose_examples
 from kava_core.reporting.figures import (
     accuracy_by_cost,
@@ -96,6 +97,7 @@ def write_report(
         looked=looked,
         carried=carried,
         inert_percent=INERT_PERCENT,
+        collapse_rule=RULE,
         worked=work_through(findings, comparisons[0].headline),
         findings=findings,
         facts=_facts(findings, comparisons),

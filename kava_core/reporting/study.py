@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kava_core.findings.study import Compared, Group, RankCorrelation, StudySummary
+from kava_core.reporting.collapse import collapse_of
 from kava_core.reporting.style import INK, MUTED, SERIES, Drawing, canvas, finish
 
 if TYPE_CHECKING:
@@ -24,10 +25,24 @@ def words_of(summary: StudySummary) -> str:
     )
     if summary.compared:
         words += (
-            " Differences in points, with their 95 % intervals: paired bootstrap over problems and "
-            f"seeds; p corrected by Holm over {len(summary.compared)} comparisons."
+            " Differences in points, by a paired bootstrap over problems and seeds and by a paired "
+            "t-test over seeds: p is the larger of the two, the 95 % interval covers both; p "
+            f"corrected by Holm over {len(summary.compared)} comparisons."
         )
+        if any(each.difference.p_seeds is None for each in summary.compared):
+            words += " With one seed the bootstrap's alone, which says nothing about other seeds."
     return words
+
+
+def collapses_of(summary: StudySummary) -> list[str]:
+    """Which systems answer one thing whatever they are asked, and with which seeds."""
+    said = []
+    for group in summary.groups:
+        for seed, commonest in zip(group.seeds, group.commonest_answers, strict=False):
+            if words := collapse_of(commonest):
+                name = f"{group.system} {group.variant}".rstrip()
+                said.append(f"{name}{'' if seed is None else f', seed {seed},'} {words}.")
+    return said
 
 
 def score_of(group: Group) -> str:
@@ -155,7 +170,7 @@ def as_table(summary: StudySummary) -> RenderableType:
             numbers = difference_of(each), p_of(each.difference.p_value), p_of(each.p_holm)
             differences.add_row(Text(student), Text(against(each)), *numbers)
         parts.append(differences)
-    parts.append(Text(words_of(summary), style="dim"))
+    parts.append(Text("\n".join([words_of(summary), *collapses_of(summary)]), style="dim"))
     if changes := changes_of(summary):
         carried = table("student", *CHANGED)
         for group in summary.groups:
@@ -191,6 +206,7 @@ def as_page(summary: StudySummary) -> str:
         title=f"Study {summary.study}",
         summary=summary,
         words=words_of(summary),
+        collapses=collapses_of(summary),
         rows=rows,
         compared=compared,
         changes=changes_of(summary),

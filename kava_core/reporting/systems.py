@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kava_core.findings.evaluation import Difference, Score
+from kava_core.reporting.collapse import collapse_of
 from kava_core.reporting.inputs import PipelineFindings, RunLength, TrainedStudent
+from kava_core.settings.evaluate import writer_of
 from kava_core.settings.student import Share
 
-Kind = Literal["teacher-cot", "teacher-no-cot", "latent", "direct", "other"]
+Kind = Literal["teacher-cot", "teacher-no-cot", "latent", "direct", "writer", "other"]
+
+WRITES = "writes its chain of thought"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class System:
     how: str
     taught: str
     training: RunLength | None
+
+    @property
+    def collapse(self) -> str:
+        """What it answers to most problems, in words; "" where it answers this and that."""
+        return collapse_of(self.score.commonest_answer)
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,11 @@ def systems_of(findings: PipelineFindings, test_set: str) -> list[System]:
     the teacher asked for the answer at once.
     """
     slots = findings.targets.manifest.geometry.slots
+    writers = {writer_of(name): findings.students[name] for name in findings.write_steps}
     systems = [
-        _system(name, score, findings.students.get(name), slots, findings.teacher_training)
+        _writer(name, score, writers[name])
+        if name in writers
+        else _system(name, score, findings.students.get(name), slots, findings.teacher_training)
         for name, score in findings.scores[test_set].items()
     ]
     place = {"teacher-cot": 0, "teacher-no-cot": 2}
@@ -110,12 +122,27 @@ def _system(
 ) -> System:
     if student is None:
         if name == "teacher-cot":
-            how = "writes its chain of thought"
-            return System(name, score, "teacher-cot", how, "chain and answer", teacher)
+            return System(name, score, "teacher-cot", WRITES, "chain and answer", teacher)
         if name == "teacher-no-cot":
             how = "answers at once"
             return System(name, score, "teacher-no-cot", how, "chain and answer", teacher)
         return System(name, score, "other", "", "", None)
+    settings = student.settings
+    taught = _taught(student)
+    if settings.reads == "problems":
+        return System(name, score, "direct", "answers at once", taught, settings.training)
+    how = f"{slots} latents, one after the other"
+    if settings.reasoning == "jacobi":
+        how = f"{slots} latents, {settings.iterations} Jacobi iterations"
+    return System(name, score, "latent", how, taught, settings.training)
+
+
+def _writer(name: str, score: Score, student: TrainedStudent) -> System:
+    return System(name, score, "writer", WRITES, _taught(student), student.settings.training)
+
+
+def _taught(student: TrainedStudent) -> str:
+    """The terms of its loss, in words."""
     settings = student.settings
     terms = {
         "KV" if settings.kv_parts == "both" else settings.kv_parts: settings.alpha_kv,
@@ -124,13 +151,7 @@ def _system(
         "chain": settings.w_cot,
     }
     answer = "answer" if settings.curriculum is None else "what is still written, then the answer"
-    taught = " + ".join([answer, *(_weighed(term, w) for term, w in terms.items() if w)])
-    if settings.reads == "problems":
-        return System(name, score, "direct", "answers at once", taught, settings.training)
-    how = f"{slots} latents, one after the other"
-    if settings.reasoning == "jacobi":
-        how = f"{slots} latents, {settings.iterations} Jacobi iterations"
-    return System(name, score, "latent", how, taught, settings.training)
+    return " + ".join([answer, *(_weighed(term, w) for term, w in terms.items() if w)])
 
 
 def _weighed(term: str, weight: float | Share) -> str:

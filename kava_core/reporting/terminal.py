@@ -27,7 +27,7 @@ def comparison_table(title: str, systems: Sequence[System], headline: Headline |
         score = system.score
         best = headline is not None and system is headline.best
         table.add_row(
-            Text(system.name),
+            Text(f"{system.name} *" if system.collapse else system.name),
             f"{score.exact_match:.1f} %",
             f"{score.ci95[0]:.1f} to {score.ci95[1]:.1f}",
             f"{score.forward_passes:.1f}",
@@ -35,11 +35,12 @@ def comparison_table(title: str, systems: Sequence[System], headline: Headline |
             f"{system.training.steps:,}" if system.training else "–",
             style="bold cyan" if best else COLOURS.get(system.kind, ""),
         )
-    words = f"{systems[0].score.n:,} test problems; passes and tokens are means per problem."
+    words = [f"{systems[0].score.n:,} test problems; passes and tokens are means per problem."]
+    words += [f"* {system.name} {system.collapse}." for system in systems if system.collapse]
     parts: list[RenderableType] = [Text(title, style="bold")]
     if headline is not None:
         parts.append(Padding(Text(headline.sentence), (1, 0)))
-    return Group(*parts, table, Text(words, style="dim"))
+    return Group(*parts, table, Text("\n".join(words), style="dim"))
 
 
 def write_comparison(path: Path, title: str, comparisons: Sequence[ComparisonSection]) -> None:

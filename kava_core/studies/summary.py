@@ -10,7 +10,7 @@ from pathlib import Path
 from kava_core.artefacts import atomic_path
 from kava_core.errors import KavaError
 from kava_core.findings.base import write_finding
-from kava_core.findings.differences import holm, seeded_bootstrap
+from kava_core.findings.differences import holm, seeded_difference
 from kava_core.findings.latents import InterventionScores
 from kava_core.findings.ranks import spearman
 from kava_core.findings.study import (
@@ -58,7 +58,7 @@ def summarise(plan: StudyPlan, found: Found, changes: Changes, stores: Stores) -
                 f"read from has changed. Delete the folder of study {plan.name} and run it again."
             )
         differences.append(
-            seeded_bootstrap(
+            seeded_difference(
                 [found[cell].correct for cell in groups[left]],
                 [found[cell].correct for cell in groups[right]],
             )
@@ -111,6 +111,7 @@ def _foretold(groups: Sequence[Group]) -> list[Foretold]:
 
 def _group(cells: list[StudyCell], found: Found, changes: Changes, stores: Stores) -> Group:
     scores = [_exact_match(found[cell]) for cell in cells]
+    commonest = [found[cell].commonest_answer for cell in cells]
     return Group(
         variant=cells[0].variant,
         system=cells[0].system,
@@ -120,6 +121,7 @@ def _group(cells: list[StudyCell], found: Found, changes: Changes, stores: Store
         deviation=statistics.stdev(scores) if len(scores) > 1 else None,
         forward_passes=statistics.fmean(_passes(found[cell]) for cell in cells),
         n=len(found[cells[0]].ids),
+        commonest_answers=commonest if any(commonest) else [],
         carried=_carried([changes[cell] for cell in cells]) if cells[0].changed else None,
         fidelity=_fidelity([stores[cell] for cell in cells]) if cells[0].fidelity else None,
     )
@@ -154,6 +156,11 @@ def _passes(answers: CellAnswers) -> float:
     return statistics.fmean(answers.passes)
 
 
+def _numbers(answers: CellAnswers) -> list[float | None]:
+    commonest = answers.commonest_answer
+    return [_exact_match(answers), _passes(answers), commonest.share if commonest else None]
+
+
 def write_study(
     folder: Path,
     plan: StudyPlan,
@@ -164,14 +171,12 @@ def write_study(
 ) -> None:
     """Write results.csv, a row for each cell, answers.parquet, a row for each of its answers,
     summary.json; where latents were changed interventions.csv, and where the teacher was asked from
-    the slots fidelity.csv, a row for each of those cells. Equal answers give equal bytes."""
+    the slots fidelity.csv, a row for each of those cells; a run before may have left one of these
+    two where there is nothing to write now, and it goes. Equal answers give equal bytes."""
     _write_rows(
         folder / RESULTS,
-        ("exact_match", "forward_passes"),
-        {
-            cell: (len(found[cell].ids), [_exact_match(found[cell]), _passes(found[cell])])
-            for cell in plan.cells
-        },
+        ("exact_match", "forward_passes", "commonest_share"),
+        {cell: (len(found[cell].ids), _numbers(found[cell])) for cell in plan.cells},
     )
     with atomic_path(folder / ANSWERS) as temporary:
         write_table(
@@ -187,6 +192,8 @@ def write_study(
     write_finding(folder / SUMMARY, summary)
     if changes:
         _write_changes(folder / INTERVENTIONS, changes)
+    else:
+        (folder / INTERVENTIONS).unlink(missing_ok=True)
     if stores:
         _write_rows(
             folder / FIDELITY,
@@ -196,10 +203,14 @@ def write_study(
                 for cell, store in stores.items()
             },
         )
+    else:
+        (folder / FIDELITY).unlink(missing_ok=True)
 
 
 def _write_rows(
-    path: Path, columns: Sequence[str], rows: Mapping[StudyCell, tuple[int, Sequence[float]]]
+    path: Path,
+    columns: Sequence[str],
+    rows: Mapping[StudyCell, tuple[int, Sequence[float | None]]],
 ) -> None:
     """A row for each cell: which it is, of how many problems, and its numbers."""
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
@@ -211,22 +222,21 @@ def _write_rows(
 
 def _write_changes(path: Path, changes: Changes) -> None:
     columns = ("variant", "system", "seed", "n", "untouched", "removed", "mean", "shuffled")
+    changed = ("removed_changed", "mean_changed", "shuffled_changed", "donor_changed")
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*columns, "donor", "counted", "followed", "followed_untouched"))
+        writer.writerow((*columns, "donor", "counted", "followed", "followed_untouched", *changed))
         for cell, found in changes.items():
             removed, mean = found.together.removed, found.together.mean
             shuffled, donor = found.together.shuffled, found.together.donor
-            scores = [
-                found.none,
-                *(x.exact_match if x else None for x in (removed, mean, shuffled)),
-            ]
-            scores.append(donor.exact_match if donor else None)
+            kinds = (removed, mean, shuffled, donor)
+            scores = [found.none, *(kind.exact_match if kind else None for kind in kinds)]
+            others = [kind.changed if kind else None for kind in kinds]
             follows = donor.follows if donor else None
             shares = [follows.share, follows.untouched] if follows else [None, None]
             counted = follows.n if follows else 0
             row = (cell.variant, cell.system, cell.seed, found.n)
-            writer.writerow([*row, *_four(scores), counted, *_four(shares)])
+            writer.writerow([*row, *_four(scores), counted, *_four([*shares, *others])])
 
 
 def _four(numbers: Sequence[float | None]) -> list[str]:

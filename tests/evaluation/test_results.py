@@ -76,6 +76,22 @@ def test_means_are_computed_by_hand(encoder: TraceEncoder) -> None:
     assert cost(examination).seconds_per_problem == pytest.approx(0.55)
 
 
+def test_a_system_that_answers_one_thing_is_found_out(encoder: TraceEncoder) -> None:
+    examination, plain = examined(encoder), some(encoder)
+    golds = [str(i % 6) for i in range(12)]
+    varied = [replace(p, answer=a) for p, a in zip(plain.problems, golds, strict=True)]
+    problems = replace(plain, problems=varied)
+    said = ["4"] * 10 + ["", "9"]
+    replies = [replace(r, answer=a) for r, a in zip(examination.replies, said, strict=True)]
+    stuck = score(replace(examination, replies=replies), problems).commonest_answer
+    assert stuck is not None and stuck.collapsed
+    assert (stuck.answer, stuck.share, stuck.gold) == ("4", 1000 / 12, 200 / 12)
+    every = score(examination, plain).commonest_answer  # right, and all have the same gold answer
+    assert every is not None and every.share == 100 and not every.collapsed
+    silent = [replace(reply, answer="") for reply in replies]
+    assert score(replace(examination, replies=silent), problems).commonest_answer is None
+
+
 def test_the_same_answers_are_scored_by_the_rules_of_another_harness(
     encoder: TraceEncoder,
 ) -> None:

@@ -15,8 +15,11 @@ from kava_core.findings.differences import (
     holm,
     paired_bootstrap,
     seeded_bootstrap,
+    seeded_difference,
 )
 from kava_core.findings.evaluation import Difference
+from kava_core.findings.study import SeededDifference
+from kava_core.findings.t_test import critical_value, paired_t_test, two_sided_p
 
 
 def marks(both: int, left: int, right: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -181,6 +184,82 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 def test_marks_of_other_seeds_are_refused(right: list[list[bool]]) -> None:
     with pytest.raises(KavaError, match="with the same seeds"):
         seeded_bootstrap([[True], [False]], right)
+
+
+# Fractiles of Student's distribution: Fisher and Yates, Statistical Tables, table III.
+TABLE = {
+    1: {0.1: 6.314, 0.05: 12.706, 0.01: 63.657},
+    2: {0.1: 2.920, 0.05: 4.303, 0.01: 9.925},
+    3: {0.1: 2.353, 0.05: 3.182, 0.01: 5.841},
+    4: {0.1: 2.132, 0.05: 2.776, 0.01: 4.604},
+    9: {0.1: 1.833, 0.05: 2.262, 0.01: 3.250},
+    30: {0.1: 1.697, 0.05: 2.042, 0.01: 2.750},
+}
+
+
+@pytest.mark.parametrize(("degrees", "row"), TABLE.items())
+def test_the_t_distribution_is_that_of_the_tables(degrees: int, row: dict[float, float]) -> None:
+    for level, t in row.items():
+        assert two_sided_p(t, degrees) == two_sided_p(-t, degrees) == pytest.approx(level, rel=1e-3)
+    assert critical_value(degrees) == pytest.approx(row[0.05], abs=5e-4)
+    assert two_sided_p(0.0, degrees) == 1
+    assert two_sided_p(1e12, degrees) == pytest.approx(0, abs=1e-11)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 19])
+@pytest.mark.parametrize("t", [0.3, 1.0, 4.303, 40.0])
+def test_its_tail_is_that_of_adding_up_the_density(degrees: int, t: float) -> None:
+    # The density of t = √degrees · tan(angle) is cos(angle)^(degrees − 1), up to a constant.
+    def area(low: float, high: float) -> float:
+        width = (high - low) / 200_000
+        middles = low + width * (np.arange(200_000) + 0.5)
+        return float((np.cos(middles) ** (degrees - 1)).sum() * width)
+
+    tail = area(np.arctan(t / np.sqrt(degrees)), np.pi / 2) / area(0, np.pi / 2)
+    assert two_sided_p(t, degrees) == pytest.approx(tail, abs=1e-9)
+
+
+def test_the_t_test_of_a_textbook_and_of_differences_without_spread() -> None:
+    # Student's own example (Biometrika 6, 1908): hours of sleep gained by two drugs.
+    gains = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    p, half = paired_t_test(gains)
+    assert p == pytest.approx(0.00283, abs=5e-6)
+    assert (1.58 - half, 1.58 + half) == pytest.approx((0.7001, 2.4599), abs=5e-5)
+    assert paired_t_test([0.0] * 3) == (1.0, 0.0)
+    assert paired_t_test([-0.1] * 3) == (0.0, 0.0)
+
+
+def test_seeds_that_jump_are_not_significant_and_steady_ones_are() -> None:
+    def rows(*right: int) -> list[list[bool]]:
+        return [[i < n for i in range(100)] for n in right]
+
+    jumping = seeded_difference(rows(100, 100, 20), rows(10, 11, 11))
+    assert jumping.p_bootstrap < 0.001 < jumping.p_value == jumping.p_seeds
+    assert jumping.p_value == pytest.approx(0.146, abs=0.002)  # as a t of 2.35 has
+    assert jumping.ci95[0] < 0 and jumping.ci95[1] == 100  # a difference is 100 points at the most
+    steady = seeded_difference(rows(100, 100, 100), rows(10, 11, 11))
+    assert steady.p_seeds is not None and steady.p_seeds < steady.p_bootstrap == steady.p_value
+    drawn = seeded_bootstrap(rows(100, 100, 100), rows(10, 11, 11))
+    assert (steady.difference, steady.ci95) == (drawn.difference, drawn.ci95)
+    one = seeded_difference(rows(60), rows(40))
+    assert one.p_seeds is None and one.p_value == one.p_bootstrap
+    assert one.ci95 == seeded_bootstrap(rows(60), rows(40)).ci95
+    read = SeededDifference.model_validate_json(jumping.model_dump_json())
+    assert read == jumping and '"p_value":0.14' in jumping.model_dump_json()
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_without_a_difference_few_are_significant(seeds: int) -> None:
+    draw, trials, n = np.random.default_rng(seeds), 250, 400
+    found = []
+    for _ in range(trials):
+        skill = np.clip(0.5 + 0.1 * draw.standard_normal((2, seeds, 1)), 0, 1)
+        left, right = (draw.random((2, seeds, n)) < skill).tolist()
+        found.append(seeded_difference(left, right, resamples=200))
+    noise = 2.6 * np.sqrt(0.05 * 0.95 / trials)  # as far as 1 in 200 such tests would be above
+    assert sum(each.p_value < 0.05 for each in found) / trials <= 0.05 + noise
+    assert sum(each.ci95[0] > 0 or each.ci95[1] < 0 for each in found) / trials <= 0.05 + noise
+    assert sum(each.p_bootstrap < 0.05 for each in found) / trials > 0.05 + noise  # and alone it is
 
 
 def slow_holm(p_values: list[float]) -> list[float]:

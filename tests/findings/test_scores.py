@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kava_core.findings.scores import GroupScore, score_steps, wilson
+from kava_core.findings.scores import CommonestAnswer, GroupScore, score_steps, wilson
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,21 @@ def test_steps_are_scored_apart_and_stand_by_number_not_by_letter() -> None:
         10: GroupScore(exact_match=100.0, n=1),
     }
     assert list(found) == [2, 10]
+
+
+def test_the_commonest_answer_is_what_is_said_most_often() -> None:
+    found = CommonestAnswer.of(["7", "", "7", "3"], ["7", "3", "3", "1"])
+    assert found == CommonestAnswer(answer="7", share=50.0, gold=50.0)
+    assert CommonestAnswer.of(["", ""], ["7", "3"]) is None
+    first = CommonestAnswer.of(["3", "7"], ["7", "3"])
+    assert first is not None and first.answer == "3"
+
+
+@pytest.mark.parametrize(
+    ("share", "gold", "collapsed"),
+    [(99.8, 11.2, True), (50.0, 30.0, True), (49.9, 10.0, False), (60.0, 40.1, False)],
+)
+def test_one_answer_to_most_problems_is_a_collapse_unless_it_is_mostly_right(
+    share: float, gold: float, collapsed: bool
+) -> None:
+    assert CommonestAnswer(answer="7", share=share, gold=gold).collapsed == collapsed

@@ -396,7 +396,29 @@ def test_the_table_fits_a_terminal_of_80_columns(findings: PipelineFindings) -> 
     assert "…" not in text
     assert gap is not None and gap.lead in " ".join(text.split())
     assert text.index("ahead") < text.index("teacher-cot ")
+    assert "*" not in text
     assert "of the way from no-cot" in " ".join(text.split())
+
+
+def test_who_answers_one_thing_to_everything_is_told(own: Pipeline, tmp_path: Path) -> None:
+    path = own.folder / "evaluation/metrics.json"
+    metrics = json.loads(path.read_text())
+    stuck = {"codi": ("<7>", 98.3), "pccot": ("12", 50.0), "kava": ("30", 9.0)}
+    for system, (answer, share) in stuck.items():
+        commonest = {"answer": answer, "share": share, "gold": 31.0}
+        metrics["synthetic"][system]["commonest_answer"] = commonest
+    path.write_text(json.dumps(metrics))
+    findings = bare(read_findings(own.folder, own.students))
+    (tmp_path / "page").mkdir()
+    page = (build(findings, tmp_path / "page") / "index.html").read_text()
+    assert page.count("of the problems</small>") == 1
+    assert ">answers &lt;7&gt; to 98.3 % of the problems</small>" in page
+    assert "One answer to 50 % of the problems or more, and to 20 points more" in page
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(comparison_table("Made", systems_of(findings, "synthetic"), None))
+    text = console.export_text()
+    assert "* codi answers <7> to 98.3 % of the problems." in text
+    assert [line.split()[0] for line in text.splitlines() if " * " in line] == ["codi"]
 
 
 @pytest.mark.parametrize(

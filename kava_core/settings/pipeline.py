@@ -31,6 +31,7 @@ from kava_core.settings.prepare import Prepare
 from kava_core.settings.student import Student
 from kava_core.settings.teacher import Teacher
 from kava_core.settings.traces import Traces
+from kava_core.settings.training import Training
 from kava_core.wording import shorten, shown
 
 # The sections that make targets, and what belongs to them.
@@ -52,21 +53,20 @@ class Resources(Section):
     """What is used to compute, never what is computed: not tracked by DVC.
 
     workers: Ray workers of generate, evict, fidelity and evaluate; 0 runs in process; null shares
-    the cores there are.
-    device: `auto` computes on GPUs where there are any; `cpu` shows a command and its workers none.
-    gpus_per_worker: the share of a GPU that each worker gets, but those of evict, which need none;
-    null: a whole one, where there are GPUs; 2 and more: so many, over which a teacher that does not
-    fit one is spread. Without a share workers get none, and beside a visible
-    GPU 0 is an error.
-    A process of a training always has a whole one.
-    wait_for_room: seconds that a stage waits on a cluster of RAY_ADDRESS that has no room for any
-    worker, or not for all processes of a training. Elsewhere no room comes, and none is an error.
-    ray_metrics: whether the workers' examples and rates are metrics of Ray, too.
-    push_caches: whether `dvc push` takes the teacher's caches along, by far the largest artefact
-    and one that can be made again (`kava sync` writes it into the pipeline's dvc.yaml).
-    caches_to, targets_to: a folder on object storage, s3:// or gs://, where the stores teacher_kv
-    and kv_targets are put while they are made, each under a name of its own; what lies in
-    data/NAME/ then stands for them (docs/object-storage.md).
+    the cores there are. cpus_per_worker: cores that Ray keeps for each worker and each process of a
+    training. device: `auto` computes on GPUs where there are any; `cpu` shows a command and its
+    workers none. gpus_per_worker: the share of a GPU that each worker gets, but those of evict,
+    which need none; null: a whole one, where there are GPUs; 2 and more: so many, over which a
+    teacher that does not fit one is spread. Without a share workers get none, and beside a visible
+    GPU 0 is an error. A process of a training always has a whole one. loader_workers: processes
+    that read batches ahead of a training; 0 reads in the training itself. wait_for_room: seconds
+    that a stage waits on a cluster of RAY_ADDRESS that has no room for any worker, or not for all
+    processes of a training. Elsewhere no room comes, and none is an error. ray_metrics: whether the
+    workers' examples and rates are metrics of Ray, too. push_caches: whether `dvc push` takes the
+    teacher's caches along, by far the largest artefact and one that can be made again (`kava sync`
+    writes it into the pipeline's dvc.yaml). caches_to, targets_to: a folder on object storage,
+    s3:// or gs://, where the stores teacher_kv and kv_targets are put while they are made, each
+    under a name of its own; what lies in data/NAME/ then stands for them (docs/object-storage.md).
     """
 
     workers: NotNegative | None = None
@@ -101,9 +101,10 @@ class Resources(Section):
 class Cadence(Section):
     """How often a training run says and keeps what it does: changes no result, not tracked by DVC.
 
-    In steps. log_every: points of the loss curves; save_every: checkpoints; gradient_share_every:
-    measurements of each term's share of the gradient, 0: none. report_to: who is told of the curves
-    while they grow, each an installed package, set up as its own pages say (docs/training.md).
+    log_every: steps from one point of the loss curves to the next. save_every: steps from one
+    checkpoint to the next. gradient_share_every: steps from one measurement of each term's share of
+    the gradient to the next, 0: none. report_to: who is told of the curves while they grow, each an
+    installed package, set up as its own pages say (docs/training.md).
     """
 
     log_every: Positive = 25
@@ -141,11 +142,7 @@ class Pipeline(Section):
                 f"resources.{changed[0]}: means nothing at `generate.keep: targets`, where no "
                 "caches are kept. Leave it out"
             )
-        taken = self.evaluate.others.keys() & {*self.students, "teacher-cot", "teacher-no-cot"}
-        if taken:
-            raise ValueError(
-                f"evaluate.others.{min(taken)}: a system of this pipeline is called so. Rename it"
-            )
+        self.evaluate.check_systems(self.students)
         if self.teacher.model == "scratch" and self.prepare.tokenizer is not None:
             raise ValueError(
                 "prepare.tokenizer: a teacher from scratch learns its own tokenizer from the "
@@ -158,6 +155,71 @@ class Pipeline(Section):
                 "or name a chat model as teacher.model"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """What a later stage would refuse, days after the first."""
+        if self.prepare.traces == "sentences":
+            for key, kept in self._kept():
+                if kept == "results":
+                    raise ValueError(
+                        f"{key}: results: prepare.traces is sentences, which do not say which of "
+                        "their tokens are results. Set prepare.traces to equations, results or "
+                        "checked, or keep something else"
+                    )
+        if self.teacher.training is not None:
+            self._check_records("teacher", self.teacher.training, 1)
+        chains = 1 if self.traces is None else self.traces.samples  # of a problem, at most
+        for name, student in self.students.items():
+            self._check_records(f"students.{name}", student.training, chains)
+            self._check_targets(f"students.{name}", student)
+        return self
+
+    def _kept(self) -> Iterator[tuple[str, str]]:
+        """Every key that says which tokens are kept, with the name of what it says."""
+        yield "evict.policy", self.evict.policy.name
+        if self.fidelity is not None:
+            for i, policy in enumerate(self.fidelity.policies):
+                yield f"fidelity.policies.{i}", policy.name
+        if self.teacher.forgets is not None:
+            yield "teacher.forgets.keeps", self.teacher.forgets.keeps
+
+    def _check_records(self, key: str, training: Training, chains: int) -> None:
+        if training.records is None or self.prepare.train is None:
+            return
+        held_out = training.held_out.records if training.held_out else 0
+        most = self.prepare.train * chains - held_out
+        if training.records > most:
+            beside = f", {held_out} of which are held out" if held_out else ""
+            many = f"prepare.train is {self.prepare.train}"
+            if chains > 1:
+                many += f" and traces.samples {chains}"
+            raise ValueError(
+                f"{key}.training.records: expected at most {max(most, 0)}, found "
+                f"{training.records}: {many}{beside}. Lower it, or raise prepare.train"
+            )
+
+    def _check_targets(self, key: str, student: Student) -> None:
+        """ValueError if `evict` makes other targets than the student can be taught from."""
+        evict, curriculum = self.evict, student.curriculum
+        if student.taught("alpha_readout") and evict.select != "record":
+            raise ValueError(
+                f"{key}.alpha_readout: needs slots that hold one token in all layers and heads, "
+                f"and evict.select is {evict.select}. Set evict.select: record, or leave it out"
+            )
+        if student.fake_quantise and min(evict.keys_bits, evict.values_bits) > 8:
+            raise ValueError(
+                f"{key}.fake_quantise: passes keys and values through the codes of the targets, "
+                f"and evict.keys_bits is {evict.keys_bits} and evict.values_bits "
+                f"{evict.values_bits}. Set one of these to 8 or 4, or leave it out"
+            )
+        # A pyramid is as wide as its widest layer, which depends on how many there are.
+        uniform = evict.budget_shape == "uniform"
+        if curriculum and uniform and evict.budget % curriculum.latents_per_step:
+            raise ValueError(
+                f"{key}.curriculum.latents_per_step: expected a divisor of evict.budget "
+                f"{evict.budget}, found {curriculum.latents_per_step}. Change one of them"
+            )
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -20,16 +20,16 @@ ASKING = ("evaluate.limit", "evaluate.max_new_tokens")
 class Study(Section):
     """A named study of `studies:` in pipelines.yaml: students × seeds × settings of one pipeline.
 
-    students: null: all of the pipeline's. seeds: each in turn is every student's `training.seed`,
-    with `reseed: all` the teacher's too. split: whose problems are asked; settings are chosen on
-    validation problems. test_sets: those of `prepare.test_sets` that are asked beside the own one.
-    interventions: the first so many problems that every student with latents is asked again with
-    its latents changed; 0: none. fidelity: the first so many validation problems that the teacher
-    answers from the slots of every store that a student is taught from; 0: none. baseline: the
-    student with which the others are compared; null: none are. settings: dotted key of the pipeline
-    → another value, for the whole study; what is not there yet is made, so a student can be added.
-    grid: dotted key → values, crossed with each other. `students.*.KEY` is the key of every student
-    of the study.
+    pipeline: whose settings it starts from. students: those that are trained; null: all of the
+    pipeline's. seeds: each in turn is every student's `training.seed`. reseed: `all` gives it to
+    the teacher too. split: whose problems are asked; settings are chosen on validation problems.
+    test_sets: those of `prepare.test_sets` that are asked beside the own one. interventions: the
+    first so many problems that every student with latents is asked again with its latents changed;
+    0: none. fidelity: the first so many validation problems that the teacher answers from the slots
+    of every store that a student is taught from; 0: none. baseline: the student with which the
+    others are compared; null: none are. settings: dotted key of the pipeline → another value, for
+    the whole study; what is not there yet is made, so a student can be added. grid: dotted key →
+    values, crossed with each other. `students.*.KEY` is the key of every student of the study.
     """
 
     pipeline: Name

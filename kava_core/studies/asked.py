@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kava_core.artefacts import atomic_path, read_regular
 from kava_core.console import warn
 from kava_core.errors import KavaError
 from kava_core.findings.study import ASKED, Asking
+from kava_core.settings import Study
+from kava_core.studies.plan import keys_of_test
 
 
 class AskedLog:
@@ -43,3 +46,20 @@ class AskedLog:
             temporary.write_bytes(b"".join(line + b"\n" for line in lines))
         self.askings.append(asking)
         self._lines = lines
+
+
+def asked_otherwise(path: Path, name: str, study: Study, askings: Sequence[Asking]) -> list[Asking]:
+    """Those of systems that the study called `name` of the file at `path` would now make or ask
+    with other settings, whomever it names, with whichever seeds, and whatever split it asks.
+
+    Students that are in the pipeline no longer have no settings to compare, and are passed over.
+    """
+    if not askings:
+        return []
+    seeds = [asking.seed for asking in askings if asking.seed is not None]
+    keys = keys_of_test(path, name, study, [asking.system for asking in askings], seeds)
+    return [
+        asking
+        for asking in askings
+        if asking.system in keys and asking.key not in keys[asking.system]
+    ]

@@ -8,7 +8,7 @@ teacher and its caches as they are, and a student that reads problems knows noth
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from pydantic import JsonValue, ValidationError
 
 from kava_core.artefacts import canonical_json, fingerprint
 from kava_core.errors import KavaError
-from kava_core.evaluation.systems import TEACHER_COT, TEACHER_NO_COT
 from kava_core.settings import Evaluate, Pipeline, Study
+from kava_core.settings.evaluate import TEACHERS
 from kava_core.settings.pipeline import explain, read_document
 from kava_core.versions import VERSIONS
+from kava_core.wording import shown
 
 Point = Mapping[str, JsonValue]  # dotted key of the grid → its value
 EVERY = "students.*."
@@ -106,13 +107,81 @@ class StudyPlan:
         }
         return {stage: made for stage, made in found.items() if made}
 
+    def only(self, cells: Set[StudyCell]) -> StudyPlan:
+        """What is left of it with these cells. A system that lacks a seed is not compared."""
+        lacking = {(cell.variant, cell.system) for cell in self.cells if cell not in cells}
+        pairs = tuple(pair for pair in self.pairs if not lacking.intersection(pair))
+        there = tuple(cell for cell in self.cells if cell in cells)
+        return StudyPlan(self.name, self.study, there, pairs)
+
 
 def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
     """Expand the study called `name` of the file at `path`.
 
-    KavaError if it names a pipeline or a student that is not there, or if any of its settings are
-    wrong, before anything runs.
+    KavaError if it names a pipeline or a student that is not there, if any of its settings are
+    wrong or do not go together at a point of the grid, or if a setting of the study would change
+    nothing.
     """
+    where = f"{path}: studies.{name}"
+    plan, points = _expand(path, name, study)
+    for setting, there in (
+        ("interventions", any(cell.changed for cell in plan.cells)),
+        ("fidelity", any(cell.fidelity for cell in plan.cells)),
+    ):
+        if getattr(study, setting) and not there:
+            raise KavaError(
+                f"{where}.{setting}: none of the students has latents. Leave it out, or name a "
+                "student that reads kv_targets."
+            )
+    if study.baseline and not plan.pairs:
+        raise KavaError(
+            f"{where}.baseline: there is no other student to compare with {study.baseline}. Name "
+            "one, or leave it out."
+        )
+    for key, values in study.grid.items():
+        asked_at = [[keys for point, keys in points if point[key] == value] for value in values]
+        for i, keys in enumerate(asked_at):
+            if (j := asked_at.index(keys)) < i:
+                raise KavaError(
+                    f"{where}.grid: {key}: {shown(values[j])} and {shown(values[i])} come to the "
+                    "same for every student. Leave one out, or name a student that depends on it."
+                )
+    return plan
+
+
+def keys_of_test(
+    path: Path, name: str, study: Study, systems: Iterable[str], seeds: Iterable[int]
+) -> dict[str, set[str]]:
+    """System → keys of all cells that it would have if the study, as it stands, asked all test
+    problems, of these systems and with these seeds as well.
+
+    Not of a student that is not in the pipeline; none of one whose settings are wrong by now.
+    """
+    base = _base(path, name, study)
+    there = _names(base.get("students"))
+    own = study.students or there
+    changes = {
+        "seeds": tuple(dict.fromkeys([*study.seeds, *seeds])),
+        "split": "test",
+        "test_sets": _names((base.get("prepare") or {}).get("test_sets")),
+        "baseline": None,
+    }
+    keys: dict[str, set[str]] = {}
+    # Each other one apart: what is said of `students.*` need not suit it.
+    for students in (own, *((each,) for each in there if each in {*systems} - {*own})):
+        asked = study.model_copy(update={**changes, "students": students})
+        try:
+            cells = _expand(path, name, asked)[0].cells
+        except KavaError:
+            cells = ()
+        for system in (*students, *TEACHERS):
+            found = {cell.key for cell in cells if cell.system == system}
+            keys.setdefault(system, set()).update(found)
+    return keys
+
+
+def _base(path: Path, name: str, study: Study) -> dict[str, Any]:
+    """The pipeline with the settings of the study, as it is at all points of the grid."""
     pipelines = read_document(path)["pipelines"]
     if study.pipeline not in pipelines:
         raise KavaError(
@@ -120,7 +189,23 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             f"{', '.join(pipelines)}."
         )
     base = _with(pipelines[study.pipeline] or {}, study.settings, study.students)
-    there = tuple(map(str, base.get("students") or {}))
+    # What is compared here are the students themselves, and fidelity tries what each point makes.
+    for section, setting in (("evaluate", "write_steps"), ("fidelity", "policies")):
+        if isinstance(base.get(section), dict):
+            base[section].pop(setting, None)
+    return base
+
+
+def _names(section: Any) -> tuple[str, ...]:
+    return tuple(map(str, section or {}))
+
+
+def _expand(
+    path: Path, name: str, study: Study
+) -> tuple[StudyPlan, list[tuple[Point, frozenset[str]]]]:
+    """The plan, and the keys of the cells at every point of the grid."""
+    base = _base(path, name, study)
+    there = _names(base.get("students"))
     names = study.students or there
     baseline = [study.baseline] if study.baseline else []
     for named, known in ((names, there), (baseline, names)):
@@ -131,17 +216,21 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             )
     cells: dict[tuple[str, str, int | None], StudyCell] = {}
     pairs: dict[tuple[tuple[str, str], tuple[str, str]], None] = {}
-    further = (base.get("prepare") or {}).get("test_sets") or {}
+    points: list[tuple[Point, frozenset[str]]] = []
+    further = _names((base.get("prepare") or {}).get("test_sets"))
     if unknown := [each for each in study.test_sets if each not in further]:
         raise KavaError(
             f"{path}: studies.{name}.test_sets: there is no test set {unknown[0]!r} in "
-            f"prepare.test_sets. There are: {', '.join(map(str, further)) or 'none'}."
+            f"prepare.test_sets. There are: {', '.join(further) or 'none'}."
         )
     for point in _points(study):
         groups: dict[tuple[str, str], str] = {}
+        keys: set[str] = set()
         for seed in study.seeds:
             raw = _with(base, point, names)
             raw = _seeded(raw, names, seed, study, f"{path}: studies.{name}")
+            # What suits the study need not suit the pipeline's other students.
+            raw["students"] = {student: raw["students"][student] for student in names}
             try:
                 settings = Pipeline.model_validate(raw)
             except ValidationError as error:
@@ -150,11 +239,13 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             for cell in _cells(raw, settings, names, point, seed, study):
                 cells.setdefault((cell.variant, cell.system, cell.seed), cell)
                 groups[cell.asked, cell.system] = cell.variant
+                keys.add(cell.key)
+        points.append((point, frozenset(keys)))
         for asked in (study.split, *study.test_sets):
             for other in baseline:
                 right = (groups[asked, other], other)
                 pairs |= {((groups[asked, s], s), right): None for s in names if s != other}
-    return StudyPlan(name, study, tuple(cells.values()), tuple(pairs))
+    return StudyPlan(name, study, tuple(cells.values()), tuple(pairs)), points
 
 
 def _points(study: Study) -> Iterator[Point]:
@@ -262,7 +353,7 @@ def _cells(
         targets = piece(("generate",), both, taught, "kv_targets")
     worth = _fidelity(raw, plain, study.fidelity, (problems, teacher))
     shared = ("prepare.", "teacher.", "evaluate.")
-    for system in (TEACHER_COT, TEACHER_NO_COT):
+    for system in TEACHERS:
         yield from cells(system, teacher, *shared)
     for student in students:
         reads = settings.students[student].reads

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from kava_core.errors import KavaError
 from kava_core.eviction import POLICIES
-from kava_core.settings import Evict, Pipeline, Student, Training, load_pipeline
+from kava_core.settings import Evaluate, Evict, Imported, Pipeline, Student, Training, load_pipeline
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = ROOT / "pipelines.yaml"
@@ -205,6 +206,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         ),
         ("students.kava.processes", "all", "students.kava.processes"),
         ("resources", {"workers": -1}, "resources.workers: Input should be greater than or equal"),
+        ("evaluate.write_steps", ["kava", "kava"], "evaluate: write_steps must name none twice"),
     ],
 )
 def test_a_wrong_setting_is_named_by_its_path(
@@ -267,6 +269,9 @@ def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
 
 KAVA = {"reads": "kv_targets", "alpha_kv": 1.0, "training": TRAINING}
 NO_COT = {"reads": "problems", "training": TRAINING}
+SEQUENTIAL = {"reads": "kv_targets", "reasoning": "sequential", "training": TRAINING}
+SENTENCES = {**SMALL["prepare"], "traces": "sentences"}
+HELD_OUT = {"records": 2, "every": 1}
 
 
 @pytest.mark.parametrize(
@@ -342,6 +347,114 @@ def test_a_setting_that_would_mean_nothing_is_an_error(
 ) -> None:
     with pytest.raises(KavaError, match=rf"pipelines\.small\.{section}: .*{named}"):
         load(tmp_path, changed(section, settings))
+
+
+@pytest.mark.parametrize(
+    ("named", "further", "message"),
+    [
+        ("nobody", {}, "there is no student nobody. There are: .*no-cot"),
+        ("kava", {}, r"student kava never learns .*Set students\.kava\.w_cot above 0"),
+        ("both", {"students": {"both-cot": KAVA}}, "both would be called both-cot"),
+        ("both", {"others": {"both-cot": "theirs"}}, r"others\.both-cot: a system of this pipe"),
+        ("teacher", {"students": {"teacher": {**KAVA, "w_cot": 1}}}, "would be called teacher-cot"),
+    ],
+)
+def test_a_student_that_cannot_write_its_steps_is_named(
+    tmp_path: Path, named: str, further: dict[str, Any], message: str
+) -> None:
+    students = {**SMALL["students"], "both": {**KAVA, "w_cot": 1.0}, **further.get("students", {})}
+    asked = {"write_steps": [named], "others": further.get("others", {})}
+    with pytest.raises(KavaError, match=rf"pipelines\.small: evaluate\..*{message}"):
+        load(tmp_path, {**SMALL, "students": students, "evaluate": asked})
+    imported = {"students": students, "prepare": SMALL["prepare"], "evaluate": asked}
+    with pytest.raises(ValidationError, match=message):
+        Imported.model_validate(imported)
+    asked = {"write_steps": ["both"]}
+    small = {"students": {"both": students["both"]}, "evaluate": asked}
+    assert load(tmp_path, {**SMALL, **small}).evaluate.write_steps == ("both",)
+    assert "write_steps" not in Evaluate().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"students": {"it": {**KAVA, "alpha_readout": 1.0}}},
+            "students.it.alpha_readout: needs slots .* evict.select is head",
+        ),
+        (
+            {"students": {"it": {**KAVA, "fake_quantise": True}}},
+            "students.it.fake_quantise: .* evict.keys_bits is 16 and evict.values_bits 16",
+        ),
+        (
+            {"students": {"it": {**SEQUENTIAL, "curriculum": {"latents_per_step": 3, "steps": 2}}}},
+            "students.it.curriculum.latents_per_step: .* divisor of evict.budget 4, found 3",
+        ),
+        (
+            {"students": {"it": {**KAVA, "training": {**TRAINING, "records": 9}}}},
+            "students.it.training.records: expected at most 8, found 9: prepare.train is 8",
+        ),
+        (
+            {"teacher": {"training": {**TRAINING, "records": 7, "held_out": HELD_OUT}}},
+            "teacher.training.records: expected at most 6, found 7: .* 2 of which are held out",
+        ),
+        (
+            {
+                "traces": {"samples": 2, "temperature": 1.0},
+                "students": {"it": {**KAVA, "training": {**TRAINING, "records": 17}}},
+            },
+            "students.it.training.records: expected at most 16, found 17: .* and traces.samples 2",
+        ),
+        (
+            {"prepare": SENTENCES, "evict": {"budget": 4, "policy": "results"}},
+            "evict.policy: results: prepare.traces is sentences",
+        ),
+        (
+            {"prepare": SENTENCES, "fidelity": {"policies": ["rkv", "results"]}},
+            "fidelity.policies.1: results: prepare.traces is sentences",
+        ),
+        (
+            {
+                "prepare": SENTENCES,
+                "teacher": {"training": TRAINING, "forgets": {"keeps": "results"}},
+            },
+            "teacher.forgets.keeps: results: prepare.traces is sentences",
+        ),
+    ],
+)
+def test_sections_that_do_not_go_together_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(KavaError, match=rf"pipelines\.small: {message}"):
+        load(tmp_path, {**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "evict": {"budget": 4, "select": "record"},
+            "students": {"it": {**KAVA, "alpha_readout": 1.0}},
+        },
+        {
+            "evict": {"budget": 4, "values_bits": 4},
+            "students": {"it": {**KAVA, "fake_quantise": True}},
+        },
+        # how wide a pyramid is depends on the teacher's layers
+        {
+            "evict": {"budget": 4, "budget_shape": "pyramid"},
+            "students": {"it": {**SEQUENTIAL, "curriculum": {"latents_per_step": 3, "steps": 2}}},
+        },
+        {"students": {"it": {**SEQUENTIAL, "curriculum": {"latents_per_step": 2, "steps": 2}}}},
+        {"students": {"it": {**KAVA, "training": {**TRAINING, "records": 8}}}},
+        {
+            "prepare": {**SENTENCES, "traces": "checked"},
+            "evict": {"budget": 4, "policy": "results"},
+        },
+    ],
+)
+def test_sections_that_go_together_are_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert load(tmp_path, {**SMALL, **changes}).students
 
 
 def test_a_pipeline_without_fidelity_has_no_such_stage(tmp_path: Path) -> None:

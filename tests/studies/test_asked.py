@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from kava_core.errors import KavaError
 from kava_core.findings.study import ASKED, Asking
 from kava_core.studies.asked import AskedLog
+from tests.stages.project import ROOT
 
 FILE_SIZE = resource.RLIMIT_FSIZE
 
@@ -67,3 +69,11 @@ def test_a_line_that_finds_no_room_leaves_those_that_are_there(tmp_path: Path) -
     assert (tmp_path / ASKED).read_bytes() == before
     log.add(asking(1))
     assert log.askings == AskedLog(tmp_path).askings == [asking(0), asking(1)]
+
+
+def test_lines_of_before_interventions_were_noted_are_read(tmp_path: Path) -> None:
+    for folder in (ROOT / "data/studies").iterdir():
+        assert not (folder / ASKED).exists() or {a.kind for a in AskedLog(folder).askings}
+    plain = {key: value for key, value in asking(0).model_dump().items() if key != "kind"}
+    (tmp_path / ASKED).write_text(json.dumps(plain) + "\n")
+    assert AskedLog(tmp_path).askings == [asking(0)]

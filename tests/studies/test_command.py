@@ -96,7 +96,8 @@ def copy(done: tuple[Bench, str], tmp_path: Path) -> Bench:
 
 def test_every_student_is_trained_with_every_seed_from_one_store(done: tuple[Bench, str]) -> None:
     bench, said = done
-    assert "6 cells, 6 to do" in said
+    stages = "1 prepare, 1 teacher, 1 generate, 1 evict, 4 distill"
+    assert f"6 cells, 6 to do; stages to run: {stages}" in " ".join(said.split())
     made = sorted(name.rsplit("-", 1)[0] for name in bench.made())
     assert made == ["evict", "generate", *["kava"] * 2, *["no-cot"] * 2, "prepare", "teacher"]
     students = [path for path in bench.folder.glob("made/*/students/*") if path.is_dir()]
@@ -150,14 +151,25 @@ def test_interrupted_it_does_what_is_missing(copy: Bench) -> None:
     assert {name for name in made if made[name] != again[name]} == {lost.piece.name}
 
 
-def test_more_seeds_train_what_is_new_and_test_problems_are_remembered(copy: Bench) -> None:
+def test_more_seeds_train_what_is_new_and_are_no_other_settings(copy: Bench) -> None:
     made = copy.made()
     copy.write(seeds=[1, 2], students=["no-cot"], baseline=None)
     said = copy.kava("study", "tiny")
-    assert "4 cells, 1 to do" in said
-    assert "asked before with other settings (3 times" in said
+    assert "4 cells, 1 to do; stages to run: 1 distill" in " ".join(said.split())
+    assert "asked before" not in said
     (new,) = set(copy.made()) - set(made)
     assert new.startswith("no-cot-")
+
+
+def test_what_is_chosen_after_test_problems_were_asked_is_told(copy: Bench) -> None:
+    copy.write(split="validation", students=["no-cot"], baseline=None)
+    said = copy.kava("study", "tiny")
+    assert "asked before" not in said and "Test problems were asked 6 times" in said
+    copy.write(split="validation", students=["no-cot"], baseline=None,
+               settings={"students.no-cot.training.warmup": 0.5})  # fmt: skip
+    said = copy.kava("study", "tiny")
+    assert "asked before with other settings (2 times" in said
+    assert len(copy.asked()) == 6
 
 
 def test_latents_are_changed_and_test_sets_asked_of_what_is_trained(copy: Bench) -> None:
@@ -177,9 +189,58 @@ def test_latents_are_changed_and_test_sets_asked_of_what_is_trained(copy: Bench)
         ("kava", "1", "5"),
     ]
     own, asked = (copy.folder / "interventions.csv").read_bytes(), len(copy.asked())
-    assert asked == 12  # what was asked before is not asked again
+    kinds = [json.loads(line)["kind"] for line in (copy.folder / "asked.jsonl").open()]
+    # What was asked before is not asked again, but for those with latents, which then are changed.
+    assert asked == 14 and sorted(kinds[6:]) == ["answers"] * 6 + ["interventions"] * 2
     assert "12 cells, 0 to do" in copy.kava("study", "tiny")
     assert (copy.folder / "interventions.csv").read_bytes() == own
+    copy.write()
+    copy.kava("study", "tiny")
+    assert not (copy.folder / "interventions.csv").exists()
+
+
+def test_what_is_killed_while_it_asks_has_asked(copy: Bench) -> None:
+    def changes() -> list[dict[str, Any]]:
+        lines = map(json.loads, (copy.folder / "asked.jsonl").read_text().splitlines())
+        return [line for line in lines if line["kind"] == "interventions"]
+
+    copy.write(interventions=14)
+    settings = copy.path / "pipelines.yaml"
+    slow = yaml.safe_load(settings.read_text())
+    slow["pipelines"]["tiny"]["evaluate"]["batch_size"] = 1
+    settings.write_text(yaml.safe_dump(slow))
+    places = ["--pipelines", f"{copy.path}/pipelines.yaml", "--data", f"{copy.path}/data"]
+    study = subprocess.Popen(
+        ["kava", "study", "tiny", *places],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=copy.path,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    try:
+        while not changes():
+            assert study.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)  # it asks now: what is written afterwards is not there yet
+        study.kill()
+        study.wait()
+    finally:
+        end_session(study.pid)
+    assert not list(copy.folder.glob("cells/*-changed-14.json"))
+    copy.kava("study", "tiny")
+    assert [line["problems"] for line in changes()] == [14] * 3
+
+
+def test_a_torn_cell_is_asked_again(copy: Bench) -> None:
+    results = (copy.folder / "results.csv").read_bytes()
+    (torn,) = copy.folder.glob("cells/teacher-cot-*.json")
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:40])
+    said = copy.kava("study", "tiny")
+    assert "6 cells, 1 to do" in said and f"{torn.name} cannot be read" in " ".join(said.split())
+    assert torn.read_bytes() == whole and (copy.folder / "results.csv").read_bytes() == results
+    assert copy.asked()[6:] == [("teacher-cot", None)]
+    assert "6 cells, 0 to do" in copy.kava("study", "tiny")
 
 
 def test_the_teacher_is_asked_from_the_slots_of_every_store(copy: Bench) -> None:
@@ -197,11 +258,34 @@ def test_the_teacher_is_asked_from_the_slots_of_every_store(copy: Bench) -> None
     assert "0 to do" in copy.kava("study", "tiny")
 
 
-def test_a_stage_that_fails_is_named_with_what_it_said(copy: Bench) -> None:
-    copy.write(settings={"students.no-cot.model": "/nowhere/at-all"})
+def test_where_a_stage_fails_the_others_are_summed_up(copy: Bench) -> None:
+    """The first student starts from what is not there, and the other one is trained anew."""
+    steps = {"students.no-cot.training.steps": 3}
+    copy.write(seeds=[0], settings={"students.kava.model": "/nowhere/at-all", **steps})
+    before = set(copy.made())
     said = copy.kava("study", "tiny", expect=1)
-    assert "`kava distill no-cot` ended with status 1" in said
-    assert "log.txt ends with:" in said and "/nowhere/at-all" in said
+    failed, trained = sorted(set(copy.made()) - before)
+    assert failed.startswith("kava-") and trained.startswith("no-cot-")
+    error = said[said.index("error: study tiny") :]
+    assert f"study tiny lacks 1 of its 4 cells, since these failed: {failed}. Mend" in error
+    assert "`kava distill kava` ended with status 1" in error and "log.txt ends with:" in error
+    assert "/nowhere/at-all" in said
+    with (copy.folder / "results.csv").open(newline="") as file:
+        systems = [row["system"] for row in csv.DictReader(file)]
+    assert systems == ["teacher-cot", "teacher-no-cot", "no-cot"]
+    assert read_json(copy.folder / "summary.json")["compared"] == []
+    copy.write(seeds=[0], settings=steps)
+    assert "4 cells, 0 to do" in copy.kava("study", "tiny")
+    assert len(read_json(copy.folder / "summary.json")["compared"]) == 1
+
+
+def test_nothing_is_summed_up_where_nothing_is_there(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.write(settings={"teacher.model": "/nowhere/at-all", "teacher.scratch": {}})
+    said = bench.kava("study", "tiny", expect=1)
+    assert "lacks 6 of its 6 cells, since these failed: teacher-" in said
+    assert "/nowhere/at-all" in said and not (bench.folder / "results.csv").exists()
+    assert sorted(name.split("-")[0] for name in bench.made()) == ["prepare", "teacher"]
 
 
 def test_told_to_end_it_leaves_no_stage_at_work(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from kava_core.errors import KavaError
+from kava_core.findings.study import Asking
 from kava_core.settings import load_pipeline, load_study, read_document
+from kava_core.studies.asked import asked_otherwise
 from kava_core.studies.plan import StudyPlan, plan_study
 from tests.settings.test_pipeline import SMALL
 
@@ -153,7 +155,7 @@ def test_a_key_of_every_student_is_each_ones_own(tmp_path: Path) -> None:
     assert all(left[0] == right[0] for left, right in found.pairs)  # each among its like
     one = plan(tmp_path, {"seeds": [0], "students": ["kava"], "grid": study["grid"]})
     raw = one.cells[-1].piece.settings["students"]
-    assert "records" in raw["kava"]["training"] and "records" not in raw["no-cot"]["training"]
+    assert "records" in raw["kava"]["training"] and list(raw) == ["kava"]
 
 
 def test_further_test_sets_are_asked_of_the_same_systems(tmp_path: Path) -> None:
@@ -186,6 +188,18 @@ def test_every_study_of_the_project_can_be_planned() -> None:
     path = Path(__file__).parents[2] / "pipelines.yaml"
     for name in read_document(path)["studies"]:
         assert plan_study(path, name, load_study(path, name)).cells, name
+
+
+def test_a_study_asks_no_student_to_write_its_steps(tmp_path: Path) -> None:
+    own = copy.deepcopy(SMALL)
+    own["students"]["kava"]["w_cot"] = 1.0
+    own["evaluate"] = {"write_steps": ["kava"]}
+    found = plan(tmp_path, {"grid": {"students.kava.w_cot": [0.0, 1.0]}}, own)
+    assert {cell.system for cell in found.cells} == {
+        "teacher-cot",
+        "teacher-no-cot",
+        *SMALL["students"],
+    }
 
 
 def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
@@ -237,6 +251,34 @@ def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
             "students.kava.training.steps stands beside students.*.training.steps",
         ),
         ({"grid": {"evict.budget.x": [4]}}, "expected evict.budget to be a mapping, found 4"),
+        # at a point of the grid
+        (
+            {
+                "grid": {"evict.select": ["record", "head"]},
+                "settings": {"students.kava.alpha_readout": 1.0},
+            },
+            "students.kava.alpha_readout: needs slots that hold one token in all layers and heads, "
+            "and evict.select is head",
+        ),
+        (
+            {"grid": {"students.*.training.records": [4, 8, 9]}},
+            "students.kava.training.records: expected at most 8, found 9: prepare.train is 8",
+        ),
+        # what would change nothing
+        ({"students": ["no-cot"], "interventions": 3}, "s.interventions: none of the students has"),
+        ({"students": ["no-cot"], "fidelity": 3}, "s.fidelity: none of the students has latents"),
+        (
+            {"students": ["kava"], "baseline": "kava"},
+            "s.baseline: there is no other student to compare with kava",
+        ),
+        (
+            {"students": ["no-cot"], "grid": {"evict.budget": [4, 8]}},
+            "s.grid: evict.budget: 4 and 8 come to the same for every student",
+        ),
+        (
+            {"grid": {"evict.budget": [4, 8], "evict.policy": ["rkv", {"name": "rkv"}]}},
+            "s.grid: evict.policy: 'rkv' and {'name': 'rkv'} come to the same",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
@@ -245,6 +287,65 @@ def test_what_is_wrong_is_said_before_anything_runs(
     with pytest.raises(KavaError) as caught:
         plan(tmp_path, study)
     assert message in str(caught.value)
+
+
+def test_what_suits_no_other_student_of_the_pipeline_may_be_a_study(tmp_path: Path) -> None:
+    own = copy.deepcopy(SMALL)
+    own["evict"]["select"] = "record"
+    own["students"]["readout"] = {**own["students"]["kava"], "alpha_readout": 1.0}
+    own["fidelity"] = {"policies": ["results"]}
+    study = {"students": ["kava"], "grid": {"evict.select": ["record", "head"]}}
+    for form in ("equations", "sentences"):
+        small = {**own, "prepare": {**own["prepare"], "traces": "equations"}}
+        found = plan(tmp_path, {**study, "settings": {"prepare.traces": form}}, small)
+        assert pieces(found)["distill"] == 4
+        for cell in found.cells:
+            raw = cell.piece.settings
+            assert list(raw["students"]) == ["kava"] and "policies" not in raw["fidelity"]
+
+
+@pytest.mark.parametrize(
+    ("study", "otherwise"),
+    [
+        ({}, []),
+        ({"students": ["no-cot"], "seeds": [7]}, []),
+        ({"split": "validation", "students": ["kava"], "seeds": [0]}, []),
+        ({"grid": {"evict.budget": [4, 8]}}, []),
+        ({"interventions": 3}, []),
+        ({"grid": {"evict.budget": [6, 8]}}, ["kava"] * 2),
+        ({"split": "validation", "settings": {"evict.budget": 8}}, ["kava"] * 2),
+        ({"students": ["no-cot"], "settings": {"evict.budget": 8}}, ["kava"] * 2),
+        # what suits kava no longer, which then can be asked as it was no more
+        (
+            {"students": ["no-cot"], "settings": {"students.kava.fake_quantise": True}},
+            ["kava"] * 2,
+        ),
+        (
+            {"settings": {"evaluate.limit": 3}},
+            ["teacher-cot", "teacher-no-cot", "kava", "no-cot", "kava", "no-cot"],
+        ),
+    ],
+)
+def test_test_problems_asked_with_other_settings_are_known(
+    study: dict[str, Any], otherwise: list[str], tmp_path: Path
+) -> None:
+    asked = [
+        Asking(at="", system=cell.system, variant="", seed=cell.seed, problems=4, key=cell.key)
+        for cell in plan(tmp_path, {"split": "test"}).cells
+    ]
+    gone = Asking(at="", system="gone", variant="", seed=0, problems=4, key="x")
+    now = plan(tmp_path, study)
+    found = asked_otherwise(tmp_path / "pipelines.yaml", "s", now.study, [*asked, gone])
+    assert [asking.system for asking in found] == otherwise
+
+
+def test_a_system_that_lacks_a_seed_is_not_compared(tmp_path: Path) -> None:
+    found = plan(tmp_path, {"baseline": "no-cot", "grid": {"evict.budget": [4, 8]}})
+    _, second = found.pairs
+    lost = next(cell for cell in found.cells if "=4" in cell.variant)
+    left = found.only({*found.cells} - {lost})
+    assert left.pairs == (second,) and len(left.cells) == len(found.cells) - 1
+    assert found.only({*found.cells}) == found
 
 
 def test_another_name_is_answered_with_those_there_are(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kava_core.errors import KavaError
-from kava_core.findings.differences import holm, seeded_bootstrap
+from kava_core.findings.differences import holm, seeded_difference
 from kava_core.findings.latents import InterventionScores
 from kava_core.findings.ranks import spearman
+from kava_core.findings.scores import CommonestAnswer
 from kava_core.findings.study import CellAnswer, CellAnswers, StoreFidelity, StudySummary
 from kava_core.findings.tables import read_table
 from kava_core.reporting.study import as_page, as_table
@@ -70,7 +71,7 @@ def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -
     assert groups["", "teacher-cot"].deviation is None
     baseline = [found[cell].correct for cell in small.cells if cell.system == "no-cot"]
     first, second = summary.compared
-    assert second.difference == seeded_bootstrap(marks, baseline)
+    assert second.difference == seeded_difference(marks, baseline)
     assert [first.p_holm, second.p_holm] == holm(
         [first.difference.p_value, second.difference.p_value]
     )
@@ -110,8 +111,43 @@ def test_the_files_have_every_answer_and_the_same_bytes_again(
 
 def test_the_page_shows_it_all(small: StudyPlan) -> None:
     page = as_page(summarise(small, answers(small), {}, {}))
-    for words in ("kava", "evict.budget=8", "no-cot", "50 test problems", "Holm over 2"):
+    for words in ("kava", "evict.budget=8", "no-cot", "50 test problems", "Holm over 2", "t-test"):
         assert words in page
+    assert "one seed" not in page
+
+
+def test_one_seed_is_told_to_say_nothing_of_others(tmp_path: Path) -> None:
+    one = plan(tmp_path, {"seeds": [0], "baseline": "no-cot"})
+    summary = summarise(one, answers(one), {}, {})
+    assert summary.compared[0].difference.p_seeds is None
+    assert "With one seed the bootstrap&#39;s alone" in as_page(summary)
+
+
+def test_who_answers_one_thing_is_told_with_its_seed(small: StudyPlan, tmp_path: Path) -> None:
+    found = answers(small)
+    shares = {("kava", 0): 70.0, ("kava", 1): 99.0, ("no-cot", 0): 10.0, ("teacher-cot", None): 70}
+    for cell in small.cells:
+        if cell.variant != "evict.budget=8" and (cell.system, cell.seed) in shares:
+            said = CommonestAnswer(answer="<7>", share=shares[cell.system, cell.seed], gold=51.0)
+            found[cell] = found[cell].model_copy(update={"commonest_answer": said})
+    summary = summarise(small, found, {}, {})
+    page, told = as_page(summary), io.StringIO()
+    Console(file=told, width=200).print(as_table(summary))
+    line = "kava evict.budget=4, seed 1, answers <7> to 99.0 % of the problems."
+    assert line in told.getvalue() and line.replace("<7>", "&lt;7&gt;") in page
+    assert page.count("of the problems.") == told.getvalue().count("of the problems.") == 1
+    assert StudySummary.model_validate_json(summary.model_dump_json()) == summary
+    write_study(tmp_path, small, found, {}, {}, summary)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = {(r["variant"], r["system"], r["seed"]): r for r in csv.DictReader(file)}
+    assert rows["evict.budget=4", "kava", "1"]["commonest_share"] == "99.0000"
+    assert rows["evict.budget=8", "kava", "1"]["commonest_share"] == ""
+
+
+def test_cells_of_before_commonest_answers_are_read(small: StudyPlan) -> None:
+    old = CellAnswers.model_validate({"ids": ["a"], "correct": [True], "passes": [3]})
+    assert old.commonest_answer is None
+    assert "commonest" not in summarise(small, answers(small), {}, {}).model_dump_json()
 
 
 def changed(followed: float | None) -> InterventionScores:
@@ -119,8 +155,8 @@ def changed(followed: float | None) -> InterventionScores:
     difference = {"difference": 0.0, "ci95": (0.0, 0.0), "p_value": 1.0}
     same = {"exact_match": 50.0, "ci95": (40.0, 60.0), "difference": difference, "changed": 9.0}
     follows = followed and {"share": followed, "ci95": (0.0, 100.0), "n": 40, "untouched": 2.5}
-    given = {**same, "exact_match": 10.0, "follows": follows}
-    together = {"removed": same, "mean": same, "shuffled": None, "donor": given}
+    given = {**same, "exact_match": 10.0, "changed": 80.0, "follows": follows}
+    together = {"removed": same, "mean": {**same, "changed": 8.0}, "shuffled": None, "donor": given}
     alone = {"removed": [same], "mean": [same], "donor": [given]}
     plain = {"n": 50, "none": 90.0, "ci95": (80.0, 95.0), "iterations": []}
     return InterventionScores.model_validate({**plain, "together": together, "alone": alone})
@@ -147,6 +183,8 @@ def test_what_latents_carry_is_told_for_every_seed(tmp_path: Path) -> None:
     ]
     assert [float(row["followed"]) for row in rows] == [80.0, 90.0]
     assert (rows[0]["shuffled"], rows[0]["followed_untouched"]) == ("", "2.5000")
+    others = [rows[0][f"{kind}_changed"] for kind in ("removed", "mean", "shuffled", "donor")]
+    assert others == ["9.0000", "8.0000", "", "80.0000"]
     page, told = as_page(summary), io.StringIO()
     Console(file=told, width=120).print(as_table(summary))
     for words in ("follow the donor", "85.0 ± 7.1", "The first 50 of these problems"):
@@ -232,3 +270,11 @@ def test_other_problems_are_not_compared(small: StudyPlan) -> None:
     found[cell] = found[cell].model_copy(update={"ids": [f"q{i}" for i in range(50)]})
     with pytest.raises(KavaError, match="were asked different problems"):
         summarise(small, found, {}, {})
+
+
+def test_rows_of_a_run_before_do_not_stay(small: StudyPlan, tmp_path: Path) -> None:
+    found = answers(small)
+    for name in ("interventions.csv", "fidelity.csv"):
+        (tmp_path / name).write_text("of another run")
+    write_study(tmp_path, small, found, {}, {}, summarise(small, found, {}, {}))
+    assert not {"interventions.csv", "fidelity.csv"} & {path.name for path in tmp_path.iterdir()}

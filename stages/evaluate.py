@@ -15,14 +15,14 @@ def evaluate(run: AnyRun) -> None:
     """Ask every system the problems of every test set.
 
     Systems are the teacher writing its chain of thought (teacher-cot), the teacher asked for the
-    answer at once (teacher-no-cot), every student of the pipeline, and those of
-    `evaluate.others`. Writes evaluation/: metrics and comparisons per test set and system,
-    predictions.parquet with all that was generated, what `dvc metrics` and `dvc plots` show,
-    lm_eval.json, the accuracy by another harness' rules, similarity.json, the cosine similarity of
-    each student's latents to its targets, interpretability.json, what the latents hold, and
-    weights.json, the fingerprints of what was asked. Seconds and memory go to
-    measured/evaluation.json. Killed and run again, it goes on where it was; a system that is as it
-    was when it was last asked is not asked again.
+    answer at once (teacher-no-cot), every student of the pipeline, those of `evaluate.write_steps`
+    writing their chain as well (NAME-cot), and those of `evaluate.others`. Writes evaluation/:
+    metrics and comparisons per test set and system, predictions.parquet with all that was
+    generated, what `dvc metrics` and `dvc plots` show, lm_eval.json, the accuracy by another
+    harness' rules, similarity.json, the cosine similarity of each student's latents to its targets,
+    interpretability.json, what the latents hold, and weights.json, the fingerprints of what was
+    asked. Seconds and memory go to measured/evaluation.json. Killed and run again, it goes on where
+    it was; a system that is as it was when it was last asked is not asked again.
     """
     from kava_core.evaluation.comparison import compare_systems
     from kava_core.evaluation.job import EvaluateJob
@@ -43,14 +43,15 @@ def evaluate(run: AnyRun) -> None:
         run.path("evaluation"),
     )
     _name_strays(run)
-    problems, test_sets, targets = (
-        run.path(name) for name in ("problems", "test_sets", "kv_targets")
-    )
+    problems, test_sets = run.made("problems"), run.made("test_sets")
+    compared = any(student.reads == "kv_targets" for student in students.values())
+    targets = run.made("kv_targets") if compared else run.path("kv_targets")
     systems = Systems.of(
-        run.path("teacher"),
-        {name: run.path("students", name) for name in students},
+        run.made("teacher"),
+        {name: run.made("students", name) for name in students},
         targets,
         {name: Path(folder).expanduser() for name, folder in settings.others.items()},
+        settings.write_steps,
     )
     material = Material.open(systems.teacher, problems, test_sets, settings)
     systems.check_prompts(material.encoder.prompt)
@@ -59,9 +60,7 @@ def evaluate(run: AnyRun) -> None:
     found = compare_systems(job, material, run.settings.resources)
     work = work_folder(output, "evaluate", {"settings": settings.model_dump(mode="json")})
     built = fresh_folder(work / "output")
-    scores = write_results(
-        built, list(material.test_sets.values()), found, [*students, *settings.others]
-    )
+    scores = write_results(built, list(material.test_sets.values()), found, systems.compared)
     write_finding(built / WEIGHTS, plan.weights)
     write_finding(run.path("measured", MEASURED), costs_of(found.examinations))
     publish((built, output))

@@ -25,11 +25,15 @@ def report(run: AnyRun) -> None:
     run.check_asks()
     settings, students = run.settings, list(run.settings.students)
     title = settings.report.title
+    made = [f"students/{name}" for name in students]
+    for artefact in ("problems", "test_sets", "teacher", "kv_targets", *made, "evaluation"):
+        run.made(artefact)
     findings = read_findings(
         run.path(),
         students,
         teacher=run.path("teacher"),
         kv_targets=run.path("kv_targets") if isinstance(settings, Imported) else None,
+        write_steps=settings.evaluate.write_steps,
     )
     costs = read_costs(run.path(), students, run.data / ".runs" / f"{run.name}.jsonl")
     comparisons = compare(findings)

@@ -20,7 +20,7 @@ from kava_core.planning.calibrate import Rates
 from kava_core.planning.forecast import forecast
 from kava_core.problems.prompt import Example, Prompt
 from kava_core.problems.sources import SOURCES
-from kava_core.settings import load_pipeline
+from kava_core.settings import Imported, Pipeline, load_pipeline
 from kava_core.settings.base import Section
 from stages.cli import COMMANDS, kava
 from stages.plan import duration
@@ -31,14 +31,19 @@ RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.fixture(scope="module")
-def picture() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "picture.py")
+def load(name: str) -> ModuleType:
+    """A program of docs/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["picture"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def picture() -> ModuleType:
+    return load("picture")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,43 @@ def test_the_reference_has_every_section_and_every_kind_with_settings() -> None:
     kinds = [kind for kind in (*POLICIES.values(), *SOURCES.values()) if fields(kind)]
     for each in (*sections(), Prompt, Example, *kinds):
         assert each in named, f"docs/api.md: add `::: {each.__module__}.{each.__qualname__}`"
+
+
+def test_the_page_of_settings_has_every_setting_and_says_what_it_does() -> None:
+    written = load("settings")
+    assert written.undocumented() == [], "say what they do, `name: text`, in their docstring"
+    page = written.PAGE.read_text(encoding="utf-8")
+    assert written.page(page) == page, "run `python docs/settings.py`"
+    paths = set(re.findall(r"^\| `(\S+?)` \|", page, re.M))
+    fields = {name for each in sections() for name in each.model_fields}
+    own = {*Pipeline.model_fields, *Imported.model_fields}
+    assert fields - own <= {path.rpartition(".")[2] for path in paths}
+    assert own <= set(re.findall(r"^## ([a-z]+)", page, re.M))
+    assert "| `on_bad_record` | `fail` or `drop` | `fail` | what is malformed" in page
+    assert "| `limit` | integer > 0 or null | `200` |" in page
+
+
+def test_a_setting_without_a_word_is_found() -> None:
+    class Mine(Section):
+        """Ours.
+
+        said: what it does. one or other: both alike.
+        """
+
+        said: int
+        one: int | None = None
+        other: int | None = None
+        forgotten: int = 3
+
+    rows = {row.path: row for row in load("settings")._rows(Mine, set())}
+    assert {path: row.text for path, row in rows.items()} == {
+        "said": "what it does.",
+        "one": "both alike.",
+        "other": "both alike.",
+        "forgotten": "",
+    }
+    assert (rows["said"].default, rows["one"].default) == (None, "`null`")
+    assert rows["one"].type == "integer or null"
 
 
 def test_the_sizes_on_paper_are_those_of_the_plan(tmp_path: Path) -> None:
@@ -170,7 +212,13 @@ def test_every_question_shown_is_answered_and_rightly() -> None:
     served = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     asked = re.findall(r'"content": "(.+?)".+?^```text\n +(\d+)$', served, re.M | re.S)
     shown += [("serving.md", *found) for found in asked]
-    assert {"README.md", "evaluation.md", "serving.md"} <= {name for name, _, _ in shown}
+    students = (ROOT / "docs" / "students.md").read_text(encoding="utf-8")
+    printed = re.findall(
+        r"^asked = \[\"(.+?)\\n\"\]$.+?^```text\n\[' (\d+)'\]$", students, re.M | re.S
+    )
+    shown += [("students.md", *found) for found in printed]
+    named = {"README.md", "evaluation.md", "serving.md", "students.md"}
+    assert named <= {name for name, _, _ in shown}
     for name, question, answer in shown:
         assert int(answer) == solve(question), (name, question)
 
@@ -179,7 +227,7 @@ def test_no_question_is_shown_without_its_answer() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         questions = re.findall(r'"[^"\n]*counter at [^"\n]*"', text)
-        asked = re.findall(r'^\$ kava ask \S+ "|"content": "counter at ', text, re.M)
+        asked = re.findall(r'^\$ kava ask \S+ "|"content": "counter at |^asked = \["', text, re.M)
         assert len(questions) == len(asked), page
 
 

@@ -35,7 +35,10 @@ class _Settings(BaseModel):
 
 
 class Example(_Settings):
-    """A problem that is shown with its steps and answer before the one that is asked."""
+    """A problem that is shown with its steps and answer before the one that is asked.
+
+    question, steps, answer: what is shown of it.
+    """
 
     question: Words
     steps: tuple[Words, ...]

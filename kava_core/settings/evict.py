@@ -32,13 +32,19 @@ PolicyChoice = Annotated[Policy, *choice_of(REGISTRY)]
 
 
 class LastLayers(Section):
-    """The deepest n layers."""
+    """The deepest n layers.
+
+    last: how many.
+    """
 
     last: Positive
 
 
 class EveryLayer(Section):
-    """Every n-th layer."""
+    """Every n-th layer.
+
+    every: one in so many.
+    """
 
     every: Positive
 
@@ -83,13 +89,19 @@ def check_select(section: Selecting) -> None:
 class Evict(Section):
     """From N_C tokens to M slots per layer and head.
 
-    policy: what is kept, by name or with its settings (`kava_core.eviction.policies`, or another
-    package's). budget: slots per layer and head, on average over the layers; budget_shape: the
-    same in all layers, or a pyramid (M is the widest layer's). select: each layer and `head`
-    chooses for itself, or the `record` once for all, so that a slot is one token everywhere.
-    share: `share_size` adjacent layers keep the same tokens (`selection`) or one merged cache
-    (`merged`). granularity `channel` and `tensor` take their ranges from `calibration_records`
-    records, clipped to `calibration_percentile` per cent of the numbers.
+    policy: what is kept, by name or with its settings (`kava_core.eviction.policies`,
+    docs/eviction.md, or another package's). budget: slots per layer and head, on average over the
+    layers. budget_shape: the same in all layers, or a pyramid (M is the widest layer's). select:
+    each layer and `head` chooses for itself, or the `record` once for all, so that a slot is one
+    token everywhere. phase: keys are stored before or after the rotary embedding. layers: those
+    whose caches are kept: all, the deepest n, every n-th, or their numbers. share: what
+    `share_size` adjacent layers have in common: the tokens that they keep (`selection`) or one
+    `merged` cache. share_size: layers of a group. keys_bits, values_bits, endpoint_bits: how
+    targets are kept; 16 bits are the `half` dtype, 8 and 4 (8 for the endpoint) are codes. half:
+    what 16 bits are. granularity: what has a range of codes to itself: a token, or in the whole
+    store a `channel` or `tensor`. calibration_records: how many records a `channel` or `tensor`
+    takes its range from. calibration_percentile: where that range is clipped, in per cent of the
+    numbers. threads: CPU threads of a worker.
     """
 
     policy: PolicyChoice = RKV()

@@ -19,7 +19,10 @@ from kava_core.settings.evict import BudgetShape, Layers, PolicyChoice, check_se
 
 
 class FidelityBits(Section):
-    """Bits of keys and of values; one number stands for both."""
+    """Bits of keys and of values; one number stands for both.
+
+    keys, values: their bits; one number in place of the mapping stands for both.
+    """
 
     keys: Bits
     values: Bits
@@ -36,12 +39,15 @@ class FidelityBits(Section):
 
 
 class Fidelity(Section):
-    """The teacher answers held-out problems from its compressed cache, for a grid of settings.
+    """The teacher answers held-out problems from its compressed cache, for a grid of settings:
+    every policy with every budget and every bit width.
 
-    Every policy is tried with every budget and every bit width; layers, sharing, who selects and
-    the budget's shape over the layers are set as in `evict`, and the same for the whole grid.
-    `limit` problems of `split` are asked (null: all). within: how many points of exact match below
-    the full cache the recommended budget may lie.
+    split: whose problems are asked. limit: how many of them; null: all. policies, budgets, bits:
+    the grid, each as in `evict`. budget_shape, select, half, layers, share, share_size: as in
+    `evict`, for the whole grid. within: how many points of exact match below the full cache the
+    recommended budget may lie. batch_size: problems asked at once. max_new_tokens: most that may be
+    written to answer one. model_dtype: dtype of the teacher's weights. threads: CPU threads of a
+    worker.
     """
 
     split: Literal["validation", "test"] = "validation"

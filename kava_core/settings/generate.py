@@ -28,11 +28,13 @@ class Generate(Section):
     other targets run the teacher again. latent_fraction: how much of a trace, in whole steps,
     latents stand for; students write the rest. keys_bits, values_bits, endpoint_bits: how the
     caches are kept, or rounded before they are cut; 16 bits are the `half` dtype, 8 and 4 (8 for
-    the endpoint) are codes with a scale and zero point per token. on_error: what a record does to
-    the run that the teacher cannot hold or that gives no finite numbers: `fail`, or `quarantine`,
-    which leaves it out; the store then names it, with the reason. batch_size: how many traces the
-    teacher reads at once; `auto`: the largest power of two up to 512 that the memory of a worker
-    holds (64 without a GPU), which is looked for once and then is the setting of that store.
+    the endpoint) are codes with a scale and zero point per token. half: what 16 bits are.
+    model_dtype: dtype of the teacher's weights. shard_size: records in a file of the store.
+    batch_size: how many traces the teacher reads at once; `auto`: the largest power of two up to
+    512 that the memory of a worker holds (64 without a GPU), which is looked for once and then is
+    the setting of that store. threads: CPU threads of a worker. on_error: what a record does to the
+    run that the teacher cannot hold or that gives no finite numbers: `fail`, or `quarantine`, which
+    leaves it out; the store then names it, with the reason.
     """
 
     keep: Literal["caches", "targets"] = "caches"

@@ -25,9 +25,12 @@ from kava_core.settings.student import Student
 
 
 class Imports(Section):
-    """Folders of a targets store and of the teacher that it was made from, below the project's
-    folder unless absolute; null: data/NAME/kv_targets and data/NAME/teacher, where `kava store
-    import` puts them."""
+    """Where a pipeline without `teacher`, `generate` and `evict` has its targets from; paths are
+    below the project's folder unless absolute.
+
+    targets: the folder of a targets store; null: data/NAME/kv_targets, where `kava store import`
+    puts it. teacher: the folder of the teacher that it was made from; null: data/NAME/teacher.
+    """
 
     targets: str | None = None
     teacher: str | None = None
@@ -66,6 +69,7 @@ class Imported(Section):
                 f"resources.{sent[0]}: says where stores are put that are made, and none is made "
                 "here. Leave it out"
             )
+        self.evaluate.check_systems(self.students)
         if self.prepare is not None:
             return self
         for name, student in self.students.items():

@@ -21,10 +21,11 @@ SourceChoice = Annotated[Source, *choice_of(REGISTRY)]
 
 
 class TestSet(Section):
-    """Further problems to ask; split null: `test`, or the only split there is. size: how many are
-    drawn, by the pipeline's seed, of a source that draws its problems.
+    """Further problems to ask, beside the pipeline's own.
 
-    The other settings are those of `Prepare`.
+    source, path, hub_config, revision: as in `prepare`. split: which one of a dataset; null:
+    `test`, or the only split there is. size: how many are drawn, by the pipeline's seed, of a
+    source that draws its problems.
     """
 
     __test__ = False  # no test of pytest's
@@ -57,16 +58,20 @@ class Prepare(Section):
 
     source: what the problems look like, by name or with its settings (`kava_core.problems.sources`,
     docs/sources.md). path: a file, a folder with train, validation and test files, or a Hub name.
-    prompt: how a problem is put to teacher and students (`kava_core.problems.prompt`,
-    docs/prompts.md). hub_config: the Hub's name for a part of a dataset; null: the source's own.
-    revision: the version of a dataset on the Hub; null: its newest. Sizes of null take all there
-    is. drop_last_step: leave out the step that states the answer. max_*: what is longer is left out
-    and counted; questions everywhere, traces in train and validation. tokenizer: the teacher's, a
-    Hugging Face folder or id (at tokenizer_revision; null: its newest), which tokens are counted
-    with, and which must be able to write every record. on_bad_record: what is malformed, or cannot
-    be written, is an error that names all of it, or is left out and counted. deduplicate: leave out
-    of train and validation what stands in a test set; without it such a question is an error,
-    unless allow_leakage.
+    hub_config: the Hub's name for a part of a dataset; null: the source's own. revision: the
+    version of a dataset on the Hub; null: its newest. traces: how a step is written, in a form that
+    the source has. prompt: how a problem is put to teacher and students
+    (`kava_core.problems.prompt`, docs/prompts.md). train, validation, test: how many problems;
+    null: all there are. seed: decides what is drawn. drop_last_step: leave out the step that states
+    the answer. max_steps, max_trace_characters, max_trace_tokens: longer traces are left out of
+    train and validation, and counted. max_question_characters, max_question_tokens: longer
+    questions are left out everywhere, and counted. tokenizer: the teacher's, a Hugging Face folder
+    or id, which tokens are counted with, and which must be able to write every record.
+    tokenizer_revision: of a tokenizer on the Hub; null: its newest. on_bad_record: what is
+    malformed, or cannot be written, is an error that names all of it (`fail`), or is left out and
+    counted (`drop`). deduplicate: leave out of train and validation what stands in a test set.
+    allow_leakage: let it stand in both, which is an error otherwise. test_sets: further problems to
+    ask, by a name of your own.
     """
 
     source: SourceChoice

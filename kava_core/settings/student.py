@@ -21,8 +21,11 @@ KVParts = Literal["both", "keys", "values"]
 
 
 class Share(Section):
-    """A weight found by measuring: the one that gives a term this share of the gradient, the norm
-    of its gradient in the sum over all terms of theirs."""
+    """A weight found by measuring.
+
+    share: the part of the gradient that the term is to have: the norm of its gradient in the sum
+    over all terms of theirs.
+    """
 
     share: Annotated[Real, Field(gt=0, lt=1)]
 
@@ -40,9 +43,10 @@ class Curriculum(Section):
     """Coconut's: in stage k, from 1, k · `latents_per_step` latents stand for the first k steps of
     a trace, and the steps behind them are written, and taught as the answer is.
 
-    steps or epochs: how long a stage is. There are as many stages as give all latents, and then the
-    last, to the end of the training: all latents, and nothing but the answer is written. Each
-    begins with a fresh optimiser; the learning rate stays where the warm-up took it.
+    latents_per_step: for how many latents a step gives way. steps or epochs: how long a stage is,
+    one of the two. There are as many stages as give all latents, and then the last, to the end of
+    the training: all latents, and nothing but the answer is written. Each begins with a fresh
+    optimiser; the learning rate stays where the warm-up took it.
     """
 
     latents_per_step: Positive
@@ -100,30 +104,38 @@ LATENT = (
 
 class Student(Section):
     """One student: what it is trained from, how it reasons, what it is taught by, and how long.
+    docs/methods.md has a snippet for each method.
 
     reads: `kv_targets`, with a latent for every slot, or `problems`, without latents (No-CoT); also
-    what DVC runs it after. targets: `store` reads them from kv_targets, the teacher is not even
-    loaded but for its weights; `online` makes them anew in every step with the frozen teacher, by
-    the store's settings, and takes token ids and statistics from the store only; `joint` does so
-    with the student's own weights as they are, which the written chain (`w_cot`) keeps a teacher's,
-    as CODI, PCCoT and KaVa publish it. processes: how
+    what DVC runs it after. training: how long and how its weights are fitted. model: the Hugging
+    Face folder or id it starts from; null: the teacher itself. Another model learns K/V projectors
+    into the teacher's basis beside it. revision: of a model on the Hub; null: its newest.
+    layer_map: which layer of the teacher teaches each of the student's. targets: `store` reads them
+    from kv_targets, the teacher is not even loaded but for its weights; `online` makes them anew in
+    every step with the frozen teacher, by the store's settings, and takes token ids and statistics
+    from the store only; `joint` does so with the student's own weights as they are, which the
+    written chain (`w_cot`) keeps a teacher's, as CODI, PCCoT and KaVa publish it. processes: how
     many share each batch, on this machine or the Ray cluster that RAY_ADDRESS names, each with a
     GPU where there are any; `auto`: as many as there are GPUs, without any one. It changes results
     by rounding.
 
-    model: the Hugging Face folder or id (with its `revision`) it starts from; null: the teacher
-    itself. Another model learns K/V projectors into the teacher's basis beside it. layer_map: which
-    layer of the teacher teaches each of the student's. reasoning: `jacobi` with `iterations` T, or
-    `sequential`. stride: how many positions lie from one latent to the next: 1 as published; where
-    it is as many as the kept tokens stood apart, about N_C / M (ours), latents find the question,
-    and the answer finds the latents, as far away as the teacher did. alpha_kv, alpha_codi,
-    alpha_readout, w_cot: weights of the terms beside the answer's, each a number or `{share: 0.3}`,
-    measured anew every `balance_every` steps; the readout, cross-entropy of the hidden state that
-    becomes a latent on the token of its slot, needs targets with one token per slot (`evict.select:
-    record`). kv_parts: what the KV term compares. kv_schedule: `linear` lets its weight fall to 0
-    over the run. fake_quantise: keys and values pass through the store's codes before they are
-    compared. curriculum: Coconut's, for latents that are thought one after the other; null: none.
-    docs/methods.md has a snippet for each method.
+    reasoning: `jacobi`, all latents at once, refined, or `sequential`, one after the other.
+    iterations: T, how often Jacobi latents are refined. projection: whether a hidden state is
+    projected before it is a latent. per_position: one initial latent for each position, or one for
+    all. stride: how many positions lie from one latent to the next: 1 as published; where it is as
+    many as the kept tokens stood apart, about N_C / M (ours), latents find the question, and the
+    answer finds the latents, as far away as the teacher did.
+
+    alpha_kv: weight of the KV term, a number or `{share: 0.3}`. alpha_codi: likewise of CODI's
+    endpoint. alpha_readout: likewise of the readout, cross-entropy of the hidden state that becomes
+    a latent on the token of its slot; needs targets with one token per slot (`evict.select:
+    record`). w_cot: likewise of the written chain of thought. kv_distance, codi_distance: how far
+    apart two numbers are. kv_std, codi_std: whether both sides are divided by the teacher's spread
+    in that layer. kv_parts: what the KV term compares. kv_schedule: `linear` lets its weight fall
+    to 0 over the run. fake_quantise: keys and values pass through the store's codes before they are
+    compared. shard_window: how many shards of the store are mixed at a time. balance_every: steps
+    from one measuring of a `share` to the next. curriculum: Coconut's, for latents that are thought
+    one after the other; null: none.
     """
 
     reads: Literal["kv_targets", "problems"]

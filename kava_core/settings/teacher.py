@@ -11,7 +11,12 @@ from kava_core.settings.training import Training
 
 
 class Scratch(Section):
-    """A byte-level BPE tokenizer and a small Llama, both made from the training problems."""
+    """A byte-level BPE tokenizer and a small Llama, both made from the training problems.
+
+    vocabulary: most tokens of the tokenizer. hidden_size, layers, heads, kv_heads,
+    intermediate_size: the Llama's shape. context_length: positions that it may attend over.
+    rope_theta: base of its rotary frequencies.
+    """
 
     vocabulary: Annotated[StrictInt, Field(ge=270)] = 512
     hidden_size: Positive = 128
@@ -33,9 +38,11 @@ class Scratch(Section):
 
 
 class Forgets(Section):
-    """In the part `share` of its training records, drawn anew each time, the teacher sees of
-    earlier steps only what `keeps` says: the tokens of their `results`, or the last token of each
-    (`steps`).
+    """A teacher that does without what is evicted.
+
+    keeps: what it sees of earlier steps where it forgets: the tokens of their `results`, or the
+    last token of each (`steps`). share: the part of its training records, drawn anew each time, in
+    which it forgets.
     """
 
     keeps: Literal["results", "steps"]
@@ -43,12 +50,16 @@ class Forgets(Section):
 
 
 class Teacher(Section):
-    """`model: scratch` builds one; anything else is a Hugging Face folder or id to start from.
+    """The model whose caches are compressed.
 
-    revision: of a model on the Hub; null: its newest. `training: null` takes the model as it is (it
-    can already write the chain of thought). processes: how many share each batch of the training,
-    as a student's (`settings.student`). forgets: teaches it to do without tokens that are evicted;
-    null: it always sees all. model_dtype: of the weights while validation problems are asked.
+    model: `scratch` builds one; anything else is a Hugging Face folder or id to start from.
+    revision: of a model on the Hub; null: its newest. scratch: what is built. training: null takes
+    the model as it is (it can already write the chain of thought). processes: how many share each
+    batch of the training, as a student's; `auto`: as many as there are GPUs. forgets: teaches it to
+    do without tokens that are evicted; null: it always sees all. validate_on: how many validation
+    problems it is asked when it has learnt. batch_size: problems asked at once. max_new_tokens:
+    most that it may write to answer one. model_dtype: dtype of the weights while validation
+    problems are asked.
     """
 
     model: str = "scratch"

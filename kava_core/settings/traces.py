@@ -14,8 +14,10 @@ class Traces(Section):
 
     samples: how many are written for each problem; those that end in the right answer are kept,
     equal ones once. temperature: 0 writes the likeliest tokens, which make one chain; above it
-    tokens are drawn, by `seed`. max_new_tokens: a chain that has not ended by then is not kept.
-    shard_size, in problems, and batch_size, in chains, change what is drawn.
+    tokens are drawn. seed: decides what is drawn. max_new_tokens: a chain that has not ended by
+    then is not kept. model_dtype: dtype of the teacher's weights. shard_size: problems of a part of
+    the work; it changes what is drawn. batch_size: chains written at once; it changes what is
+    drawn, too. threads: CPU threads of a worker.
     """
 
     samples: Positive = 1

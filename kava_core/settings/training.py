@@ -20,9 +20,10 @@ from kava_core.settings.base import (
 class LoRA(Section):
     """Low-rank adapters on the named modules, the only weights of the decoder that are trained.
 
-    targets: the last part of modules' names. save: what is kept when training ends: `merged`, the
-    weights with the adapters folded in; `adapter`, the adapters alone, in PEFT's format in the
-    folder `adapter/`; or `both`.
+    rank: of the adapters' matrices. alpha: the adapters are scaled by alpha / rank. dropout: of
+    what the adapters read. targets: the last part of modules' names. save: what is kept when
+    training ends: `merged`, the weights with the adapters folded in; `adapter`, the adapters alone,
+    in PEFT's format in the folder `adapter/`; or `both`.
     """
 
     rank: Positive = 128
@@ -38,19 +39,23 @@ class LoRA(Section):
 
 
 class HeldOut(Section):
-    """The last `records` training records are never trained on; every `every` steps the terms of
-    the loss are measured on them."""
+    """Records that are measured and never learnt from.
+
+    records: how many, the last ones. every: steps from one measurement of the loss's terms to the
+    next.
+    """
 
     records: Positive
     every: Positive
 
 
 class ExactMatch(Section):
-    """Every `every` steps and after the last one the model answers the first `records` of the
-    held-out records, in at most `max_new_tokens` tokens each.
+    """Held-out records that are answered during training.
 
-    keep: the weights that the training ends with, the `last`, or the `best`: those of the first
-    step with the highest exact match.
+    records: how many, the first ones. every: steps from one asking to the next; they are asked
+    after the last step too. max_new_tokens: most that may be written to answer one. keep: the
+    weights that the training ends with, the `last`, or the `best`: those of the first step with the
+    highest exact match.
     """
 
     records: Positive
@@ -62,15 +67,19 @@ class ExactMatch(Section):
 class Training(Section):
     """How weights are fitted; AdamW with a cosine schedule (in a curriculum a constant one).
 
-    steps or epochs: how long, in optimiser steps or in passes over the training records; an epoch
-    drops the records that fill no batch. records: how many are learnt from, the first ones; null:
-    all. precision: that of the arithmetic; weights and optimiser
-    stay float32. adam_beta2: decay of AdamW's second moment; short runs, whose gradients change in
-    size within hundreds of steps, learn faster with 0.99. gradient_checkpointing: compute
-    activations again in the backward pass instead of keeping them, the same numbers in less memory
-    and more time; not for students with latents, whose cache it would detach. held_out: evaluation
-    during training; null: none. exact_match: answers during training, and which weights are kept;
-    null: none.
+    steps or epochs: how long, in optimiser steps or in passes over the training records, one of the
+    two; an epoch drops the records that fill no batch. batch_size: records of a forward pass.
+    accumulation: passes of an optimiser step. learning_rate: AdamW's, at its highest. weight_decay:
+    AdamW's. adam_beta2: decay of AdamW's second moment; short runs, whose gradients change in size
+    within hundreds of steps, learn faster with 0.99. warmup: the share of the steps in which the
+    rate rises. max_grad_norm: longer gradients are cut to this norm. precision: that of the
+    arithmetic; weights and optimiser stay float32. gradient_checkpointing: compute activations
+    again in the backward pass instead of keeping them, the same numbers in less memory and more
+    time; not for students with latents, whose cache it would detach. lora: low-rank adapters; null:
+    every weight is trained. held_out: evaluation during training; null: none. exact_match: answers
+    during training, and which weights are kept; null: none. records: how many are learnt from, the
+    first ones; null: all. seed: decides all that is drawn. threads: CPU threads; they change
+    results by rounding.
     """
 
     steps: Positive | None = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -249,6 +251,32 @@ def test_imports_in_the_settings_are_read_in_place(
     team.kava("distill", "kava")
     assert same_student(made, team)
     team.kava("check")
+
+
+def test_the_ways_of_the_page_lead_there(
+    made: Team, received: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    ways = page[page.index("## Team B: students alone") :].partition("\n## ")[0]
+    blocks = re.findall(r"```(yaml)?\n(.*?)```", ways, re.S)
+    settings: dict[str, Any] = {}
+    for number, (kind, text) in enumerate(blocks):
+        if kind:
+            settings = yaml.safe_load(text)["pipelines"]["ours"]
+            settings["students"]["kava"] = KAVA
+            continue
+        team = Team(tmp_path / f"b{number}", settings)
+        monkeypatch.chdir(team.path)
+        for line in text.replace("EXPORT", str(received)).splitlines():
+            team.kava(*line.partition("#")[0].split()[1:])
+        assert same_student(made, team)
+    assert len(blocks) == 5
+
+
+def test_headings_of_the_page_are_told_apart() -> None:
+    page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^(#+ [^:\n]+)", page, re.M)
+    assert headings.count("## Team A") == headings.count("## Team B") == 1
 
 
 def test_what_is_not_there_is_named(other: Team) -> None:

@@ -38,6 +38,7 @@ from stages.evict import evict
 from stages.generate import generate
 from stages.graph import project_files
 from stages.prepare import prepare
+from stages.report import report
 from stages.teacher import teacher
 from tests.stages.project import ROOT, Project, digest
 
@@ -317,6 +318,43 @@ def test_latents_are_looked_into_as_far_as_wanted(home: Path) -> None:
     assert not file.exists()
 
 
+def test_a_student_is_asked_to_write_its_chain_as_well(home: Path) -> None:
+    before, kept = digest(home / "data/tiny/evaluation"), parts(home)
+    file = home / "pipelines.yaml"
+    document = yaml.safe_load(file.read_text())
+    students = document["pipelines"]["tiny"]["students"]
+    students["kava"] |= {"w_cot": 1.0}
+    file.write_text(yaml.safe_dump(document))
+    change(home, write_steps=["kava"])
+    with pytest.raises(KavaError, match=r"student kava was trained with w_cot 0, .*kava distill"):
+        call(evaluate, home)
+    assert digest(home / "data/tiny/evaluation") == before
+    students["both"] = students.pop("kava")
+    file.write_text(yaml.safe_dump(document))
+    change(home, write_steps=["both"])
+    call(distill, home, "both")
+    call(evaluate, home)
+    others = {name for name in kept if not name.startswith("kava")}
+    assert others and all(parts(home).get(name) == kept[name] for name in others)
+    folder = home / "data/tiny/evaluation"
+    systems = ["teacher-cot", "teacher-no-cot", "both", "no-cot", "both-cot"]
+    assert list(read_json(folder / "summary.json")["bare"]) == systems
+    assert read_json(folder / "comparisons.json")["bare"]["both-cot"].keys() == {*systems[:4]}
+    assert read_json(folder / "interpretability.json").keys() == {"both"}
+    weights = read_json(folder / "weights.json")
+    assert weights.keys() == {*systems} and weights["both"] != weights["both-cot"]
+    rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+    texts = {row["question"]: row["text"] for row in rows if row["system"] == "both-cot"}
+    question = rows[0]["question"]
+    student = home / "data/tiny/students/both"
+    asked = invoke(student, question, "--write-steps", "--json", "--max-new-tokens", "8")
+    assert texts[question] == json.loads(asked.stdout)["text"]
+    call(report, home)
+    assert "both-cot" in (home / "data/tiny/report/table.txt").read_text()
+    page = (home / "data/tiny/report/index.html").read_text()
+    assert page.count("<small>writes its chain of thought</small>") == 2 * 2  # of two test sets
+
+
 def rewrite_test(home: Path, answer: str | None) -> None:
     """The test split with this answer throughout; None: no problems."""
     from dataclasses import replace
@@ -482,12 +520,13 @@ def test_the_page_and_the_example_are_true(
     shown = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
     folder = made / "data/tiny/students/kava"
     names: dict[str, Any] = {}
-    exec(shown.replace("data/smoke/students/kava", str(folder)), names)
+    exec(shown.replace("data/quickstart/students/kava", str(folder)), names)
     assert names["tokenizer"].padding_side == "left"
     pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
-    question = "How many are 3 cups and 4 cups?\n"
-    (told,) = pipe(question, return_full_text=False)
-    assert told["generated_text"].strip() == names["answers"][0].split("<|", 1)[0].strip()
+    (told,) = pipe(names["asked"][0], return_full_text=False)
+    (answer,) = names["tokenizer"].batch_decode(names["answers"], skip_special_tokens=True)
+    assert told["generated_text"].strip() == answer.strip()
+    assert repr([answer]) in capsys.readouterr().out
 
     example = runpy.run_path(str(ROOT / "examples/use_a_student.py"))
     capsys.readouterr()

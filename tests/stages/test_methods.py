@@ -265,7 +265,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(home: Path) -> None
             r"have 32 numbers, the student's 64\. Set alpha_codi",
         ),
         ({}, {"alpha_kv": 1.0, "layer_map": [0, 1, 3]}, r"names 3 layers, and the student has 2"),
-        ({}, {"alpha_kv": 1.0, "fake_quantise": True}, r"keeps keys in bfloat16 and values in bf"),
+        ({}, {"alpha_kv": 1.0, "fake_quantise": True}, r"evict\.keys_bits is 16 and evict\.values"),
     ],
 )
 def test_another_model_that_does_not_fit_is_refused_with_both_values(

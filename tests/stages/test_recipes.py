@@ -95,6 +95,16 @@ def test_codi_and_pccot_are_as_their_own_papers_publish_them() -> None:
     for name in ("pccot-llama-1b-aug", "pccot-gpt2-aug"):
         pccot = settings_of(name).students["pccot"]
         assert (pccot.alpha_codi, pccot.alpha_kv, pccot.w_cot, pccot.iterations) == (1, 0, 1, 3)
+        assert not pccot.per_position  # one embedding of <latent>
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("codi", "pccot"))])
+def test_codi_and_pccot_are_their_own_teachers_from_the_first_step(name: str) -> None:
+    settings = settings_of(name)
+    ((own, student),) = settings.students.items()
+    assert (student.targets, student.model, settings.teacher.training) == ("joint", None, None)
+    assert settings.evaluate.write_steps == (own,)
+    assert "frozen" not in RECIPES[name].read_text(encoding="utf-8")
 
 
 def test_coconut_is_as_its_own_paper_publishes_it(tmp_path: Path) -> None:
@@ -124,7 +134,8 @@ def test_a_setting_of_a_recipe_can_be_changed_alone(name: str, tmp_path: Path) -
 
     path = tmp_path / "pipelines.yaml"
     before = RECIPES[name].read_text(encoding="utf-8")
-    for key in ("evict.budget", "teacher.training.lora.rank", "teacher.max_new_tokens"):
+    student = name.partition("-")[0]
+    for key in ("evict.budget", f"students.{student}.training.epochs", "teacher.max_new_tokens"):
         path.write_text(before, encoding="utf-8")
         apply_overrides(path, [f"pipelines.{name}.{key}=7"])
         after = path.read_text(encoding="utf-8").splitlines()

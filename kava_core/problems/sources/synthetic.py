@@ -51,11 +51,13 @@ class Step:
 class Synthetic(GeneratedSource):
     """What the problems look like.
 
-    `steps` is the least and the greatest number of steps (each length is equally likely);
-    `operations` the ones to draw from; `max_value` bounds every value of the chain and
-    `max_operand` what is added or subtracted; `factors` are those of multiplications and
-    divisions; `distractors` is the probability that a problem has one sentence with a number that
-    does not matter. KavaError for settings that no problem can meet, or that would change none.
+    steps: the least and the greatest number of steps (each length is equally likely). operations:
+    those to draw from. max_value: bounds every value of the chain. max_operand: bounds what is
+    added or subtracted. factors: those of multiplications and divisions. style: `compact`, few
+    different words, or `prose`. distractors: the probability that a problem has one sentence with a
+    number that does not matter.
+
+    KavaError for settings that no problem can meet, or that would change none.
     """
 
     name = "synthetic"

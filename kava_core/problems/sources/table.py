@@ -12,9 +12,10 @@ from kava_core.problems.sources.base import Draft, RowSource, UnusableRow
 
 @dataclass(frozen=True)
 class Table(RowSource):
-    """Columns by name; `steps` is a list of texts, or one text that `separator` cuts.
+    """Columns by name. Without one of steps the problems can only be asked.
 
-    Without a column of steps the problems can only be asked.
+    question, answer, topic: the columns of texts. steps: the column of a list of texts, or of one
+    text that `separator` cuts. separator: what stands between steps.
     """
 
     name = "table"

@@ -11,7 +11,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 smoke: environment  ## a first result in about two minutes: every stage on a toy, then its table
 	kava repro --jobs $(JOBS) --pipeline smoke
-	kava show --pipeline smoke
+	kava show smoke
 
 quickstart: environment repro  ## environment, then the whole pipeline, then its table
 

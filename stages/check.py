@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from kava_core.console import warn
 from kava_core.errors import KavaError
 
 from .run import data_option, pipelines_option
+
+SECONDS = 5  # that the Hub may take to answer
 
 
 @click.command("check")
@@ -53,6 +57,10 @@ def check(
 
 
 def _check_model(model: str, revision: str | None, as_json: bool) -> None:
+    on_hub = not Path(model).is_dir() and "HF_HUB_OFFLINE" not in os.environ
+    if on_hub and (hub := _unreachable_hub()) is not None:
+        warn(f"check: {hub} cannot be reached: only what this machine's cache has is checked")
+        os.environ["HF_HUB_OFFLINE"] = "1"  # its library would try again for half a minute
     from kava_core.models.check import Shape, judge_config
     from kava_core.models.loading import check_weights, load_tokenizer, on_disk, whole_config
 
@@ -78,6 +86,24 @@ def _check_model(model: str, revision: str | None, as_json: bool) -> None:
             click.echo(f"{name.replace('_', ' ')}: {good if why is None else f'no. {why}'}")
     if failed:
         raise SystemExit(1)
+
+
+def _unreachable_hub() -> str | None:
+    """The Hub's address, if nothing there takes a connection."""
+    import ssl
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urlopen(Request(hub, method="HEAD"), timeout=SECONDS).close()
+    except (HTTPError, HTTPException, ValueError):
+        return None  # an answer, or no address: whoever loads the model says so
+    except OSError as error:
+        # Certificates are that library's own.
+        return None if isinstance(getattr(error, "reason", error), ssl.SSLError) else hub
+    return None
 
 
 def _why_not(

@@ -6,7 +6,9 @@ exit status 1; what was told to end exits with the status that a shell expects.
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -79,7 +81,7 @@ class Kava(click.Group):
 
 
 @click.group(cls=Kava, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="kava")
 @click.option(
     "-q", "--quiet", "less", is_flag=True, envvar="KAVA_QUIET", help="Say warnings and errors only."
 )
@@ -137,6 +139,8 @@ def main() -> None:
         )
         sys.exit(1)
     receive_signals()
+    # At the end the collector would go through all that torch and others imported: over a second.
+    atexit.register(gc.freeze)
     try:
         kava.main(standalone_mode=False)
     except (Exception, KeyboardInterrupt, SystemExit) as error:

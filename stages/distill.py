@@ -51,9 +51,9 @@ def distill(run: AnyRun, student: str, targets: Path | None, teacher: Path | Non
         student,
         settings,
         run.settings.evict if isinstance(run.settings, Pipeline) else None,
-        teacher=run.path("teacher"),
-        source=run.taught if settings.reads == "problems" else run.path(settings.reads),
-        lacking=run.lacking,
+        source=run.taught if settings.reads == "problems" else run.made(settings.reads),
+        teacher=run.made("teacher"),
+        lacking=run.lacking if settings.reads == "problems" else None,
     )
     cadence, resources = run.settings.cadence, run.settings.resources
     lacking = student_lacking_room(settings, cadence, inputs.model, inputs.source, output)

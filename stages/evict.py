@@ -31,12 +31,10 @@ def evict(run: Run) -> None:
             f"pipeline {run.name} has no stage evict: at `generate.keep: targets` `kava generate` "
             "makes the targets. Run that, or set generate.keep to caches."
         )
+    caches, output = run.made("teacher_kv"), run.path("kv_targets")
     if lacking := lacking_room(run.settings, run.path(), "kv_targets"):
         warn(f"evict: {lacking}")
-    output = run.path("kv_targets")
-    built = build_kv_targets(
-        run.path("teacher_kv"), run.settings.evict, output, run.settings.resources
-    )
+    built = build_kv_targets(caches, run.settings.evict, output, run.settings.resources)
     publish_targets(run, built)
 
 

@@ -32,8 +32,9 @@ def fidelity(run: Run) -> None:
     settings = run.settings.fidelity
     if settings is None:
         raise KavaError(f"pipeline {run.name} has no section `fidelity`. Add one, or leave it out.")
-    path = run.path("test_sets" if settings.split == "test" else "problems")
-    source, teacher, output = open_source(path, settings), run.path("teacher"), run.path("fidelity")
+    path = run.made("test_sets" if settings.split == "test" else "problems")
+    teacher, output = run.made("teacher"), run.path("fidelity")
+    source = open_source(path, settings)
     check_prompt(source.prompt, teacher, "teacher.json", "kava teacher")
     material = Material.of(source, teacher, settings)
     inputs = {

@@ -22,14 +22,15 @@ def generate(run: Run) -> None:
     from kava_core.store.summary import quarantine_facts
     from kava_core.targets.generate import build_targets_alone, build_teacher_kv
 
+    taught, teacher = run.taught, run.made("teacher")
     keeps_caches = run.settings.generate.keep == "caches"
     artefact = "teacher_kv" if keeps_caches else "kv_targets"
     if lacking := lacking_room(run.settings, run.path(), artefact):
         warn(f"generate: {lacking}")
     if not keeps_caches:
         built = build_targets_alone(
-            run.taught,
-            run.path("teacher"),
+            taught,
+            teacher,
             run.settings.generate,
             run.settings.evict,
             run.path("kv_targets"),
@@ -39,8 +40,8 @@ def generate(run: Run) -> None:
         return
     output = run.path("teacher_kv")
     built = build_teacher_kv(
-        run.taught,
-        run.path("teacher"),
+        taught,
+        teacher,
         run.settings.generate,
         output,
         run.settings.resources,

@@ -355,7 +355,7 @@ def top_file() -> dict[str, Any]:
         "vars": ["pipelines.yaml:pipeline"],
         "stages": {
             "show": {
-                "cmd": "kava show --pipeline ${pipeline}",
+                "cmd": "kava show ${pipeline}",
                 "deps": ["data/${pipeline}/report"],
             }
         },
@@ -379,6 +379,18 @@ def project_files(pipelines: Mapping[str, Pipeline | Imported]) -> dict[Path, st
     noted = {PACKAGES: dict(sorted(others.items()))} if others else {}
     files[VERSIONS_FILE] = as_yaml({**VERSIONS, **noted}, versions)
     return files
+
+
+def command_for(name: str, settings: Pipeline | Imported, artefact: str) -> str | None:
+    """The command that makes `artefact`, a path below the pipeline's folder; None if no stage of
+    this pipeline does."""
+    for stage in dvc_file(name, settings)["stages"].values():
+        plain = stage.get("do", stage)
+        for key in settings.students if "do" in stage else [""]:
+            outs = [next(iter(out)) if isinstance(out, dict) else out for out in plain["outs"]]
+            if f"data/{name}/{artefact}" in [out.replace("${key}", key) for out in outs]:
+                return str(plain["cmd"]).replace("${key}", key)
+    return None
 
 
 def check_tracked(project: Path, name: str, settings: Pipeline | Imported, stage: str) -> None:

@@ -104,9 +104,9 @@ def store(run: AnyRun, dest: str, with_teacher: bool, licence: str | None, publi
     An upload goes to hf://datasets/OWNER/NAME. Do not take the teacher along unless its licence
     lets you pass it on.
     """
-    teacher = run.path("teacher") if with_teacher else None
+    teacher = run.made("teacher") if with_teacher else None
     with _place(dest, "dataset", public) as destination:
-        export_store(run.path("kv_targets"), destination, teacher=teacher, licence=licence)
+        export_store(run.made("kv_targets"), destination, teacher=teacher, licence=licence)
 
 
 publish_group.add_command(student)

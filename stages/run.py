@@ -22,7 +22,7 @@ from kava_core.errors import KavaError
 from kava_core.lock import alone
 from kava_core.settings import Imported, Imports, Pipeline, load_any_pipeline, load_pipeline
 
-from .graph import check_tracked
+from .graph import check_tracked, command_for
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,20 @@ class AnyRun:
             start = self.project / elsewhere
         return start.joinpath(*rest).absolute()
 
+    def made(self, *parts: str) -> Path:
+        """`path` of an artefact that an earlier stage makes; KavaError that names its command if it
+        is not there."""
+        path = self.path(*parts)
+        command = command_for(self.name, self.settings, "/".join(parts))
+        if command is not None and not path.exists():
+            raise KavaError(f"{path} is missing. Run `{command}` first.")
+        return path
+
     @property
     def taught(self) -> Path:
         """The problems with the chains of thought that are taught: the teacher's own, or given."""
         written = isinstance(self.settings, Pipeline) and self.settings.traces is not None
-        return self.path("traces" if written else "problems")
+        return self.made("traces" if written else "problems")
 
     @property
     def lacking(self) -> Path | None:
@@ -58,7 +67,7 @@ class AnyRun:
         if not isinstance(self.settings, Pipeline):
             return None
         store = self.settings.generate.lacking
-        return None if store is None else self.path(store)
+        return None if store is None else self.made(store)
 
     def imported(self, artefact: str) -> Path | None:
         """Where the settings say that `kv_targets` or `teacher` is; None: in its own place."""

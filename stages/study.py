@@ -340,8 +340,8 @@ def _say_asked_before(others: Sequence[Asking]) -> None:
     if others:
         say(
             f"test problems were asked before with other settings ({len(others)} times, last "
-            f"{others[-1].at}), or of other versions of the stages: settings that were chosen since "
-            "then were chosen on test problems"
+            f"{others[-1].at}), or of other versions of the stages: settings chosen since then "
+            "were chosen on test problems"
         )
 
 

@@ -23,7 +23,7 @@ def teacher(run: Run) -> None:
     from kava_core.problems.folder import open_problems
 
     settings, output = run.settings.teacher, run.path("teacher")
-    problems = open_problems(run.path("problems"))
+    problems = open_problems(run.made("problems"))
     if lacking := lacking_room(run.settings, run.path(), "teacher"):
         warn(f"teacher: {lacking}")
     with torch_threads(settings.training.threads if settings.training else 1):

@@ -24,8 +24,8 @@ def traces(run: Run) -> None:
         raise KavaError(f"pipeline {run.name} has no section `traces`. Add one, or leave it out.")
     output = run.path("traces")
     written = build_traces(
-        run.path("problems"),
-        run.path("teacher"),
+        run.made("problems"),
+        run.made("teacher"),
         run.settings.traces,
         output,
         run.settings.resources,

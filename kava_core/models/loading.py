@@ -476,7 +476,7 @@ def _not_found(what: str, path: str, revision: str | None, error: Exception) -> 
     if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):
         return KavaError(
             f"no {what} could be loaded from {path}: it is no folder here, and no Hub id, which "
-            "would be of the form NAME or OWNER/NAME."
+            "would be of the form NAME or OWNER/NAME. Check the path, or make the folder first."
         )
     held = _cached_revisions(path)
     if revision is not None and held:

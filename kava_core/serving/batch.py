@@ -3,7 +3,7 @@
 A row that comes is thought about with those that come with it, then joins the others; a row that
 has ended leaves. Masks and positions are explicit, so the company changes no token: each row is
 fed what `LatentReasoner.generate` feeds it alone. Shapes: B rows, S columns fed so far, E hidden
-size, V vocabulary.
+size.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as padded
-from transformers import TopPLogitsWarper
 
 from kava_core.models.batching import pad
 from kava_core.models.latent import LatentReasoner
 from kava_core.models.thinking import State, think
+from kava_core.serving.sampling import Sampled, next_tokens
 
 
-class Row(Protocol):
-    """ids: the question's. A temperature of 0 takes the likeliest token; above, tokens are drawn
-    from the likeliest that have `top_p` together, by random numbers of the row's own."""
+class Row(Sampled, Protocol):
+    """ids: the question's."""
 
     ids: list[int]
-    temperature: float
-    top_p: float
-    generator: torch.Generator
 
 
 class Batch:
@@ -103,12 +99,7 @@ class Batch:
         output = self.system.decoder(
             inputs_embeds=embeds, logits_to_keep=1, **state.advance(mask, steps)
         )
-        scores: Tensor = output.logits[:, -1].float()  # [B, V]
-        chosen = scores.argmax(-1)
-        for i, row in enumerate(rows):
-            if row.temperature > 0:
-                chosen[i] = _drawn(scores[i : i + 1].cpu(), row)
-        return chosen
+        return next_tokens(output.logits[:, -1].float(), rows)
 
 
 def joined(first: State, second: State) -> State:
@@ -143,11 +134,3 @@ def _drop_columns(state: State, count: int) -> None:
     state.mask, state.positions = state.mask[:, count:], state.positions[:, count:]
     for layer in state.layers:
         layer.keys, layer.values = layer.keys[:, :, count:], layer.values[:, :, count:]
-
-
-def _drawn(scores: Tensor, row: Row) -> Tensor:
-    """A token [1] drawn from the scores [1, V] as the row asks."""
-    scores = scores / row.temperature
-    if row.top_p < 1:
-        scores = TopPLogitsWarper(row.top_p)(cast(torch.LongTensor, None), scores)
-    return torch.multinomial(scores.softmax(-1), 1, generator=row.generator)[0]

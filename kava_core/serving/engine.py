@@ -40,7 +40,7 @@ class Job:
 
     ids: the question's; tell: called with each piece, by the engine's thread; stream: whether there
     are to be pieces before the last; temperature: below 1e-6 it is 0; seed: None for another draw
-    each time. See `Row`.
+    each time. See `Sampled`.
     """
 
     ids: list[int]

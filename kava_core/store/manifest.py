@@ -206,7 +206,10 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     """The manifest of the store in folder `path`, checked without a look at the other files."""
     file = path / MANIFEST_FILE
     if not path.is_dir():
-        raise KavaError(f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}.")
+        raise KavaError(
+            f"{path} is not a folder. A store is a folder with a {MANIFEST_FILE}: name one, or run "
+            "the stage that makes it."
+        )
     check_inside(path, MANIFEST_FILE)
     plain = read_json(file, largest_manifest(len(_lengths(path))))
     return check_manifest(path, plain, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,14 @@ from kava_core.models.loading import save_model
 from kava_core.problems.tokenizer import train_tokenizer
 from tests.tiny import COMMON, tiny_model
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
-def check(*arguments: str, expect: int = 0) -> str:
+
+def check(*arguments: str, expect: int = 0, hub: dict[str, str] = OFFLINE) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in OFFLINE}
     done = subprocess.run(
         [sys.executable, "-m", "stages", "check", *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**environment, **hub},
         capture_output=True,
         text=True,
         check=False,
@@ -98,3 +102,17 @@ def test_what_is_no_model_is_a_sentence(tmp_path: Path) -> None:
     said = check("--model", str(tmp_path), expect=1)
     assert said.startswith(f"error: no model configuration could be loaded from {tmp_path}: ")
     assert "run `hf download team/none`" in check("--model", "team/none", expect=1)
+
+
+def test_without_a_network_it_does_not_wait_for_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # where nobody listens once it is closed
+    hub = f"http://127.0.0.1:{port}"
+    seconds = []
+    for environment in (OFFLINE, {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}):
+        began = time.monotonic()
+        said = check("--model", "team/none", expect=1, hub=environment)
+        seconds.append(time.monotonic() - began)
+        assert "run `hf download team/none`" in said
+    assert f"{hub} cannot be reached: only what this machine's cache has is checked" in said
+    assert seconds[1] < seconds[0] + 15  # its library tries again for 23 seconds and more

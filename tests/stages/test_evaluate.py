@@ -386,7 +386,7 @@ def test_missing_and_foreign_students_are_named(home: Path) -> None:
     with pytest.raises(KavaError, match=r"student kava was made from the teacher ffffffffffff…"):
         call(evaluate, home)
     shutil.rmtree(about.parent)
-    with pytest.raises(KavaError, match=r"students/kava/student\.json is missing"):
+    with pytest.raises(KavaError, match=r"students/kava is missing\. Run `kava distill kava "):
         call(evaluate, home)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from kava_core import __version__
 from stages.cli import COMMANDS
 from tests.stages.project import ROOT
 
@@ -31,3 +32,9 @@ def test_the_help_of_every_command_loads_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") >= len(COMMANDS)
+
+
+def test_the_version_is_that_of_kava_however_it_is_called() -> None:
+    command = [sys.executable, "-m", "stages", "--version"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said == f"kava, version {__version__}\n"

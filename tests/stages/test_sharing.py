@@ -16,7 +16,7 @@ DATA = Path("data/smoke")
 def commands(heading: str) -> list[list[str]]:
     """The command lines under a heading of the page."""
     page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
-    (block,) = re.findall(rf"^## {re.escape(heading)}\n\n```sh\n(.*?)```", page, re.M | re.S)
+    (block,) = re.findall(rf"^### {re.escape(heading)}\n\n```sh\n(.*?)```", page, re.M | re.S)
     return [shlex.split(line) for line in block.splitlines()]
 
 

@@ -93,5 +93,5 @@ def test_without_the_section_there_is_no_such_stage(home: Path) -> None:
 
 def test_chains_that_are_not_written_yet_are_named(home: Path) -> None:
     for command in ("generate", "distill no-cot"):
-        with pytest.raises(KavaError, match=r"traces/problems\.json is missing"):
+        with pytest.raises(KavaError, match=r"traces is missing\. Run `kava traces "):
             run(home, command, traces={})

@@ -4,6 +4,7 @@ says it ran."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -164,3 +165,26 @@ def test_init_makes_a_project_that_runs(tmp_path: Path, git: bool) -> None:
     assert "expected" in project.run("kava", "init", expect=1)
     for template in (ROOT / ".dvc/plots").iterdir():
         assert (project.path / ".dvc/plots" / template.name).read_bytes() == template.read_bytes()
+
+
+def test_the_recipe_for_data_of_ones_own_is_whole(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    recipe = page[page.index("## My own data") :].partition("\n## ")[0]
+    init, settings, sync = re.findall(r"```(?:yaml)?\n(.*?)```", recipe, re.S)
+    assert init == "kava init my-project && cd my-project\n"
+    assert sync == "kava sync && dvc repro\n"
+    project = Project(tmp_path / "my-project")
+    Project(tmp_path).run("kava", "init", "my-project")
+    prepare = yaml.safe_load(settings)["prepare"]
+    project.change("pipelines.first.prepare", prepare)
+    rows = [
+        {"problem": f"What is {i} and {i % 7}?", "solution": [f"<<{i}+{i % 7}={i + i % 7}>>"],
+         "result": str(i + i % 7)}
+        for i in range(sum(prepare[part] for part in ("train", "validation", "test")))
+    ]  # fmt: skip
+    file = project.path / prepare["path"]
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Run `kava sync`" in project.run("kava", "prepare", expect=1)
+    project.run("kava", "sync")
+    assert ran(project.run("dvc", "repro", "pipelines/first/dvc.yaml:prepare")) == {"prepare"}

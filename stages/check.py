@@ -92,17 +92,21 @@ def _unreachable_hub() -> str | None:
     """The Hub's address, if nothing there takes a connection."""
     import ssl
     from http.client import HTTPException
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, getproxies, urlopen
 
     hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if "all" in getproxies():
+        return None  # which the Hub's library goes through, and this does not
     try:
         urlopen(Request(hub, method="HEAD"), timeout=SECONDS).close()
-    except (HTTPError, HTTPException, ValueError):
-        return None  # an answer, or no address: whoever loads the model says so
-    except OSError as error:
+    except HTTPError:
+        return None
+    except URLError as error:
         # Certificates are that library's own.
-        return None if isinstance(getattr(error, "reason", error), ssl.SSLError) else hub
+        return None if isinstance(error.reason, ssl.SSLError) else hub
+    except (OSError, HTTPException, ValueError):
+        return None  # a late answer, a strange one, or no address: whoever loads the model says so
     return None
 
 

@@ -43,7 +43,9 @@ def evaluate(run: AnyRun) -> None:
         run.path("evaluation"),
     )
     _name_strays(run)
-    problems, test_sets = run.made("problems"), run.made("test_sets")
+    asked = "problems" if settings.split == "validation" else "test_sets"
+    run.made(asked)
+    problems, test_sets = run.path("problems"), run.path("test_sets")
     compared = any(student.reads == "kv_targets" for student in students.values())
     targets = run.made("kv_targets") if compared else run.path("kv_targets")
     systems = Systems.of(

@@ -179,7 +179,7 @@ def _imported_file(name: str, settings: Imported) -> dict[str, Any]:
             "evaluate",
             "evaluate",
             [
-                *made("test_sets"),
+                *problems,
                 teacher,
                 targets,
                 *made("students"),

@@ -102,31 +102,37 @@ class TermsTrainer(Trainer):
     ) -> Any:
         # Here, not when the batches are read: the step has begun, in its stage of a curriculum.
         batches, self.unmeasured = self.unmeasured, []
-        if batches:
-            self._measure(batches)
+        unfit = self._measure(batches) if batches else []
         terms = self.terms(model, inputs)
         terms = {name: term * self._factor(name) for name, term in terms.items()}
         loss = torch.stack(list(terms.values())).sum()
         # One exchange: the means over all processes, which are not finite if any process's is not.
         values = group.mean(torch.stack([loss, *terms.values()]).detach()).tolist()
         if not math.isfinite(values[0]):
-            self._give_up(model, values[0], loss, inputs["ids"])
+            bad = [] if torch.isfinite(loss) else inputs["ids"]
+            self._give_up(model, f"the loss became {values[0]:g}", bad)
+        if unfit:
+            ids = [name for batch in batches for name in batch["ids"]]
+            self._give_up(model, f"the gradient of {', '.join(unfit)} became no number", ids)
         window = self.window
         for name, value in zip(("loss", *terms), values, strict=True):
             window.sums[name] = window.sums.get(name, 0.0) + value
         window.batches += 1
         return (loss, None) if return_outputs else loss
 
-    def _give_up(self, model: nn.Module, value: float, own: Tensor, ids: list[str]) -> None:
-        """Save what the steps before this one gave, and say where it went wrong."""
+    def _give_up(self, model: nn.Module, what: str, ids: list[str]) -> None:
+        """Save what the steps before this one gave, and say where it went wrong.
+
+        ids: of the records of this process on which it did.
+        """
         step = self.state.global_step
         saved = group.from_first(lambda: last_whole_checkpoint(Path(str(self.args.output_dir))))
         if step > (step_of(saved) if saved else 0):
             self.window.rewind()
             self._save_checkpoint(model, trial=None)
-        bad = group.gather([] if torch.isfinite(own) else ids)
+        bad = group.gather(ids)
         raise KavaError(
-            f"the loss became {value:g} at step {step + 1}, on the records "
+            f"{what} at step {step + 1}, on the records "
             f"{', '.join(name for names in bad for name in names)}. The state before that step is "
             "saved. Lower the learning rate, or look at these records."
         )
@@ -188,20 +194,22 @@ class TermsTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    def _measure(self, batches: list[Batch]) -> None:
-        """The weights and the shares of the terms, where the step that begins is due."""
+    def _measure(self, batches: list[Batch]) -> list[str]:
+        """The weights and the shares of the terms, where the step that begins is due; the names of
+        terms whose gradient is no number."""
         step = self.state.global_step
         weights_due = self.balance.due(step)
         shares_due = self.shares_every > 0 and step % self.shares_every == 0
         if not weights_due and not shares_due:
-            return
+            return []
         norms = self._gradient_norms(batches)
-        if not all(map(math.isfinite, norms.values())):
-            return  # the loss will say so, with the records
+        if unfit := [name for name, norm in norms.items() if not math.isfinite(norm)]:
+            return unfit
         if weights_due:
             self.window.weights = self.balance.weights(norms, self._done())
         if shares_due and norms:
             self._note_shares({name: norm * self._factor(name) for name, norm in norms.items()})
+        return []
 
     def _factor(self, name: str) -> float:
         if name in self.balance.shares:

@@ -14,6 +14,7 @@ from typing import Literal, Self, TypeVar
 
 import torch
 import transformers
+from pydantic import Field
 
 from kava_core.artefacts import clear, fingerprint, kept_folder
 from kava_core.console import warn
@@ -53,7 +54,7 @@ class Memory(Finding):
     the machine in words."""
 
     peak_bytes: int
-    hardware: dict[str, str]
+    hardware: dict[str, str] = Field(default_factory=dict)  # was not written down once
 
 
 KINDS: dict[Kind, type[Finding]] = {

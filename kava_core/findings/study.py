@@ -167,7 +167,8 @@ class Compared(Finding):
 
 
 class StudySummary(Finding):
-    """A whole study, in the order of its grid and its students."""
+    """A study, in the order of its grid and its students; missing_…: what a whole one has beyond
+    this, whose stages failed."""
 
     study: str
     pipeline: str
@@ -177,3 +178,5 @@ class StudySummary(Finding):
     foretold: Annotated[
         list[Foretold], Field(default_factory=list, exclude_if=lambda value: not value)
     ]
+    missing_cells: Annotated[int, Field(exclude_if=lambda value: not value)] = 0
+    missing_comparisons: Annotated[int, Field(exclude_if=lambda value: not value)] = 0

@@ -23,11 +23,14 @@ def words_of(summary: StudySummary) -> str:
         f"Exact match on {problems} {summary.split} problems, mean ± standard deviation over "
         "seeds; forward passes per problem, mean."
     )
+    if summary.missing_cells:
+        words += f" {summary.missing_cells} cells are missing: what they need failed."
     if summary.compared:
+        comparisons = len(summary.compared) + summary.missing_comparisons
         words += (
             " Differences in points, by a paired bootstrap over problems and seeds and by a paired "
             "t-test over seeds: p is the larger of the two, the 95 % interval covers both; p "
-            f"corrected by Holm over {len(summary.compared)} comparisons."
+            f"corrected by Holm over {comparisons} comparisons."
         )
         if any(each.difference.p_seeds is None for each in summary.compared):
             words += " With one seed the bootstrap's alone, which says nothing about other seeds."

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_UNIT = 2.0**44  # the likeliest token's; half a million of them have room in 63 bits
+# The likeliest token's weight has so many bits, fewer where V of them would not have room in 62.
+_BITS, _ROOM = 44, 62
 _FIRST = (256, 8192)  # tokens that have `top_p` together in most rows: sorting all takes longer
 
 
@@ -27,7 +28,12 @@ class Sampled(Protocol):
 
 
 def next_tokens(scores: Tensor, rows: Sequence[Sampled]) -> Tensor:
-    """The next token of each row, [B], from scores [B, V] in float32, as the row asks."""
+    """The next token of each row, [B], from scores [B, V] in float32, as the row asks.
+
+    ArithmeticError if a row has no likeliest one.
+    """
+    if not bool(scores.amax(-1).isfinite().all()):
+        raise ArithmeticError("the student's scores are no numbers: look at its weights")
     chosen = scores.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     if drawn:
@@ -46,8 +52,9 @@ def _number(generator: torch.Generator) -> float:
 
 def _drawn(scores: Tensor, temperature: Tensor, top_p: Tensor, number: Tensor) -> Tensor:
     """The token of each row, [B], that the number in [0, 1) falls on; numbers are [B, 1]."""
+    unit = 2.0 ** min(_BITS, _ROOM - scores.shape[-1].bit_length())
     weights = scores / temperature.to(scores.dtype)
-    weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_().mul_(_UNIT)
+    weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_().mul_(unit)
     whole = weights.long()
     least = _least(weights, whole.sum(-1, keepdim=True), top_p)
     below = whole.masked_fill_(~(weights >= least), 0).cumsum(-1)

@@ -92,12 +92,15 @@ class StudyCell:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A whole study. pairs: ((variant, student), (variant, baseline)), what is compared."""
+    """A study. pairs: ((variant, student), (variant, baseline)), what is compared; missing_…: how
+    many a whole one has beyond these."""
 
     name: str
     study: Study
     cells: tuple[StudyCell, ...]
     pairs: tuple[tuple[tuple[str, str], tuple[str, str]], ...]
+    missing_cells: int = 0
+    missing_pairs: int = 0
 
     def pieces(self, cells: tuple[StudyCell, ...]) -> dict[str, tuple[Piece, ...]]:
         """Stage → its pieces that `cells` need, the stages in order."""
@@ -112,7 +115,8 @@ class StudyPlan:
         lacking = {(cell.variant, cell.system) for cell in self.cells if cell not in cells}
         pairs = tuple(pair for pair in self.pairs if not lacking.intersection(pair))
         there = tuple(cell for cell in self.cells if cell in cells)
-        return StudyPlan(self.name, self.study, there, pairs)
+        missing = len(self.cells) - len(there), len(self.pairs) - len(pairs)
+        return StudyPlan(self.name, self.study, there, pairs, *missing)
 
 
 def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
@@ -357,7 +361,11 @@ def _cells(
         yield from cells(system, teacher, *shared)
     for student in students:
         reads = settings.students[student].reads
-        before = (*taught, *((*made_by, targets) if reads == "kv_targets" else ()))
+        # Those that read problems leave out what a store has put aside, and ask it.
+        needed: tuple[Piece, ...] = (*made_by, targets) if reads == "kv_targets" else ()
+        if reads == "problems" and settings.generate.lacking:
+            needed = made_by or (targets,)
+        before = (*taught, *needed)
         made = piece(
             ("distill", student), plain["students"][student], before, f"students/{student}"
         )

@@ -63,7 +63,9 @@ def summarise(plan: StudyPlan, found: Found, changes: Changes, stores: Stores) -
                 [found[cell].correct for cell in groups[right]],
             )
         )
-    corrected = holm([difference.p_value for difference in differences])
+    # As if those that are missing had found nothing: the others' do not become smaller by it.
+    p_values = [difference.p_value for difference in differences]
+    corrected = holm([*p_values, *[1.0] * plan.missing_pairs])[: len(p_values)]
     summed = [_group(cells, found, changes, stores) for cells in groups.values()]
     return StudySummary(
         study=plan.name,
@@ -84,6 +86,8 @@ def summarise(plan: StudyPlan, found: Found, changes: Changes, stores: Stores) -
             )
         ],
         foretold=_foretold(summed),
+        missing_cells=plan.missing_cells,
+        missing_comparisons=plan.missing_pairs,
     )
 
 

@@ -114,6 +114,31 @@ def test_what_is_due_is_measured_once_a_step(store: Path, tmp_path: Path) -> Non
     assert len(calls) == 4 * 2 + 2 * (1 + 3 * 2)
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_and_names_its_term(
+    store: Path, tmp_path: Path
+) -> None:
+    opened = TargetsStore.open(store)
+    terms = student_terms(toy.toy_objective(opened), Match.of(opened))
+
+    def with_a_kink(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Finite where its gradient is not."""
+        found = terms(model, batch)
+        return {**found, "codi": (0 * found["codi"]).sqrt()}
+
+    with pytest.raises(KavaError, match="the gradient of codi became no number at step 1, on the"):
+        fit(
+            toy_student(),
+            with_a_kink,
+            TargetsDataset(opened, chains=False),
+            ShardShuffleSampler(opened.sizes, seed=0),
+            TRAINING,
+            EVERY_SHARE,
+            folder=tmp_path / "checkpoints",
+            curves=tmp_path / "curves",
+            title="toy",
+        )
+
+
 def test_a_term_alone_has_no_share(store: Path, tmp_path: Path) -> None:
     opened = TargetsStore.open(store)
     run = Toy(store, tmp_path, toy.but(TRAINING, steps=1), EVERY_SHARE)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from kava_core.artefacts import write_json
 from kava_core.evaluation.asking import Reply
 from kava_core.evaluation.comparison import Comparison
 from kava_core.evaluation.examination import Examination
+from kava_core.evaluation.parts import Memory, Part
 from kava_core.evaluation.perplexity import perplexity
 from kava_core.evaluation.results import cost, costs_of, harness_scores, score, write_results
 from kava_core.findings.evaluation import Prediction
@@ -114,6 +116,12 @@ def test_costs_are_apart(encoder: TraceEncoder) -> None:
     assert found.hardware == {"processor": "one, two", "accelerator": "large"}
     assert found.systems["toy"]["kava"].seconds_per_problem == 0.25
     assert found.systems["toy"]["kava"].peak_memory_mb == 3.5
+
+
+def test_what_was_kept_before_machines_were_written_down_is_kept(tmp_path: Path) -> None:
+    part = Part("memory", "kava", tmp_path / "memory.json", "toy")
+    write_json(part.file, {"peak_bytes": 5})
+    assert part.is_finished and part.read(Memory).hardware == {}
 
 
 def test_the_files_hold_every_system_on_every_set(

@@ -106,12 +106,20 @@ def test_the_tokens_as_likely_as_the_last_are_all_drawn() -> None:
     assert set(found.tolist()) == set(range(5))
 
 
-def test_a_model_that_gives_no_numbers_gives_a_token() -> None:
-    scores = torch.full((2, 7), math.nan)
-    assert all(0 <= token < 7 for token in next_tokens(scores, [Row(), Row(top_p=0.5)]).tolist())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_model_that_gives_no_numbers_gives_no_token(wrong: float, temperature: float) -> None:
+    scores = torch.zeros(2, 7)
+    scores[1, 3] = wrong
+    with pytest.raises(ArithmeticError, match="scores are no numbers"):
+        next_tokens(scores, [Row(), Row(temperature)])
+    with pytest.raises(ArithmeticError):
+        next_tokens(torch.full((1, 7), -math.inf), [Row(temperature)])
 
 
 def test_the_largest_vocabularies_have_room() -> None:
+    drawn_of_many = next_tokens(torch.zeros(4, 600_000), [Row(seed=i) for i in range(4)])
+    assert len({*drawn_of_many.tolist()}) == 4
     assert next_tokens(torch.zeros(1, 300_000), [Row(seed=3)]).tolist()[0] == drawn(
         torch.zeros(300_000), Row(seed=3)
     )

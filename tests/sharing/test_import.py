@@ -360,6 +360,8 @@ def test_dvc_follows_the_settings_imports(received: Path, other: Team) -> None:
         other.kava("distill", "kava", "--targets", str(received))
     other.write(plain)
     assert list(stages_of(other)) == ["prepare", "distill", "evaluate", "report"]
+    asked = {"data/ours/problems", "data/ours/test_sets"}  # by either split
+    assert asked <= {*stages_of(other)["evaluate"]["deps"]}
 
 
 def test_problems_of_ones_own_are_asked_and_reported(

@@ -24,6 +24,7 @@ PIPELINES: dict[str, dict[str, Any]] = {
     "written": {"traces": {}, **ASKS_TEST},
     "targets": {"generate": {**GENERATE, "keep": "targets"}},
     "lacking": {"generate": {**GENERATE, "on_error": "quarantine"}},
+    "validated": {"evaluate": {**SMOKE["evaluate"], "split": "validation"}},
 }
 # DVC waits for what other students of the pipeline read; a report shows what there is of the rest.
 UNREAD = {
@@ -66,12 +67,13 @@ def cases() -> list[tuple[str, str, str, str]]:
     for name in PIPELINES:
         stages = stages_of(name)
         makers = {out: command for command, (_, outs) in stages.items() for out in outs}
+        unasked = ("evaluate", "test_sets" if name == "validated" else "problems")
         for command, (reads, _) in stages.items():
             short = command.removeprefix("kava ").removesuffix(f" --pipeline {name}")
             for dep in reads:
                 folder = dep.partition("/")[0] if dep.endswith(".json") else dep
                 alone = "traces" in reads and (short, folder) == ("distill no-cot", "problems")
-                if (short, folder) not in UNREAD and not alone:
+                if (short, folder) not in {*UNREAD, unasked} and not alone:
                     found += [
                         (name, command, out, maker)
                         for out, maker in makers.items()

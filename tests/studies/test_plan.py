@@ -125,6 +125,16 @@ def test_chains_of_the_teachers_concern_all_students_and_no_teacher(tmp_path: Pa
     assert variants["teacher-cot"] == [""]
 
 
+def test_what_a_store_has_put_aside_is_asked_by_students_of_problems(tmp_path: Path) -> None:
+    for keep, stage in (("caches", "generate"), ("targets", "generate")):
+        generate = {"on_error": "quarantine", "keep": keep}
+        small = {**copy.deepcopy(SMALL), "generate": generate}
+        found = plan(tmp_path, {"seeds": [0]}, small)
+        (cell,) = (cell for cell in found.cells if cell.system == "no-cot")
+        assert cell.piece.before[-1].stage == (stage,)
+        assert cell.piece.before[-1].makes[0] == ("teacher_kv", "kv_targets")[keep == "targets"]
+
+
 def test_settings_are_for_all_and_may_add_a_student(tmp_path: Path) -> None:
     more = {**SMALL["students"]["kava"], "alpha_codi": 1.0}
     study = {"settings": {"students.both": more, "evict.policy": "random"}, "seeds": [3]}
@@ -345,6 +355,7 @@ def test_a_system_that_lacks_a_seed_is_not_compared(tmp_path: Path) -> None:
     lost = next(cell for cell in found.cells if "=4" in cell.variant)
     left = found.only({*found.cells} - {lost})
     assert left.pairs == (second,) and len(left.cells) == len(found.cells) - 1
+    assert (left.missing_cells, left.missing_pairs) == (1, 1)
     assert found.only({*found.cells}) == found
 
 

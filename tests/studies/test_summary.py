@@ -78,6 +78,19 @@ def test_groups_are_over_seeds_and_comparisons_at_each_point(small: StudyPlan) -
     assert summarise(small, found, {}, {}) == summary
 
 
+def test_what_is_missing_is_told_and_makes_no_p_value_smaller(small: StudyPlan) -> None:
+    found = answers(small)
+    whole = summarise(small, found, {}, {})
+    left = small.only({cell for cell in small.cells if "=4" not in cell.variant})
+    part = summarise(left, {cell: found[cell] for cell in left.cells}, {}, {})
+    (compared,) = part.compared
+    assert compared.difference == whole.compared[1].difference
+    assert compared.p_holm == min(1.0, 2 * compared.difference.p_value)
+    assert part.missing_cells == 2 and "missing" not in whole.model_dump_json()
+    page = as_page(part)
+    assert "2 cells are missing" in page and "by Holm over 2 comparisons" in page
+
+
 def test_the_files_have_every_answer_and_the_same_bytes_again(
     small: StudyPlan, tmp_path: Path
 ) -> None:

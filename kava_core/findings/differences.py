@@ -15,8 +15,8 @@ import numpy as np
 
 from kava_core.errors import KavaError
 from kava_core.findings.evaluation import Difference
+from kava_core.findings.paired_t import paired_t_test
 from kava_core.findings.study import SeededDifference
-from kava_core.findings.t_test import paired_t_test
 
 RESAMPLES = 10_000
 SEED = 0

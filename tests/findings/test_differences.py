@@ -18,8 +18,8 @@ from kava_core.findings.differences import (
     seeded_difference,
 )
 from kava_core.findings.evaluation import Difference
+from kava_core.findings.paired_t import critical_value, paired_t_test, two_sided_p
 from kava_core.findings.study import SeededDifference
-from kava_core.findings.t_test import critical_value, paired_t_test, two_sided_p
 
 
 def marks(both: int, left: int, right: int, neither: int) -> tuple[list[bool], list[bool]]:

@@ -61,6 +61,9 @@ class TermsTrainer(Trainer):
         self.held_out = held_out
         self.warned: set[str] = set()
         self.unmeasured: list[Batch] = []  # of the step that begins
+        self.unfit: list[str] = []  # terms whose gradient in this step is no number
+        self.ids: list[str] = []  # of the batches of this step that were taught, if any is unfit
+        self.left = 0  # batches of this step
         super().__init__(**options)
 
     def take_over(self, checkpoint: Path) -> None:
@@ -102,7 +105,8 @@ class TermsTrainer(Trainer):
     ) -> Any:
         # Here, not when the batches are read: the step has begun, in its stage of a curriculum.
         batches, self.unmeasured = self.unmeasured, []
-        unfit = self._measure(batches) if batches else []
+        if batches:
+            self.unfit, self.ids, self.left = self._measure(batches), [], len(batches)
         terms = self.terms(model, inputs)
         terms = {name: term * self._factor(name) for name, term in terms.items()}
         loss = torch.stack(list(terms.values())).sum()
@@ -111,9 +115,12 @@ class TermsTrainer(Trainer):
         if not math.isfinite(values[0]):
             bad = [] if torch.isfinite(loss) else inputs["ids"]
             self._give_up(model, f"the loss became {values[0]:g}", bad)
-        if unfit:
-            ids = [name for batch in batches for name in batch["ids"]]
-            self._give_up(model, f"the gradient of {', '.join(unfit)} became no number", ids)
+        self.left -= 1
+        if self.unfit:
+            self.ids += inputs["ids"]
+            if not self.left:  # no loss has named its records
+                what = f"the gradient of {', '.join(self.unfit)} became no number"
+                self._give_up(model, what, self.ids)
         window = self.window
         for name, value in zip(("loss", *terms), values, strict=True):
             window.sums[name] = window.sums.get(name, 0.0) + value

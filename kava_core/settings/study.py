@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import KeysView
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +31,9 @@ class Study(Section):
     of every store that a student is taught from; 0: none. baseline: the student with which the
     others are compared; null: none are. settings: dotted key of the pipeline → another value, for
     the whole study; what is not there yet is made, so a student can be added. grid: dotted key →
-    values, crossed with each other. `students.*.KEY` is the key of every student of the study.
+    values, crossed with each other. together: mappings of the same dotted keys to values, for
+    settings that change together; each is crossed with the grid. `students.*.KEY` is the key of
+    every student of the study.
     """
 
     pipeline: Name
@@ -43,6 +47,12 @@ class Study(Section):
     baseline: Name | None = None
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(default_factory=dict)
+    together: tuple[dict[str, JsonValue], ...] = ()
+
+    @property
+    def _together(self) -> KeysView[str]:
+        """The keys of `together`."""
+        return (self.together or ({},))[0].keys()
 
     @model_validator(mode="after")
     def _means_something(self) -> Study:
@@ -58,9 +68,20 @@ class Study(Section):
         for key, values in self.grid.items():
             if any(value in values[:i] for i, value in enumerate(values)):
                 raise ValueError(f"grid: {key} has a value twice. Name it once")
-        if both := sorted(self.settings.keys() & self.grid.keys()):
-            raise ValueError(f"{both[0]} stands in both settings and grid. Leave one out")
-        for key in (*self.settings, *self.grid):
+        if self.together:
+            first = self.together[0].keys()
+            if len(first) < 2 or any(each.keys() != first for each in self.together):
+                raise ValueError(
+                    "together: expected the same keys in every one, two or more. Name a value of "
+                    "each in all; the values of a single key belong in grid"
+                )
+            if any(each in self.together[:i] for i, each in enumerate(self.together)):
+                raise ValueError("together: one stands there twice. Leave one out")
+        where = {"settings": {*self.settings}, "grid": {*self.grid}, "together": {*self._together}}
+        for one, other in combinations(where, 2):
+            if both := sorted(where[one] & where[other]):
+                raise ValueError(f"{both[0]} stands in both {one} and {other}. Leave one out")
+        for key in (*self.settings, *self.grid, *self._together):
             section, _, rest = key.partition(".")
             if key not in ASKING and (section not in DECISIVE or not rest):
                 raise ValueError(
@@ -73,7 +94,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _said_once(self) -> Study:
-        keys = (*self.settings, *self.grid)
+        keys = (*self.settings, *self.grid, *self._together)
         for every in (key for key in keys if key.startswith("students.*.")):
             own = re.escape(every.removeprefix("students.*."))
             for key in keys:

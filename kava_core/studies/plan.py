@@ -142,13 +142,22 @@ def plan_study(path: Path, name: str, study: Study) -> StudyPlan:
             f"{where}.baseline: there is no other student to compare with {study.baseline}. Name "
             "one, or leave it out."
         )
-    for key, values in study.grid.items():
-        asked_at = [[keys for point, keys in points if point[key] == value] for value in values]
+    varied: dict[str, list[tuple[JsonValue, Point]]] = {
+        f"grid: {key}": [(value, {key: value}) for value in values]
+        for key, values in study.grid.items()
+    }
+    varied["together"] = [(each, each) for each in study.together]
+    for setting, values in varied.items():
+        asked_at = [
+            [keys for point, keys in points if change.items() <= point.items()]
+            for _, change in values
+        ]
         for i, keys in enumerate(asked_at):
             if (j := asked_at.index(keys)) < i:
                 raise KavaError(
-                    f"{where}.grid: {key}: {shown(values[j])} and {shown(values[i])} come to the "
-                    "same for every student. Leave one out, or name a student that depends on it."
+                    f"{where}.{setting}: {shown(values[j][0])} and {shown(values[i][0])} come to "
+                    "the same for every student. Leave one out, or name a student that depends on "
+                    "it."
                 )
     return plan
 
@@ -253,8 +262,9 @@ def _expand(
 
 
 def _points(study: Study) -> Iterator[Point]:
-    for values in itertools.product(*study.grid.values()):
-        yield dict(zip(study.grid, values, strict=True))
+    for together in study.together or ({},):
+        for values in itertools.product(*study.grid.values()):
+            yield {**dict(zip(study.grid, values, strict=True)), **together}
 
 
 def _with(pipeline: Any, changes: Point, students: tuple[str, ...] | None = ()) -> dict[str, Any]:

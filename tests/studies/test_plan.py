@@ -110,6 +110,28 @@ def test_a_value_of_the_grid_reaches_those_whom_it_concerns(tmp_path: Path) -> N
     assert turned.pairs == tuple((("", "no-cot"), (v, "kava")) for v in kava)
 
 
+def test_settings_that_change_together_are_crossed_with_the_grid(tmp_path: Path) -> None:
+    study = {
+        "seeds": [0],
+        "students": ["kava"],
+        "grid": {"students.kava.alpha_kv": [1, 10]},
+        "together": [
+            {"generate.latent_fraction": 0.5, "evict.budget": 4},
+            {"generate.latent_fraction": 1.0, "evict.budget": 8},
+        ],
+    }
+    found = plan(tmp_path, study)
+    assert pieces(found) == {"prepare": 1, "teacher": 1, "generate": 2, "evict": 2, "distill": 4}
+    assert [variant for system, variant, _ in cells(found) if system == "kava"] == [
+        f"students.kava.alpha_kv={alpha} generate.latent_fraction={fraction} evict.budget={budget}"
+        for fraction, budget in (("0.5", 4), ("1.0", 8))
+        for alpha in (1, 10)
+    ]
+    for cell in found.cells[2:]:
+        half = cell.piece.settings["generate"]["latent_fraction"] == 0.5
+        assert cell.piece.settings["evict"]["budget"] == (4 if half else 8)
+
+
 def test_chains_of_the_teachers_concern_all_students_and_no_teacher(tmp_path: Path) -> None:
     small = {**copy.deepcopy(SMALL), "traces": {"temperature": 1.0}}
     found = plan(tmp_path, {"seeds": [0], "grid": {"traces.samples": [1, 4]}}, small)
@@ -240,6 +262,26 @@ def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
             {"grid": {"evict.budget": [4]}, "settings": {"evict.budget": 3}},
             "evict.budget stands in both settings and grid",
         ),
+        (
+            {"together": [{"evict.budget": 4}, {"evict.budget": 8}]},
+            "together: expected the same keys in every one, two or more",
+        ),
+        (
+            {"together": [{"evict.budget": 4, "prepare.seed": 1}, {"evict.budget": 8}]},
+            "together: expected the same keys in every one, two or more",
+        ),
+        (
+            {"together": [{"evict.budget": 4, "prepare.seed": 1}] * 2},
+            "together: one stands there twice",
+        ),
+        (
+            {"grid": {"evict.budget": [4]}, "together": [{"evict.budget": 4, "prepare.seed": 1}]},
+            "evict.budget stands in both grid and together",
+        ),
+        (
+            {"together": [{"evict.budget": 4, "cadence.log_every": 1}]},
+            "cadence.log_every should be a dotted key below",
+        ),
         ({"pipeline": "none"}, "there is no pipeline 'none'. There are: small"),
         ({"students": ["cody"]}, "there is no student 'cody'. There are: kava, no-cot"),
         ({"baseline": "codi"}, "there is no student 'codi'. There are: kava, no-cot"),
@@ -284,6 +326,13 @@ def test_what_decides_nothing_changes_no_key(tmp_path: Path) -> None:
         (
             {"students": ["no-cot"], "grid": {"evict.budget": [4, 8]}},
             "s.grid: evict.budget: 4 and 8 come to the same for every student",
+        ),
+        (
+            {
+                "students": ["no-cot"],
+                "together": [{"evict.budget": m, "evict.keys_bits": m} for m in (4, 8)],
+            },
+            "s.together: {'evict.budget': 4, ",
         ),
         (
             {"grid": {"evict.budget": [4, 8], "evict.policy": ["rkv", {"name": "rkv"}]}},

@@ -188,7 +188,7 @@ class Round(dict[str, float]):
 
 def measure(folders: dict[str, Path], batch: int, rounds: int) -> dict[str, list[Round]]:
     found: dict[str, list[Round]] = {"cot": [], "latent": []}
-    count = max(8, 2 * batch)
+    count = max(8, 4 * batch)
     with served(folders["cot"], batch) as cot, served(folders["latent"], batch) as latent:
         servers = {"cot": cot, "latent": latent}
         for system, server in servers.items():  # warm up

@@ -38,6 +38,7 @@ from kava_core.models.phase import rotary_of
 from kava_core.models.recompute import switch_recomputing
 from kava_core.models.thinking import (
     FORMAT_VERSION,
+    MOST_ITERATIONS,
     SETTINGS_FILE,
     WEIGHTS_FILE,
     LatentOutput,
@@ -130,6 +131,11 @@ class LatentReasoner(PreTrainedModel):
         super().__init__(config)
         if config.reasoning not in ("jacobi", "sequential"):
             raise KavaError(f"reasoning must be jacobi or sequential, not {config.reasoning!r}.")
+        if config.iterations > (most := max(config.latents, MOST_ITERATIONS)):
+            raise KavaError(
+                f"expected at most {most} iterations, found {config.iterations}. More than there "
+                f"are latents ({config.latents}) change nothing: set fewer."
+            )
         self.decoder: PreTrainedModel = decoder
         self._rotary: Rotary | None = None
         self.bot: nn.Parameter

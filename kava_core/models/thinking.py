@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -29,12 +30,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -45,6 +48,7 @@ FORMAT_VERSION = 1
 SETTINGS_FILE = "latents.json"
 WEIGHTS_FILE = "latents.safetensors"
 LARGEST = 1 << 31  # of a number in latents.json
+MOST_ITERATIONS = 256  # of a student with fewer latents
 
 
 class Refused(ValueError):
@@ -131,7 +135,15 @@ class LatentSettings:
                 right = type(value) is int and (name == "stride") <= value < LARGEST
             if not right or (name == "reasoning" and value not in ("jacobi", "sequential")):
                 raise Refused(f"{path}: {name} cannot be {value!r:.80}. Copy or make it again.")
-        return cls(**found)
+        settings = cls(**found)
+        most = max(settings.latents, MOST_ITERATIONS)
+        if settings.iterations > most:
+            raise Refused(
+                f"{path}: expected at most {most} iterations, found {settings.iterations}. More "
+                f"than there are latents ({settings.latents}) change nothing: write a smaller "
+                "number, or copy the file again."
+            )
+        return settings
 
 
 def add_latents(module: nn.Module, size: int, settings: Settings) -> None:
@@ -396,6 +408,7 @@ class LatentOutput(ModelOutput):
 _FOLLOWS = "a question is a row of token ids, and the latents follow it"
 _GROWS = "thinking needs a cache that grows and is cut back after each iteration"
 _GUESSES = "its guesses would be made or checked without the latents"
+_ENCODED = "it looks for a question's tokens where transformers' own loops get embeddings"
 # What `generate` of transformers takes and a model that thinks cannot, and why.
 _REFUSED = {
     "inputs_embeds": _FOLLOWS,
@@ -418,6 +431,17 @@ _REFUSED = {
     "dola_layers": "DoLa is another custom_generate",
     "constraints": "constrained beams are another custom_generate",
     "force_words_ids": "constrained beams are another custom_generate",
+    "num_beam_groups": "beams in groups are another custom_generate",
+    "encoder_repetition_penalty": _ENCODED,
+    "encoder_no_repeat_ngram_size": _ENCODED,
+}
+# The values, beside None and False, at which these ask for nothing.
+_IDLE = {
+    "cache_implementation": "dynamic",
+    "guidance_scale": 1,
+    "num_beam_groups": 1,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
 }
 # Beside these, settings that take the whole way through transformers' own loops.
 _TRANSFORMERS_OWN = (
@@ -462,14 +486,16 @@ def answer(
     options = {name: value for name, value in options.items() if value is not None}
     asked = _Asked(decoder, generation_config, options)
     asked.check()
-    mask = torch.ones_like(ids) if mask is None else mask.long()
-    if ids.ndim != 2 or mask.shape != ids.shape:
+    shape = ids.shape if mask is None else mask.shape
+    if ids.ndim != 2 or ids.is_floating_point() or shape != ids.shape:
         raise Refused(
             f"expected token ids [rows, tokens] and a mask of their shape, found {list(ids.shape)} "
-            f"and {list(mask.shape)}. Give what a tokenizer gives with return_tensors='pt'."
+            f"({ids.dtype}) and {list(shape)}. Give what a tokenizer gives with "
+            "return_tensors='pt'."
         )
+    mask = asked.mask_of(ids) if mask is None else mask.long()
     device = decoder.device
-    ids, mask = left_padded(ids.to(device), mask.to(device))
+    ids, mask = left_padded(ids.to(device).long(), mask.to(device))
     _check_length(decoder, settings, mask)
     room = _room(decoder, settings, mask)
     rows, width = ids.shape
@@ -484,17 +510,22 @@ def answer(
     steps = torch.cat((thought.steps, mask.new_ones(tail.shape[1])))
     writer = _Writer(thought.state, embeds, embeds_mask, steps, asked.eos, room)
     beams, copies = asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1
-    first = passes_to_think(settings)
     call: dict[str, Any] = {"input_ids": ids, "generation_config": generation_config, **options}
     found: Any
     if beams == 1 and not any(asked.get(name) for name in _TRANSFORMERS_OWN):
         call |= {"attention_mask": mask, "custom_generate": writer}
         sequences, written = cast(Any, type(decoder)).generate(decoder, **call)
-        found, passes = {"sequences": sequences}, first - 1 + written
+        found = {"sequences": sequences}
     else:
+        if asked.get("cache_implementation"):
+            call["cache_implementation"] = None  # they refuse one beside a cache
+        criteria = list(options.get("stopping_criteria", ()))
         if room is not None:
-            ends = _Filled(width + int(room.min()))
-            call["stopping_criteria"] = [*options.get("stopping_criteria", ()), ends]
+            criteria.append(_Filled(width + int(room.min())))
+        if beams == 1:
+            ends = _Ends(asked, criteria, rows * copies, width)
+            criteria = [*ends.others, ends]
+        call["stopping_criteria"] = criteria
         calls: list[None] = []
         counter = decoder.base_model.register_forward_hook(lambda *_: calls.append(None))
         try:
@@ -505,14 +536,16 @@ def answer(
             counter.remove()
         found = found if isinstance(found, ModelOutput) else {"sequences": found}
         sequences = found["sequences"]
-        written = _written(sequences[:, width:], asked.eos)
-        passes = first - 1 + (written if beams == 1 else torch.full_like(written, len(calls)))
+        if beams == 1:
+            written = ends.written.clamp(max=sequences.shape[1] - width)
+        else:
+            written = torch.full((len(sequences),), len(calls), device=device)
     if not asked.get("return_dict_in_generate"):
         return cast(Tensor, sequences)
     return LatentOutput(
         **found,
         tokens=sequences[:, width:],
-        passes=passes,
+        passes=passes_to_think(settings) - 1 + written,
         latents=_copied(thought.latents, copies),
         thoughts=_copied(thought.hidden, copies),
     )
@@ -544,11 +577,23 @@ class _Asked:
             return [int(i) for i in found.flatten().tolist()]
         return list(found) if isinstance(found, Sequence) else [found]
 
+    def mask_of(self, ids: Tensor) -> Tensor:
+        """The mask of questions that came without, as transformers infers it from padding."""
+        pad = self.get("pad_token_id")
+        if pad is not None and pad not in self.eos:
+            return ids.ne(pad).long()
+        if len(ids) > 1:
+            warnings.warn(
+                "questions came without an attention_mask, and padding cannot be told from tokens: "
+                "pad_token_id is not set, or ends an answer too. Give the tokenizer's mask.",
+                stacklevel=3,
+            )
+        return torch.ones_like(ids, dtype=torch.long)
+
     def check(self) -> None:
         for name, why in _REFUSED.items():
             value = self.get(name)
-            idle = value in (False, 1) if name == "guidance_scale" else value is False
-            if value is None or idle or (name, value) == ("cache_implementation", "dynamic"):
+            if value is None or value is False or (name in _IDLE and value == _IDLE[name]):
                 continue
             raise Refused(f"`{name}` cannot be had with latents: {why}. Leave it out.")
         if self.get("use_cache") is False:
@@ -576,6 +621,8 @@ class _Asked:
                 asked = getattr(config, total, None)
                 setattr(config, total, None)
             said = options.get(new, getattr(config, new, None))
+            if asked is None and said is None:  # then the model's say
+                asked, said = (getattr(self.sources[-1], name, None) for name in (total, new))
             if asked is None or said is not None:
                 continue
             if total == "max_length" and asked <= width:
@@ -699,6 +746,40 @@ class _Filled(StoppingCriteria):
         return torch.full((len(input_ids),), filled, device=input_ids.device)
 
 
+class _Ends(StoppingCriteria):
+    """Keeps how much each row had written when it ended, [R]; LARGEST where it had not.
+
+    It asks criteria in their place, since they may remember what they saw. Those of transformers'
+    own types do not, and put its own aside: they stay beside this one, as `others`.
+    """
+
+    def __init__(
+        self, asked: _Asked, criteria: list[StoppingCriteria], rows: int, width: int
+    ) -> None:
+        self.others = [x for x in criteria if type(x).__module__ == StoppingCriteria.__module__]
+        self.own = StoppingCriteriaList(x for x in criteria if x not in self.others)
+        strings, tokenizer = asked.get("stop_strings"), asked.options.get("tokenizer")
+        default: list[StoppingCriteria] = [EosTokenCriteria(asked.eos)] if asked.eos else []
+        if strings is not None and tokenizer is not None:
+            default.append(StopStringCriteria(tokenizer, strings))
+        given = {type(x) for x in self.others}
+        # All others end every row at once.
+        self.watched = StoppingCriteriaList(
+            [x for x in self.others if isinstance(x, EosTokenCriteria | StopStringCriteria)]
+        )
+        self.watched += [x for x in default if type(x) not in given]
+        self.width = width
+        self.written = torch.full((rows,), LARGEST)
+
+    def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+        stopped = self.own(input_ids, scores, **more)
+        ended = stopped | self.watched(input_ids, scores, **more)
+        written = self.written.to(ended.device)
+        at = input_ids.shape[1] - self.width
+        self.written = torch.where(ended, written.clamp(max=at), written)
+        return stopped
+
+
 def _context(decoder: PreTrainedModel) -> Any:
     """None where the model names no bound."""
     return getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
@@ -732,12 +813,6 @@ def _check_length(decoder: PreTrainedModel, settings: Settings, mask: Tensor) ->
             f"a question of {longest} tokens takes {longest + thought} positions with latents and "
             f"answer prompt, and the model's context is {context}. Ask a shorter one."
         )
-
-
-def _written(tokens: Tensor, eos: list[int]) -> Tensor:
-    """How many of tokens [B, N] each row wrote, its end included."""
-    ends = torch.isin(tokens, torch.tensor(eos, dtype=tokens.dtype, device=tokens.device))
-    return torch.where(ends.any(1), ends.long().argmax(1) + 1, tokens.shape[1])
 
 
 def _copied(x: Tensor | None, copies: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,15 +17,16 @@ from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kava_core.errors import KavaError
-from kava_core.serving.bodies import Chat, Completion, Refusal, read_body, too_late
+from kava_core.serving.bodies import STOPPED, Chat, Completion, Refusal, read_body, too_late
 from kava_core.serving.engine import Engine, Full
 from kava_core.serving.exchange import GONE, Exchange, Stream
 from kava_core.serving.meters import Meters
@@ -35,8 +37,8 @@ from kava_core.serving.text import Text
 
 @dataclass(frozen=True)
 class Limits:
-    """max_batch: answers that are written together; queue: answers that wait; max_tokens: of an
-    answer; timeout: seconds of a request; max_body: bytes of one."""
+    """max_batch: answers that are written together; queue: those that wait until one of these has
+    ended; max_tokens: of an answer; timeout: seconds of a request; max_body: bytes of one."""
 
     max_batch: int = 32
     queue: int = 128
@@ -49,12 +51,12 @@ def build(
     served: Served,
     limits: Limits,
     token: str | None = None,
-    hosts: Sequence[str] = ("*",),
+    hosts: Sequence[str] | None = None,
 ) -> Starlette:
     """The application that serves one model.
 
     token: what requests have to bear, None for nothing; hosts: the names under which it may be
-    asked for, so that a page in a browser cannot reach it by a name that it made up.
+    asked for, so that a page in a browser cannot reach it by a name that it made up; None: any.
     """
     return _Server(served, limits, token).app(hosts)
 
@@ -67,7 +69,7 @@ class _Server:
         self.engine = Engine(served, self.meters, max_batch=limits.max_batch, queue=limits.queue)
         self.created = int(time.time())
 
-    def app(self, hosts: Sequence[str]) -> Starlette:
+    def app(self, hosts: Sequence[str] | None) -> Starlette:
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -77,9 +79,7 @@ class _Server:
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
             ],
-            middleware=[
-                Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-            ],
+            middleware=[] if hosts is None else [Middleware(_Hosts, hosts)],
             exception_handlers={HTTPException: _unknown},
             lifespan=self._life,
         )
@@ -167,6 +167,8 @@ class _Server:
             response = _refused(too_late(self.limits.timeout))
         except ClientDisconnect:
             response = Response(status_code=GONE)
+        except asyncio.CancelledError:  # the server is stopped at once
+            response = _refused(STOPPED)
         done(response.status_code)
         return response
 
@@ -212,9 +214,10 @@ class _Server:
         ids = self._ids(asked)
         limits = [self._limit(asked, row) for row in ids]
         copies = asked.n or 1
-        if len(ids) * copies > self.limits.queue:
+        places = self.limits.max_batch + self.limits.queue
+        if len(ids) * copies > places:
             raise Refusal(
-                f"{'prompt' if len(ids) > 1 else 'n'}: expected at most {self.limits.queue} "
+                f"{'prompt' if len(ids) > 1 else 'n'}: expected at most {places} "
                 f"answers to a request, found {len(ids) * copies}. Ask in several requests.",
                 param="prompt" if len(ids) > 1 else "n",
             )
@@ -240,7 +243,8 @@ class _Server:
             self.engine.submit(exchange.jobs)
         except Full:
             raise Refusal(
-                f"{self.limits.queue} answers are waiting already. Try again in a second.",
+                f"expected {len(exchange.jobs)} free places of {places}, found fewer: others' "
+                "answers are being written or wait. Try again in a second.",
                 status=429,
                 code="queue_full",
                 kind="rate_limit_error",
@@ -313,6 +317,23 @@ class _Server:
             collecting.cancel()
             leaving.cancel()
             exchange.close()
+
+
+class _Hosts:
+    """Lets in those who ask for the server by one of its names, with a port or without."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app, self.names = app, list(dict.fromkeys(names))
+        named = "|".join(map(re.escape, self.names))
+        self.known = re.compile(rf"({named})(:\d+)?", re.IGNORECASE | re.ASCII)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = Headers(scope=scope).get("host", "") if scope["type"] == "http" else None
+        if found is None or self.known.fullmatch(found):
+            await self.app(scope, receive, send)
+            return
+        message = f"expected {', '.join(self.names)} as Host, found {found[:60]!r}."
+        await _refused(Refusal(message, code="unknown_host"))(scope, receive, send)
 
 
 def _refused(refusal: Refusal) -> Response:

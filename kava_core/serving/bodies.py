@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 CHOICES = 16  # answers to one request
 
@@ -42,8 +49,24 @@ def too_late(seconds: float) -> Refusal:
     )
 
 
+STOPPED = Refusal(
+    "the server was stopped before there was an answer.",
+    status=503,
+    code="stopped",
+    kind="server_error",
+)
+
+
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, value: Any) -> Any:
+        """Without fields that are not known here and null."""
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
 
 
 class StreamOptions(_Fields):
@@ -119,7 +142,11 @@ class Chat(Asked):
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none"] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, Any] | None = Field(None, max_length=0)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
     @field_validator("messages", mode="before")
@@ -152,7 +179,6 @@ class Completion(Asked):
     prompt: list[str | list[int]]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: Literal[0] | None = None
     suffix: Literal[""] | None = None
 
     @field_validator("prompt", mode="plain")

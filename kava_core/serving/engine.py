@@ -71,7 +71,8 @@ class Full(Exception):
 
 
 class Engine:
-    """Answers jobs in the order of their coming, up to `max_batch` at a time, `queue` waiting."""
+    """Answers jobs in the order of their coming, up to `max_batch` at a time, while `queue` wait
+    for one of these to end."""
 
     def __init__(self, served: Served, meters: Meters, *, max_batch: int, queue: int) -> None:
         self.served, self.meters = served, meters
@@ -108,9 +109,10 @@ class Engine:
         return len(self._jobs)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, all or none; Full where there is no place for all."""
+        """Queue jobs, all or none; Full where there is no place for all, in batch and queue."""
         with self._changed:
-            if self._stopping or len(self._waiting) + len(jobs) > self.queue:
+            wanted = len(self._jobs) + len(self._waiting) + len(jobs)
+            if self._stopping or wanted > self.max_batch + self.queue:
                 raise Full
             for job in jobs:
                 job.queued = time.monotonic()
@@ -138,6 +140,7 @@ class Engine:
                         job.tell(Piece("", "error"))
                     return
                 new = self._next()
+                self._jobs += new  # told if the model fails, and counted by `submit`
                 self.meters.waiting.set(len(self._waiting))
             try:
                 self._cycle(new)
@@ -170,7 +173,6 @@ class Engine:
     def _cycle(self, new: list[Job]) -> None:
         """New jobs get their first token, then all get their next."""
         if new:
-            self._jobs += new  # first, so that they are told if the model fails
             first = self._batch.admit(new)
             self._count(self._thinking, len(new))
             for job in new:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from pathlib import Path
+from types import FrameType
 
 import torch
 import uvicorn
@@ -23,7 +25,8 @@ def serve(
 ) -> None:
     """Serve the student or teacher in `folder` until SIGTERM or SIGINT.
 
-    Then nothing new is accepted, what was accepted is answered, and it returns. base: as
+    Then nothing new is accepted, what was accepted is answered, and it returns; a second SIGINT
+    does not wait for answers, and what it raises says how many requests got none. base: as
     `open_served` takes it. port: 0 for any that is free. KavaError if the place is taken, or the
     folder holds no such model.
     """
@@ -34,13 +37,13 @@ def serve(
         at, port, *_ = place.getsockname()
         local = ipaddress.ip_address(at).is_loopback
         shown = f"[{host}]" if ":" in host else host
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 build(
                     served,
                     limits,
                     token,
-                    hosts=("localhost", "127.0.0.1", "[::1]", shown) if local else ("*",),
+                    hosts=("localhost", "127.0.0.1", "[::1]", shown) if local else None,
                 ),
                 loop="asyncio",
                 http="h11",
@@ -58,10 +61,25 @@ def serve(
         say(f"serving {served.name}, {served.about}, at http://{shown}:{port}/v1")
         try:
             server.run(sockets=[place])
-        except (SystemExit, KeyboardInterrupt):
-            if not server.should_exit:
+        except (SystemExit, KeyboardInterrupt) as error:
+            if server.force_exit:
+                error.add_note(f"requests that got no answer: {server.lost}")
+            if server.force_exit or not server.should_exit:
                 raise
         say("stopped; what was asked before was answered")
+
+
+class _Server(uvicorn.Server):
+    """lost: how many requests were being answered when a second SIGINT came."""
+
+    lost = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            self.lost = max(self.lost, len(self.server_state.tasks))
+            # It would print a traceback for each request, and one for itself.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def _bound(host: str, port: int) -> socket.socket:

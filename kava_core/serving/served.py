@@ -8,10 +8,9 @@ from pathlib import Path
 from kava_core.errors import KavaError
 from kava_core.models.context import context_of
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, load_tokenizer, to_device
-from kava_core.models.students import open_student
+from kava_core.models.loading import load_model, to_device
+from kava_core.models.students import encoder_of, open_student
 from kava_core.models.thinking import SETTINGS_FILE, positions_to_think
-from kava_core.problems.prompt import PLAIN, prompt_in
 from kava_core.problems.traces import TraceEncoder
 
 
@@ -65,13 +64,9 @@ def open_served(folder: Path, base: str | None = None) -> Served:
         )
     name = folder.resolve().name
     if (folder / "teacher.json").is_file():
-        encoder = _encoder(folder, "teacher.json")
+        encoder = encoder_of(folder, "teacher.json")
         model = load_model(str(folder), base=base)
         system = LatentReasoner.plain(model, answer_prompt_ids=[], eos_token_id=encoder.eos)
         return Served(name, "teacher", to_device(system), encoder)
     system = open_student(folder, base)
-    return Served(name, "student", to_device(system), _encoder(folder, "student.json"))
-
-
-def _encoder(folder: Path, about: str) -> TraceEncoder:
-    return TraceEncoder(load_tokenizer(str(folder)), prompt=prompt_in(folder / about) or PLAIN)
+    return Served(name, "student", to_device(system), encoder_of(folder, "student.json"))

@@ -426,6 +426,8 @@ def test_sampling_options_that_mean_nothing_are_refused(options: dict[str, float
         tiny_student("llama").generate(torch.tensor(QUESTIONS[:1]), do_sample=True, **options)
 
 
-def test_unknown_reasoning_is_refused() -> None:
+def test_unknown_reasoning_and_absurd_iterations_are_refused() -> None:
     with pytest.raises(KavaError, match=r"jacobi or sequential, not 'parallel'"):
         tiny_student("llama", reasoning="parallel")
+    with pytest.raises(KavaError, match=r"at most 256 iterations, found 257\. More than there are"):
+        tiny_student("llama", iterations=257)

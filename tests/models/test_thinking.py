@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,8 +22,10 @@ from transformers import (
     LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
     dynamic_module_utils,
@@ -198,6 +204,17 @@ class After(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.columns)
 
 
+class InTurn(StoppingCriteria):
+    """Ends the first row when it is asked for the first time, the second at the second."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self.asked += 1
+        return torch.arange(len(input_ids)) < self.asked
+
+
 @pytest.fixture(params=["ours", "transformers"])
 def generate(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Any]:
     """Nothing ends an answer but its length."""
@@ -243,6 +260,31 @@ def test_lengths_count_as_they_do_in_transformers(generate: Callable[..., Any]) 
         generate(*BATCH, max_length=5)
 
 
+def test_lengths_of_the_model_count_as_well(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    tiny_student("llama").save_pretrained(folder)
+    decoder = AutoModelForCausalLM.from_pretrained(folder)
+
+    def asked(**options: Any) -> list[int]:
+        options |= {"custom_generate": str(folder), "trust_remote_code": True}
+        return decoder.generate(torch.tensor(QUESTIONS[:1]), **options)[0, WIDTH:].tolist()
+
+    free = asked(max_new_tokens=6, eos_token_id=63)
+    ways: list[dict[str, Any]] = [{}, {"streamer": Heard()}, {"num_beams": 2}]
+    decoder.generation_config = GenerationConfig(max_length=WIDTH + 4, eos_token_id=63)
+    assert [len(asked(**way)) for way in ways] == [4, 4, 4]
+    assert [len(asked(max_new_tokens=3, **way)) for way in ways] == [3, 3, 3]
+    decoder.generation_config = GenerationConfig(
+        max_new_tokens=6, min_length=WIDTH + 3, eos_token_id=free[0]
+    )
+    for way in ways:
+        assert free[0] not in asked(**way)[:3]
+    decoder.generation_config = GenerationConfig(max_length=3)
+    for way in ways:
+        with pytest.raises(ValueError, match="max_length is 3, and the question has 5 tokens"):
+            asked(**way)
+
+
 def test_several_ids_may_end_an_answer(generate: Callable[..., Any]) -> None:
     free = answers(generate, max_new_tokens=6, eos_token_id=63)
     ends = [free[0][1], free[1][2]]
@@ -277,6 +319,30 @@ def test_processors_and_criteria_are_asked_and_see_every_row(generate: Callable[
     punished = answers(generate, max_new_tokens=6, eos_token_id=63, repetition_penalty=50.0)
     for row, question in zip(punished, QUESTIONS, strict=True):
         assert len({*row, *question}) == len(row) + len(question)
+
+
+def test_a_row_that_criteria_stop_passes_no_more(generate: Callable[..., Any]) -> None:
+    more: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": 63, "pad_token_id": 0}
+    free = answers(generate, **more)
+
+    def passes(**options: Any) -> tuple[list[list[int]], list[int]]:
+        found = generate(*BATCH, **more, **options, return_dict_in_generate=True)
+        return found.tokens.tolist(), (found.passes - 2).tolist()
+
+    tokens, written = passes(stopping_criteria=[InTurn()])
+    assert written == [1, 2, 3]
+    assert tokens == [row[:n] + [0] * (3 - n) for row, n in zip(free, written, strict=True)]
+    # the length that transformers' own criterion names comes before max_new_tokens
+    tokens, written = passes(stopping_criteria=[MaxLengthCriteria(WIDTH + 4), InTurn()])
+    assert (len(tokens[0]), written) == (3, [1, 2, 3])
+    tokens, written = passes(stopping_criteria=[MaxLengthCriteria(WIDTH + 8)])
+    assert (len(tokens[0]), written) == (8, [8, 8, 8])
+    words = {"abcdef": 0} | {f"t{i}": i for i in range(1, 64)}  # the first is transformers' wish
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "abcdef")))
+    stop = free[1][2]
+    tokens, written = passes(stop_strings=[f"t{stop}"], tokenizer=tokenizer)
+    assert written == [row.index(stop) + 1 if stop in row else 6 for row in free]
+    assert min(written) < 6
 
 
 def test_more_than_one_answer_and_sampling(generate: Callable[..., Any]) -> None:
@@ -378,6 +444,65 @@ def test_latents_that_stand_apart_have_no_prompt_embeddings() -> None:
         student.prompt_embeddings(*BATCH)
 
 
+def test_what_asks_for_nothing_changes_nothing(generate: Callable[..., Any]) -> None:
+    idle = {
+        "cache_implementation": "dynamic",
+        "guidance_scale": 1.0,
+        "num_beam_groups": 1,
+        "encoder_repetition_penalty": 1.0,
+        "encoder_no_repeat_ngram_size": 0,
+    }
+    for way in ({}, {"num_beams": 2}, {"output_scores": True}):
+        options = {"max_new_tokens": 4, **way}
+        expected = answers(generate, **options)
+        assert answers(generate, **options, **idle) == expected
+        config = GenerationConfig(**options, cache_implementation="dynamic", eos_token_id=EOS)
+        assert answers(generate, generation_config=config) == expected
+
+
+def test_token_ids_may_be_of_any_size_of_integer(generate: Callable[..., Any]) -> None:
+    expected = generate(*BATCH, max_new_tokens=3)
+    for way in ({}, {"streamer": Heard()}):
+        small = generate(*(x.int() for x in BATCH), max_new_tokens=3, **way)
+        assert torch.equal(small, expected)
+    with pytest.raises((KavaError, ValueError), match=r"expected token ids .*float32"):
+        generate(BATCH[0].float(), BATCH[1])
+
+
+def test_padding_without_a_mask_is_found_or_warned_about(generate: Callable[..., Any]) -> None:
+    filler = int(BATCH[0][1, 0])
+    expected = answers(generate, max_new_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for side in ("left", "right"):
+            found = generate(pad(QUESTIONS, side)[0], max_new_tokens=4, pad_token_id=filler)
+            assert found[:, WIDTH:].tolist() == expected
+        generate(torch.tensor(QUESTIONS[:1]), max_new_tokens=4)
+    with pytest.warns(UserWarning, match="without an attention_mask"):
+        generate(BATCH[0], max_new_tokens=4, pad_token_id=EOS)
+
+
+@pytest.mark.parametrize(
+    "latents_and_iterations", [(4, 256), (300, 300), (4, 257), (300, 301), (4, 2**31 - 1)]
+)
+def test_more_iterations_than_can_change_anything_are_refused(
+    latents_and_iterations: tuple[int, int], tmp_path: Path
+) -> None:
+    latents, iterations = latents_and_iterations
+    _, theirs = both(tmp_path / "student", latents=latents, per_position=False)
+    file = tmp_path / "student" / "latents.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "iterations": iterations}))
+    most = max(latents, 256)
+    if iterations <= most:
+        assert LatentReasoner.from_pretrained(tmp_path / "student").config.iterations == iterations
+        return
+    said = f"expected at most {most} iterations, found {iterations}"
+    with pytest.raises(KavaError, match=said):
+        LatentReasoner.from_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match=said):
+        theirs(*BATCH)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -385,6 +510,9 @@ def test_latents_that_stand_apart_have_no_prompt_embeddings() -> None:
         ({"use_cache": False}, "`use_cache` cannot be False"),
         ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens` cannot be had"),
         ({"guidance_scale": 1.5}, "answer without the latents"),
+        ({"num_beam_groups": 2, "num_beams": 2}, "beams in groups are another custom_generate"),
+        ({"encoder_repetition_penalty": 1.9}, "`encoder_repetition_penalty` cannot be had"),
+        ({"encoder_no_repeat_ngram_size": 1}, "where transformers' own loops get embeddings"),
         ({"inputs_embeds": torch.zeros(1, 2, 32)}, "`inputs_embeds` cannot be had"),
         ({"labels": torch.zeros(1, 2)}, "`labels` cannot be had with latents"),
         ({"do_sample": True, "top_p": 2.0}, "top_p above 0, at most 1"),

@@ -108,6 +108,21 @@ def test_a_full_queue_is_said_at_once_and_nobody_else_suffers(narrow: Running) -
     wait_until(lambda: state(narrow) == (0, 0))
 
 
+def test_a_burst_fills_the_batch_before_the_queue(start: Start, folders: dict[str, Path]) -> None:
+    server = start(folders["student"], "--max-batch", "16", "--queue", "2", "--max-tokens", "40")
+    asked = {**LONG, "max_tokens": 40}
+    with ThreadPoolExecutor(12) as clients:
+        found = list(
+            clients.map(lambda _: server.post("/v1/chat/completions", asked), range(18), timeout=60)
+        )
+    assert [one.status_code for one in found] == [200] * 18
+    assert server.post("/v1/chat/completions", {**asked, "n": 16}).status_code == 200
+    many = {"model": NAME, "prompt": ["a"] * 19, "max_tokens": 1}
+    refused = server.post("/v1/completions", many)
+    assert refused.status_code == 400
+    assert "expected at most 18 answers" in refused.json()["error"]["message"]
+
+
 def test_what_takes_too_long_is_given_up(start: Start, folders: dict[str, Path]) -> None:
     server = start(folders["endless"], "--timeout", "0.2", "--max-tokens", "900")
     found = server.post("/v1/chat/completions", LONG)
@@ -141,6 +156,27 @@ def test_sigterm_waits_for_answers_and_takes_no_more(
     assert server.process.wait(120) == 0
     wait_until(lambda: any("stopped" in line for line in server.lines))
     assert not any("Traceback" in line or "interrupted" in line for line in server.lines)
+
+
+def test_a_second_interrupt_does_not_wait_and_says_what_is_lost(
+    start: Start, folders: dict[str, Path]
+) -> None:
+    server = start(folders["endless"], "--max-batch", "1", "--max-tokens", "16000")
+    asked = {**LONG, "max_tokens": 16_000}
+    with ThreadPoolExecutor(2) as clients:
+        whole = [clients.submit(server.post, "/v1/chat/completions", asked) for _ in range(2)]
+        wait_until(lambda: state(server) == (1, 1))
+        server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: closed(server))
+        server.process.send_signal(signal.SIGINT)
+        for answer in whole:
+            assert answer.result().status_code == 503
+            assert answer.result().json()["error"]["code"] == "stopped"
+    assert server.process.wait(120) == 130
+    wait_until(
+        lambda: any("interrupted; requests that got no answer: 2" in x for x in server.lines)
+    )
+    assert not any("Traceback" in line or "stopped" in line for line in server.lines)
 
 
 # --- the engine alone -----------------------------------------------------------------------------
@@ -182,20 +218,20 @@ def test_a_model_that_fails_loses_its_answers_and_serves_the_next(
 def test_jobs_are_queued_all_or_none_and_told_of_the_end(served: Served) -> None:
     engine = Engine(served, Meters(), max_batch=1, queue=2)
     told: list[Piece] = []
-    jobs = [job(served, told) for _ in range(3)]
+    jobs = [job(served, told) for _ in range(4)]
     with pytest.raises(Full):
         engine.submit(jobs)
     assert engine.waiting == 0
-    engine.submit(jobs[:2])
+    engine.submit(jobs[:3])  # one to be written, two to wait
     with pytest.raises(Full):
-        engine.submit(jobs[2:])
+        engine.submit(jobs[3:])
     engine.cancel(jobs[:1])
-    engine.submit(jobs[2:])
-    assert engine.waiting == 2
+    engine.submit(jobs[3:])
+    assert engine.waiting == 3
     engine._stopping = True
     engine.start()
     wait_until(lambda: not engine.alive)
-    assert [piece.finish for piece in told] == ["error", "error"]
+    assert [piece.finish for piece in told] == ["error"] * 3
     with pytest.raises(Full):
         engine.submit(jobs[:1])
 

@@ -14,7 +14,7 @@ from tests.stages.project import ROOT
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 # Accepted at the value that asks for nothing.
 NEUTRAL = {"frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "tools"} | {
-    *("response_format", "best_of", "echo", "suffix")
+    *("response_format", "best_of", "echo", "suffix", "top_logprobs", "store", "metadata")
 }
 
 

@@ -204,9 +204,28 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("completions", {"model": NAME, "prompt": []}, "prompt"),
     ("completions", {"model": NAME, "prompt": [1, 99999]}, "prompt"),
     ("completions", {"model": NAME, "prompt": "7 " * 1000}, "prompt"),
-    ("completions", {"model": NAME, "prompt": ["a"] * 129}, "prompt"),
+    ("completions", {"model": NAME, "prompt": ["a"] * 161}, "prompt"),
     ("completions", {"model": NAME, "prompt": "a", "echo": True}, "echo"),
+    ("completions", {"model": NAME, "prompt": "a", "logprobs": 0}, "logprobs"),
+    ("completions", {"model": NAME, "prompt": None}, "prompt"),
+    ("chat/completions", {**CHAT, "store": True}, "store"),
+    ("chat/completions", {**CHAT, "tool_choice": "auto"}, "tool_choice"),
+    ("chat/completions", {**CHAT, "metadata": {"a": "b"}}, "metadata"),
 ]
+
+
+def test_fields_that_ask_for_nothing_are_accepted(student: Running) -> None:
+    nothing: dict[str, Any] = {
+        **{"metadata": None, "top_logprobs": None, "reasoning_effort": None, "stop": None},
+        **{"store": False, "logprobs": False, "tool_choice": "none", "tools": []},
+    }
+    (turn,) = CHAT["messages"]
+    body = {**CHAT, **nothing, "messages": [{**turn, "tool_calls": None}]}
+    found = student.post("/v1/chat/completions", body)
+    assert found.status_code == 200, found.text
+    assert found.json()["choices"] == student.post("/v1/chat/completions", CHAT).json()["choices"]
+    body = {"model": NAME, "prompt": "a", "logprobs": None, "suffix": None}
+    assert student.post("/v1/completions", body).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "body", "field"), BAD, ids=lambda x: str(x)[:40])
@@ -243,10 +262,14 @@ def test_other_refusals_are_errors_of_openai_too(student: Running) -> None:
 
 
 def test_a_page_with_a_name_of_its_own_reaches_nothing(student: Running) -> None:
-    found = httpx2.get(f"{student.url}/health", headers={"host": "page.example"})
-    assert found.status_code == 400
+    for name in ("page.example", "localhost.page.example", "localhost:1:2", "127x0.0.1", ""):
+        found = httpx2.get(f"{student.url}/health", headers={"host": name})
+        assert found.status_code == 400
+        error = found.json()["error"]
+        assert error["type"] == "invalid_request_error" and error["code"] == "unknown_host"
+        assert error["message"] == f"expected localhost, 127.0.0.1, [::1] as Host, found {name!r}."
     port = student.url.rsplit(":", 1)[1]
-    for name in ("localhost", "127.0.0.1", "[::1]"):
+    for name in ("localhost", "127.0.0.1", "[::1]", "LocalHost"):
         assert httpx2.get(f"{student.url}/health", headers={"host": f"{name}:{port}"}).is_success
 
 

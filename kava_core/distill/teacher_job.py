@@ -193,5 +193,7 @@ def _made_from(settings: Teacher, problems: ProblemFolder) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "fingerprints": fingerprints,
         "commit": commit,
+        # How steps of the examples in its prompt are written.
+        **({"traces": problems.traces} if problems.prompt.examples else {}),
         **problems.prompt.kept(),
     }

@@ -15,11 +15,10 @@ from kava_core.errors import KavaError
 from kava_core.evaluation.asking import Written, write
 from kava_core.models.context import context_of
 from kava_core.models.latent import LatentReasoner
-from kava_core.models.loading import load_model, load_tokenizer, model_fingerprint, to_device
-from kava_core.models.students import open_student
+from kava_core.models.loading import load_model, model_fingerprint, to_device
+from kava_core.models.students import encoder_of, open_student
 from kava_core.models.thinking import positions_to_think
 from kava_core.problems.formats import read_jsonl, read_text, readable
-from kava_core.problems.prompt import PLAIN, prompt_in
 from kava_core.problems.rows import BadRow
 from kava_core.problems.traces import TraceEncoder
 
@@ -49,9 +48,12 @@ def read_questions(path: Path) -> list[Question]:
         if isinstance(row, BadRow):
             raise row
         try:
-            json.dumps(row.fields, ensure_ascii=False).encode()
+            json.dumps(row.fields, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
             raise BadRow(row.place, "Unicode text", f"half of a character ({error})") from None
+        except ValueError:
+            found_instead = "NaN, Infinity or one that is too large for a float"
+            raise BadRow(row.place, "numbers of JSON", found_instead) from None
         given = {key: value for key, value in row.fields.items() if key != name}
         found.append(Question(row.text(name), given, row.place))
     if not found:
@@ -61,12 +63,16 @@ def read_questions(path: Path) -> list[Question]:
 
 @dataclass(frozen=True)
 class Respondents:
-    """Who is asked: a student, or the writer of steps in its weights; and its teacher, or none."""
+    """Who is asked: a student, or the writer of steps in its weights; and its teacher, or none.
+
+    origin: what the teacher is to the student, "teacher", or "base" of one that was imported.
+    """
 
     system: LatentReasoner
     writes_steps: bool
     teacher: LatentReasoner | None
     encoder: TraceEncoder
+    origin: str = "teacher"
 
     @classmethod
     def of(
@@ -79,10 +85,9 @@ class Respondents:
         base: as `open_student` takes it.
         """
         system = open_student(folder, base)
-        prompt = prompt_in(folder / "student.json") or PLAIN
-        encoder = TraceEncoder(load_tokenizer(str(folder)), prompt=prompt)
+        encoder = encoder_of(folder, "student.json")
         if steps:
-            if not read_json(folder / "student.json")["settings"]["w_cot"]:
+            if not _recorded(folder, "settings", "w_cot"):
                 raise KavaError(
                     f"{folder} was trained with w_cot 0: it never learnt to write its steps. Leave "
                     "--write-steps out, or train a student with w_cot above 0."
@@ -90,15 +95,16 @@ class Respondents:
             system = _writer(system.decoder, encoder)
         if teacher is None:
             return cls(to_device(system), steps, None, encoder)
-        expected = read_json(folder / "student.json")["fingerprints"]["teacher"]
+        expected = str(_recorded(folder, "fingerprints", "teacher"))
+        origin = "base" if "imported" in read_json(folder / "student.json") else "teacher"
         found = model_fingerprint(str(teacher))
         if found != expected:
             raise KavaError(
-                f"{folder} was made from the teacher {expected[:12]}…, and the one in {teacher} is "
-                f"{found[:12]}…. Name its folder behind --compare."
+                f"{folder} was made from the {origin} {expected[:12]}…, and the one in {teacher} "
+                f"is {found[:12]}…. Name its folder behind --compare."
             )
         writer = _writer(load_model(str(teacher)), encoder)
-        return cls(to_device(system), steps, to_device(writer), encoder)
+        return cls(to_device(system), steps, to_device(writer), encoder, origin)
 
     def __iter__(self) -> Iterator[LatentReasoner]:
         yield self.system
@@ -164,11 +170,23 @@ class Respondents:
         ]
         for written_by_teacher in other:
             for row, written in zip(found, written_by_teacher, strict=True):
-                row["teacher"] = _told(written)
+                row[self.origin] = _told(written)
         for row, question in zip(found, questions, strict=True):
             if question.given:
                 row["given"] = dict(question.given)
         return found
+
+
+def _recorded(folder: Path, section: str, name: str) -> Any:
+    """What student.json says; KavaError if it does not."""
+    file = folder / "student.json"
+    about = read_json(file)
+    found = about.get(section) if isinstance(about, dict) else None
+    if not isinstance(found, dict) or name not in found:
+        raise KavaError(
+            f"{file}: expected {section}.{name} in it, found none. Copy the student's folder again."
+        )
+    return found[name]
 
 
 def _writer(model: PreTrainedModel, encoder: TraceEncoder) -> LatentReasoner:

@@ -31,10 +31,13 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from kava_core.artefacts import file_digest, fingerprint
 from kava_core.errors import KavaError
 from kava_core.models.adapted import (
+    ADAPTER,
+    CONFIG,
     Base,
     adapters_fingerprint,
     adapters_in,
@@ -115,13 +118,13 @@ def load_model(
     """A causal LM from a folder or a Hub id, in evaluation mode, on the CPU.
 
     Whole or not at all (see `load_whole`). Of a model of text and images it is the text model alone
-    (see `text_model`). No code of the folder is run and no pickle is read. base: of a folder that
-    holds adapters only, the model they belong on; None: where they say it is. KavaError if it is
+    (see `text_model`). No code of the folder is run and no pickle is read. base: of one that is
+    kept as adapters, the model they belong on; None: where they say it is. KavaError if it is
     another one.
     """
-    adapter = adapters_in(path)
+    adapter = _adapters_of(path, revision)
     if adapter is not None:
-        return _load_adapted(path, adapter, dtype, base)
+        return _load_adapted(adapter, dtype, base)
     if base is not None:
         raise KavaError(f"{path} holds whole weights, not adapters on {base}. Leave the base out.")
     config = whole_config(path, revision)
@@ -270,11 +273,22 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     return alone
 
 
-def _load_adapted(
-    path: str, adapter: Path, dtype: torch.dtype, place: str | None
-) -> PreTrainedModel:
+def _adapters_of(path: str, revision: str | None) -> Path | None:
+    """`adapters_in` a folder or a Hub id, of which all is fetched where it has adapters."""
+    if is_folder(path):
+        return adapters_in(path)
+    try:
+        cached_file(path, f"{ADAPTER}/{CONFIG}", **_at(revision))
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with the name
+    folder = str(_local_folder(path, revision))
+    look_at("model", folder)
+    return adapters_in(folder)
+
+
+def _load_adapted(adapter: Path, dtype: torch.dtype, place: str | None) -> PreTrainedModel:
     base = Base.read(adapter)
-    place = place or base.place(Path(path))
+    place = place or base.place(adapter.parent)
     commit = None if is_folder(place) else base.commit
     if not is_folder(place) and (commit is None or len(place) > LONGEST_ID):
         raise KavaError(

@@ -11,7 +11,10 @@ from kava_core.artefacts import read_json
 from kava_core.errors import KavaError
 from kava_core.models.inspection import look_at
 from kava_core.models.latent import LatentReasoner
+from kava_core.models.loading import load_tokenizer
 from kava_core.models.thinking import SETTINGS_FILE
+from kava_core.problems.prompt import read_prompt
+from kava_core.problems.traces import TraceEncoder
 from kava_core.wording import shorten
 
 
@@ -38,3 +41,17 @@ def open_student(
             f"{found}. Name a folder that `kava distill` made, or run it again."
         )
     return LatentReasoner.from_pretrained(folder, base=base, dtype=dtype)
+
+
+def encoder_of(folder: Path, name: str) -> TraceEncoder:
+    """How the model in `folder` was taught to be asked.
+
+    name: of the file that says so, student.json or teacher.json; without it, and where it says
+    nothing, a question stands alone, and steps of examples are equations.
+    """
+    file = folder / name
+    about = read_json(file) if file.is_file() else {}
+    prompt = read_prompt(about, file)
+    return TraceEncoder(
+        load_tokenizer(str(folder)), about.get("traces", "equations"), prompt=prompt
+    )

@@ -32,8 +32,8 @@ _NAMED = 20  # problems in a message
 _PROBE = "How many?"
 # Before a chat template that writes today's date, so that it writes the same one every day: that
 # which Llama-3.2's falls back on.
-_CLOCK = "strftime_now"
-_STOPPED = f"{{% macro {_CLOCK}(format) %}}26 Jul 2024{{% endmacro +%}}"
+CLOCK = "strftime_now"
+STOPPED = f"{{% macro {CLOCK}(format) %}}26 Jul 2024{{% endmacro +%}}"
 # Where a step states its result: behind the last "=", or it is nothing else.
 _STATED: dict[TraceForm, re.Pattern[str]] = {
     "equations": re.compile(r"=\s*([^=<>]+?)\s*(?:>>)?\s*$"),
@@ -111,8 +111,21 @@ class TraceEncoder:
 
     def question_texts(self, questions: Sequence[str]) -> list[str]:
         """Questions as they are tokenised, with what the prompt puts around them."""
-        asked = [self.prompt.asked(question) for question in questions]
-        return self._turns(asked) if self.prompt.chat and asked else asked
+        if self.prompt.chat and questions:
+            return self._chats(questions)
+        return [self.prompt.asked(question) for question in questions]
+
+    def turns(self, question: str) -> list[dict[str, str]]:
+        """The chat that asks a question: the turns of the examples, and its own."""
+        before = [
+            {"role": role, "content": content}
+            for e in self.prompt.examples
+            for role, content in (
+                ("user", self.prompt.asked(e.question)),
+                ("assistant", f"{self.cot_text(e.steps)}{self.prompt.answer} {e.answer}"),
+            )
+        ]
+        return [*before, {"role": "user", "content": self.prompt.asked(question)}]
 
     def cot_text(self, steps: Sequence[str]) -> str:
         """The chain of thought as it is tokenised."""
@@ -286,21 +299,13 @@ class TraceEncoder:
                 "out, or use another tokenizer."
             )
 
-    def _turns(self, asked: Sequence[str]) -> list[str]:
+    def _chats(self, questions: Sequence[str]) -> list[str]:
         """Chats that end where the model's turn begins."""
-        before = [
-            {"role": role, "content": content}
-            for e in self.prompt.examples
-            for role, content in (
-                ("user", self.prompt.asked(e.question)),
-                ("assistant", f"{self.cot_text(e.steps)}{self.prompt.answer} {e.answer}"),
-            )
-        ]
         try:
             template = self.tokenizer.get_chat_template()
             texts = self.tokenizer.apply_chat_template(
-                [[*before, {"role": "user", "content": text}] for text in asked],
-                chat_template=_STOPPED + template if _CLOCK in template else template,
+                [self.turns(question) for question in questions],
+                chat_template=STOPPED + template if CLOCK in template else template,
                 tokenize=False,
                 add_generation_prompt=True,
             )

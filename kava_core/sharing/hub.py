@@ -56,10 +56,12 @@ def download(repository: Repository, folder: Path) -> Path:
 
 
 def upload(folder: Path, repository: Repository, *, public: bool) -> str:
-    """Send a folder to the Hub in one commit, as whom this machine is logged in.
+    """Send a folder to the Hub, as whom this machine is logged in.
 
-    Gives the address. The repository is made if there is none, private unless `public`. KavaError
-    if something in the folder is a secret, or the Hub refuses.
+    Gives the address. The repository is made if there is none, private unless `public`, and holds
+    what the folder holds afterwards: of an older student no file stays among those of this one. Its
+    .gitattributes are the Hub's own and stay. KavaError if something in the folder is a secret, the
+    repository is public already and `public` is not asked for, or the Hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -74,12 +76,21 @@ def upload(folder: Path, repository: Repository, *, public: bool) -> str:
         made = api.create_repo(
             repository.name, repo_type=repository.kind, private=not public, exist_ok=True
         )
+        if not public and not api.repo_info(repository.name, repo_type=repository.kind).private:
+            raise KavaError(
+                f"expected {repository.name} to be private, and it is public already: everybody "
+                "could read what is sent there. Publish with --public if that is meant; else make "
+                "it private in its settings on the Hub, or choose another name."
+            )
         api.upload_folder(
             repo_id=repository.name,
             repo_type=repository.kind,
             folder_path=folder,
             commit_message="Publish with kava",
+            delete_patterns="*",
         )
+    except KavaError:
+        raise
     except Exception as error:  # transports fail each in their own way
         raise KavaError(
             f"{repository.name} cannot be published: {_reason(error)}. Log in with `hf auth login` "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +22,24 @@ from kava_core.findings.evaluation import (
     Scores,
 )
 from kava_core.findings.latents import Changed, Insights, InterventionScores
-from kava_core.models.adapted import ADAPTER, Base
+from kava_core.models.adapted import ADAPTER, Base, adapters_in
+from kava_core.models.latent import GENERATE_FILE
 from kava_core.settings import Student
 from kava_core.settings.student import Curriculum
 from kava_core.sharing.describe import shown_path, warn_of_places
+from kava_core.sharing.snippet import PRINT, questions_in
 from kava_core.store.export import (
     check_limits,
     check_new,
     check_secrets,
+    copy_file,
     copy_model,
     table,
 )
 from kava_core.store.manifest import Manifest
 from kava_core.store.provenance import CARD, DataFacts, TeacherFacts, data_rows, teacher_rows
 
-CODE = "custom_generate"
+CODE = Path(GENERATE_FILE)
 TEACHER_COT, TEACHER_NO_COT = "teacher-cot", "teacher-no-cot"
 
 
@@ -80,18 +82,21 @@ def publish_student(student: Published, destination: Path) -> None:
     with atomic_folder(destination) as folder:
         copy_model(student.folder, folder)
         _hide_places(folder / "student.json")
-        if (student.folder / CODE).is_dir():
-            (folder / CODE).mkdir()
-            for file in sorted((student.folder / CODE).glob("*.py")):
-                shutil.copyfile(file, folder / CODE / file.name)
+        if not _is_adapters(student):
+            copy_file(CODE, student.folder, folder)
         (folder / CARD).write_text(text, encoding="utf-8")
         check_limits(folder)
         check_secrets(folder)
 
 
+def _is_adapters(student: Published) -> bool:
+    """Whether it is kept as adapters, and so without code that loads it."""
+    return adapters_in(str(student.folder)) is not None
+
+
 def _warn_of_base(student: Published) -> None:
     """Say so if nobody else has what the student's adapters belong on."""
-    if (student.folder / CODE).is_dir() or not (student.folder / ADAPTER).is_dir():
+    if not _is_adapters(student):
         return
     base = Base.read(student.folder / ADAPTER)
     if base.commit is None:
@@ -116,13 +121,12 @@ def model_card(student: Published) -> str:
     from huggingface_hub import ModelCardData
 
     data, teacher = student.data, student.teacher
-    on_hub = teacher is not None and teacher.commit is not None
     card = ModelCardData(
         model_name=student.name,
         license=student.licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=teacher.model if teacher and on_hub else None,
+        base_model=_base_model(student),
         datasets=data.path if data and data.path and data.commit else None,
         tags=["latent-reasoning", "distillation", "kava"],
     )
@@ -137,6 +141,15 @@ def model_card(student: Published) -> str:
         "## How to load it\n\n" + _loading(student),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _base_model(student: Published) -> str | None:
+    """The model of the Hub that its training began at, None where it was none."""
+    about: dict[str, Any] = read_json(student.folder / "student.json")
+    own: str | None = about["settings"]["model"]
+    if own is not None:
+        return own if about["commit"] else None
+    return student.teacher.model if student.teacher and student.teacher.commit else None
 
 
 def _what(student: Published) -> str:
@@ -171,11 +184,23 @@ def _method(student: Published) -> list[tuple[str, str]]:
     taught = ", ".join(f"{_weight(weight)} × {term}" for term, weight in terms.items() if weight)
     training = {k: v for k, v in plain["settings"]["training"].items() if v is not None}
     return [
+        *_beginning(plain),
         ("loss", taught),
         *_curriculum(student.students[student.name].curriculum),
         ("training", f"{plain['steps']:,} steps, {json.dumps(training)}"),
         ("trained with", json.dumps({k: v for k, v in settings.items() if v is not None})),
     ]
+
+
+def _beginning(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """The student's own model, where it did not begin as the teacher."""
+    model, revision = about["settings"]["model"], about["settings"].get("revision")
+    if model is None:
+        return []
+    at = [revision and f"revision {revision}", about["commit"]]
+    where = ", ".join(part for part in at if part)
+    name = shown_path(model)
+    return [("the student began as", f"{name} ({where})" if where else str(name))]
 
 
 def _curriculum(found: Curriculum | None) -> list[tuple[str, str]]:
@@ -322,28 +347,40 @@ def _loading(student: Published) -> str:
         asked = (
             f"Questions are put as `prompt` in student.json says: {json.dumps(about['prompt'])}."
         )
-    if not (student.folder / CODE).is_dir():
+    questions = questions_in(student.folder)
+    head = "import torch\n" if "torch." in questions else ""
+    if _is_adapters(student):
         base = Base.read(student.folder / ADAPTER)
         where = f"`{base.model}` of the Hub, at the commit {base.commit}"
         if base.commit is None:
             where = f"`{shown_path(base.model)}`, which its makers have and this folder has not"
         place = base.model if base.commit else "PATH_OF_THE_BASE"
-        return (
-            f"It is kept as adapters on a model, {where}. The fingerprint of that model, which is "
-            f"checked, is {base.fingerprint}.\n\n"
-            "```python\nfrom kava_core import LatentReasoner\n\n"
-            "student = LatentReasoner.from_pretrained("
-            f'"PATH_OF_THIS_FOLDER", base="{place}")\n```\n\n{asked} `kava ask` and `kava serve` '
-            "take the base as `--base`."
-        )
+        return f"""It is kept as adapters on a model, {where}.
+The fingerprint of that model, which is checked, is {base.fingerprint}.
+
+```python
+{head}from transformers import AutoTokenizer
+
+from kava_core import LatentReasoner
+
+folder = "PATH_OF_THIS_FOLDER"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+student = LatentReasoner.from_pretrained(folder, base="{place}")
+{questions}
+written = student.generate(**questions)
+{PRINT}
+```
+
+{asked} `kava ask` and `kava serve` take the base as `--base`."""
     return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{head}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "PATH_OF_THIS_FOLDER"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-questions = tokenizer(["How many are 3 cups and 4 cups?\\n"], return_tensors="pt")
+{questions}
 written = model.generate(**questions, custom_generate=folder, trust_remote_code=True)
+{PRINT}
 ```
 
 {asked} `trust_remote_code=True` consents to run `custom_generate/generate.py`, and without that the

@@ -38,10 +38,17 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 HUB_CACHE = re.compile("(models|datasets)--")  # the folder of a repository in the Hub's cache
 
-# Access tokens of the Hub and of others, private keys, passwords in addresses.
+# Access tokens of the Hub and of others, private keys, signed tokens, passwords and tokens in
+# addresses. In JSON the letter of an escaped line end may stand right before one.
 SECRETS = re.compile(
-    rb"hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{32,}|AKIA[A-Z0-9]{16}"
-    rb"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@\"]+:[^/\s:@\"]+@"
+    rb"hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,}"
+    rb"|glpat-[A-Za-z0-9_-]{20,}|xox[abeprs]-[0-9][A-Za-z0-9-]{9,}|AIza[A-Za-z0-9_-]{35}"
+    rb"|(?:(?<![A-Za-z0-9])|(?<=\\n))sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{32,}"
+    rb"|(?<![A-Z0-9])A[KS]IA[A-Z0-9]{16}(?![A-Z0-9])"
+    rb"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
+    rb"|(?i:[?&#;](?:[a-z]+[_-])*(?:token|api_?key|secret|password|signature|sig)="
+    rb"(?=[a-z%._~+/-]*[0-9])[\w%.~+/-]{8,})"
+    rb"|://[^/\s:@\"?#]*:[^/\s@\"?#]+@|(?i:https?://(?!git@)[\w.~%+=-]+@)"
 )
 TEXTS = {".json", ".jinja", ".txt", ".md", ".py", ".yaml"}
 
@@ -111,32 +118,36 @@ def _copied(destination: Path, source: Path) -> None:
 
 
 def copy_model(source: Path, destination: Path) -> None:
-    """The files that a model's folder is made of, adapters included.
+    """The files that a model's folder is made of, adapters included; KavaErrors of `copy_file`."""
+    for folder in (source, source / "adapter"):
+        found = sorted(file for kind in MODEL_FILES for file in folder.glob(kind))
+        for file in found:
+            copy_file(file.relative_to(source), source, destination)
+
+
+def copy_file(name: Path, source: Path, destination: Path) -> None:
+    """The file of that name in the folder `source`, to the same place in `destination`.
 
     KavaError for one that is no file, and for a link out of the folder: what it leads to may be
     nobody's to pass on. Links of the Hub's cache, into its own folder of contents, are followed.
     """
-    inside = source.resolve()
+    inside, file = source.resolve(), source / name
     hub = next((p.parent for p in inside.parents if p.name == "snapshots"), None)
     contents = hub / "blobs" if hub and HUB_CACHE.match(hub.name) else inside
-    for folder in (source, source / "adapter"):
-        found = sorted(file for kind in MODEL_FILES for file in folder.glob(kind))
-        for file in found:
-            real = file.resolve()
-            if not real.is_relative_to(inside) and real.parent != contents:
-                raise KavaError(
-                    f"{file} is a symbolic link out of its folder. Put a copy or a hard link in "
-                    "its place (with DVC: set cache.type to reflink,hardlink,copy and run `dvc "
-                    "checkout --relink`)."
-                )
-            if not real.is_file():
-                raise KavaError(
-                    f"{file} cannot be read: expected a file, found a folder, a pipe or a device, "
-                    "or nothing. Move it away, or put the file in its place."
-                )
-            place = destination / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+    real = file.resolve()
+    if not real.is_relative_to(inside) and real.parent != contents:
+        raise KavaError(
+            f"{file} is a symbolic link out of its folder. Put a copy or a hard link in its place "
+            "(with DVC: set cache.type to reflink,hardlink,copy and run `dvc checkout --relink`)."
+        )
+    if not real.is_file():
+        raise KavaError(
+            f"{file} cannot be read: expected a file, found a folder, a pipe or a device, or "
+            "nothing. Move it away, or put the file in its place."
+        )
+    place = destination / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, place)
 
 
 def check_limits(folder: Path) -> None:
@@ -163,7 +174,7 @@ def check_secrets(folder: Path) -> None:
         if file.suffix in TEXTS and (found := SECRETS.search(file.read_bytes())):
             raise KavaError(
                 f"{file.relative_to(folder)} holds what looks like a secret "
-                f"({found[0][:6].decode(errors='replace')}…). Take it out where it came from, and "
+                f"({found[0][:4].decode(errors='replace')}…). Take it out where it came from, and "
                 "make that secret invalid."
             )
 

@@ -18,12 +18,14 @@ from huggingface_hub.repocard import metadata_load
 from kava_core import LatentReasoner
 from kava_core.artefacts import read_json, write_json
 from kava_core.errors import KavaError
+from kava_core.evaluation.questions import Respondents
 from kava_core.findings.latents import InterventionScores
 from kava_core.models.adapted import Base
 from kava_core.models.loading import model_fingerprint
 from kava_core.serving.served import open_served
 from kava_core.settings.student import Curriculum
 from kava_core.sharing.hub import Repository, download, upload
+from kava_core.sharing.snippet import QUESTION
 from kava_core.sharing.student import _changed_table, _curriculum
 from kava_core.store import TargetsStore
 from kava_core.store.export import check_limits, check_secrets
@@ -37,12 +39,17 @@ TOKEN = f"hf_{'x' * 34}"
 
 def publish(team: Team, hub: FakeHub, *command: str) -> str:
     """`kava publish …` as somebody does who is logged in at this Hub; what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     places = ["--pipelines", team.path / "pipelines.yaml", "--data", team.path / "data"]
+    return at(hub, "-m", "stages", "publish", *command, *map(str, places))
+
+
+def at(hub: FakeHub, *command: str, **variables: str) -> str:
+    """What Python prints with this Hub in the place of the real one."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(
-        [sys.executable, "-m", "stages", "publish", *command, *map(str, places)],
+        [sys.executable, *command],
         cwd=ROOT,
-        env={**environment, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN},
+        env={**environment, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -191,7 +198,28 @@ def test_a_secret_is_not_published(made: Team, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [f"hf_{'b' * 34}", "AKIA" + "B" * 16, "-----BEGIN RSA PRIVATE KEY-----", "s3://a:b@c/d"],
+    [
+        f"hf_{'b' * 34}",
+        *(f"gh{kind}_{'a1B2' * 9}" for kind in "opsur"),
+        "github_pat_" + "A1b2C3" * 12,
+        "glpat-" + "abcdefghij0123456789",
+        f"sk-{'a1B2' * 12}",
+        "sk-proj-" + "aB3_dE-fG" * 8,
+        "see:\nsk-ant-api03-" + "aB3dEfG9" * 10,
+        "xoxb-" + "1234567890-abcdefghijkl",
+        "AIza" + "B" * 35,
+        "AKIA" + "B" * 16,
+        "ASIA" + "B" * 16,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "s3://a:b@c/d",
+        "postgres://u:p%40w@h/d",
+        "redis://:hidden@h/0",
+        "https://ab12cd34ef56@example.org/x",
+        "https://example.org/d?token=abcdef123456",
+        "https://example.org/d?a=b&X-Amz-Signature=0a1b2c3d4e5f",
+        "https://example.org/d?sig=a%2Bb1c2d3e4%3D",
+    ],
 )
 def test_secrets_of_every_kind_are_seen(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text("{}", encoding="utf-8")
@@ -199,6 +227,27 @@ def test_secrets_of_every_kind_are_seen(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"x": text}), encoding="utf-8")
     with pytest.raises(KavaError, match=r"a\.json holds what looks like a secret"):
         check_secrets(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Natalia sold 48 / 2 = <<48/2=24>>24 clips in May; at $1.50 that is $36. A task-oriented "
+        "risk-averse-and-very-careful-shopper-of-2024 pays 3:15 with a 10% token.",
+        "d41d8cd98f00b204e9800998ecf8427e " + "0123456789abcdef" * 4,
+        "task-specific-distillation-of-language-models-2024-part-1.safetensors",
+        "xoxo-kisses-and-hugs glass-transition-temperature-of-2-polymers EURASIA" + "B" * 16,
+        "https://example.org/a?page=2&mail=a@b.org https://medium.com/@somebody/post-1234567890",
+        "git+https://git@github.com/a/b git@github.com:a/b ann@example.org s3://bucket/a@b",
+        "https://example.org/?token=YOUR_TOKEN https://example.org/?token={token}&num_tokens=64",
+        "http://localhost:8000/v1/completions hf://datasets/OWNER/NAME@main hf_hub_download",
+        '{"max_token": 12345678, "eos_token": "<|im_end|>", "eyJ": 7, "AIza": 8}',
+    ],
+)
+def test_ordinary_text_is_no_secret(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"x": text}), encoding="utf-8")
+    (tmp_path / "b.md").write_text(text, encoding="utf-8")
+    check_secrets(tmp_path)
 
 
 def test_uploads_send_the_folder_and_nothing_else(made: Team, hub: FakeHub, tmp_path: Path) -> None:
@@ -244,6 +293,28 @@ def test_what_the_hub_refuses_is_a_sentence(made: Team, hub: FakeHub, tmp_path: 
         upload(tmp_path, Repository.parse("hf://a/b@main", "model"), public=False)
 
 
+def test_a_public_repository_is_refused_unless_public_is_meant(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    hub.private, hub.files = False, {"old.txt": b"old"}
+    program = f"""
+from pathlib import Path
+from kava_core.errors import KavaError
+from kava_core.sharing.hub import Repository, upload
+for public in (False, True):
+    try:
+        repository = Repository("somebody/something", "model")
+        print(upload(Path({str(tmp_path)!r}), repository, public=public))
+    except KavaError as error:
+        print(error)
+"""
+    refused, address = at(hub, "-c", program).splitlines()
+    assert refused.startswith("expected somebody/something to be private, and it is public already")
+    assert "--public" in refused and address == f"{hub.address}/somebody/something"
+    assert hub.files == {"a.txt": b"a"}
+
+
 def test_what_cannot_be_fetched_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +338,54 @@ def test_what_the_hub_does_not_take_is_named(
         check_limits(tmp_path)
 
 
+def test_only_the_code_that_thinks_goes_along_and_no_link_out_of_the_folder(
+    made: Team, tmp_path: Path
+) -> None:
+    team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
+    shutil.copytree(made.data("students"), team.data("students"))
+    code = team.data("students/kava/custom_generate")
+    (tmp_path / "notes.py").write_text("mine", encoding="utf-8")
+    (code / "notes.py").symlink_to(tmp_path / "notes.py")
+    team.kava("publish", "student", "kava", str(tmp_path / "hub"))
+    assert [f.name for f in (tmp_path / "hub/custom_generate").iterdir()] == ["generate.py"]
+    (code / "generate.py").unlink()
+    (code / "generate.py").symlink_to(tmp_path / "notes.py")
+    with pytest.raises(KavaError, match=r"generate\.py is a symbolic link out of its folder"):
+        team.kava("publish", "student", "kava", str(tmp_path / "hub-2"))
+    assert not (tmp_path / "hub-2").exists()
+
+
+def test_the_base_of_a_student_with_a_model_of_its_own_is_that_model(
+    made: Team, tmp_path: Path
+) -> None:
+    team = Team(tmp_path / "a", {"students": {"kava": KAVA}})
+    for name in ("students", "teacher"):
+        shutil.copytree(made.data(name), team.data(name))
+    teacher, student = (
+        read_json(team.data(name))
+        for name in ("teacher/teacher.json", "students/kava/student.json")
+    )
+    teacher["settings"]["model"], teacher["commit"] = "team/teacher", "a" * 40
+    write_json(team.data("teacher/teacher.json"), teacher)
+
+    def published(model: str | None, commit: str | None, name: str) -> tuple[Any, str]:
+        settings = {**student["settings"], "model": model}
+        about = {**student, "settings": settings, "commit": commit}
+        write_json(team.data("students/kava/student.json"), about)
+        team.kava("publish", "student", "kava", str(tmp_path / name))
+        front = metadata_load(tmp_path / name / "README.md") or {}
+        return front.get("base_model"), (tmp_path / name / "README.md").read_text(encoding="utf-8")
+
+    base, card = published(None, None, "as-the-teacher")
+    assert base == "team/teacher" and "the student began as" not in card
+    base, card = published("team/student", "b" * 40, "own")
+    assert (
+        base == "team/student" and f"| the student began as | team/student ({'b' * 40}) |" in card
+    )
+    base, card = published("/home/ann/llama", None, "folder")
+    assert base is None and "| the student began as | llama |" in card
+
+
 @pytest.fixture(scope="module")
 def adapted(made: Team, tmp_path_factory: pytest.TempPathFactory) -> Team:
     """Team A, whose student is kept as adapters on the teacher."""
@@ -282,8 +401,15 @@ def adapted(made: Team, tmp_path_factory: pytest.TempPathFactory) -> Team:
 def test_a_student_of_adapters_is_loaded_elsewhere_as_its_card_says(
     adapted: Team, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A whole student was there before.
+    before = {".gitattributes": b"* text", "custom_generate/generate.py": b"", "old/a.json": b""}
+    hub.private, hub.files = True, {**before, "model.safetensors": b"of another student"}
     said = publish(adapted, hub, "student", "kava", "hf://somebody/something")
     assert "published: " in said and "kept as adapters on " in said, said
+    assert hub.files.pop(".gitattributes") == b"* text"
+    made_here = adapted.data("students/kava")
+    kept = {str(f.relative_to(made_here)) for f in made_here.rglob("*") if f.is_file()}
+    assert set(hub.files) == kept | {"README.md"}
     assert "nobody can load it without that model" in " ".join(said.split())
     folder, base = tmp_path / "elsewhere/student", tmp_path / "elsewhere/base"
     for name, content in hub.files.items():
@@ -302,6 +428,17 @@ def test_a_student_of_adapters_is_loaded_elsewhere_as_its_card_says(
     exec(code, names)
     ids = torch.tensor([[9, 10, 11]])
     assert torch.equal(names["student"].generate(ids), expected.generate(ids))
+    encoder = Respondents.of(folder, steps=False, teacher=None, base=str(base)).encoder
+    put = torch.tensor(encoder.encode_questions([QUESTION]))
+    assert torch.equal(names["written"], expected.generate(put))
+    program = f"""
+import torch
+from kava_core import LatentReasoner
+student = LatentReasoner.from_pretrained("somebody/something", base={str(base)!r})
+print(student.generate(torch.tensor({ids.tolist()})).tolist())
+"""
+    told = at(hub, "-c", program, HF_HOME=str(tmp_path / "home"))
+    assert told.splitlines()[-1] == str(expected.generate(ids).tolist()), told
     asked = ["ask", str(folder), "how many ?", "--json"]
     with pytest.raises(KavaError, match=r"give it as their base \(--base\)"):
         kava.main(asked, standalone_mode=False)
@@ -320,7 +457,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(adapted: Team, tmp_path: Pat
     team.kava("publish", "student", "kava", str(tmp_path / "hub"))
     card = (tmp_path / "hub/README.md").read_text(encoding="utf-8")
     assert f"`team/base` of the Hub, at the commit {'c' * 40}" in card
-    assert '"PATH_OF_THIS_FOLDER", base="team/base")' in card
+    assert 'from_pretrained(folder, base="team/base")' in card
 
 
 def test_paths_of_this_machine_are_not_told(

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Generic, TypeVar
 
-from kava_core.errors import KavaError
+from kava_core.errors import KavaError, is_out_of_memory
+from kava_core.interrupt import check
+from kava_core.wording import LONGEST_MESSAGE, shorten
 
 K = TypeVar("K")
 # ClassVar of a kind: the names of further packages whose version what it computes depends on.
@@ -70,7 +73,7 @@ class Registry(Generic[K]):
     def packages(self, kind: type[K]) -> dict[str, str]:
         """Package → version of all that `kind` is computed with, {} for one of ours."""
         name = getattr(kind, "name", None)
-        if not isinstance(name, str) or self.own.get(name) is kind:
+        if not isinstance(name, str) or self._is_own(kind):
             return {}
         for point in _points(self.group):
             if point.name == name and point.dist is not None:
@@ -85,14 +88,48 @@ class Registry(Generic[K]):
         except KeyError:
             return False
 
+    def whose(self, kind: type) -> str:
+        """`policy last of last-token 1.2`: the kind and its package, for messages."""
+        name = getattr(kind, "name", kind.__name__)
+        if not self._is_own(kind):
+            for point in _points(self.group):
+                if point.name == name:
+                    return f"{self.what} {name} of {_package(point)}"
+        return f"{self.what} {name}"
+
+    @contextmanager
+    def guarded(
+        self, kind: type, doing: str, passing: tuple[type[Exception], ...] = ()
+    ) -> Iterator[None]:
+        """Whatever another package's code raises in here is a KavaError that names it.
+
+        What ours raise goes through, and so do a KavaError, a lack of memory and what is `passing`.
+        """
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            check()  # a signal is nobody's fault
+            through = isinstance(error, (KavaError, *passing)) or is_out_of_memory(error)
+            if through or self._is_own(kind):
+                raise
+            raise KavaError(
+                f"{self.whose(kind)} failed {doing} ({_said(error)}). Mend that package, or choose "
+                f"another {self.what}."
+            ) from error
+
+    def _is_own(self, kind: type) -> bool:
+        return self.own.get(getattr(kind, "name", "")) is kind
+
     def _load(self, point: EntryPoint) -> type[K]:
         where = f"{self.what} {point.name} of {_package(point)}"
         try:
             kind: Any = point.load()
-        except Exception as error:  # whatever a stranger's module does while it is imported
+        # Whatever a stranger's module does while it is imported, the end of the program included.
+        except (Exception, SystemExit) as error:
+            check()
             raise KavaError(
-                f"{where} cannot be imported ({type(error).__name__}: {error}). Mend or reinstall "
-                f"that package, or choose another {self.what}."
+                f"{where} cannot be imported ({_said(error)}). Mend or reinstall that package, or "
+                f"choose another {self.what}."
             ) from error
         fits = isinstance(kind, type) and issubclass(kind, self.base) and is_dataclass(kind)
         if not fits or not kind.__dataclass_params__.frozen:
@@ -110,9 +147,9 @@ class Registry(Generic[K]):
                 f"{where}: expected no field called {' or '.join(sorted(taken))}, which stands "
                 "beside a kind's settings. Leave its annotation out, or rename it there."
             )
-        if getattr(kind, "__abstractmethods__", None):
-            lacking = ", ".join(sorted(kind.__abstractmethods__))
-            raise KavaError(f"{where}: it has no {lacking}. Mend that package.")
+        declared = {name for name in self.base.__annotations__ if not hasattr(kind, name)}
+        if lacking := declared | getattr(kind, "__abstractmethods__", frozenset()):
+            raise KavaError(f"{where}: it has no {', '.join(sorted(lacking))}. Mend that package.")
         return kind
 
 
@@ -127,6 +164,10 @@ def _points(group: str) -> tuple[EntryPoint, ...]:
 
 def _package(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {shorten(str(error), LONGEST_MESSAGE)}"
 
 
 def _canonical(name: str) -> str:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import pkgutil
 import re
+import runpy
+import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
 import click
 import pytest
+import yaml
+from click.testing import CliRunner
+from dvc.cli import DvcParserError
+from dvc.cli.parser import get_main_parser
 
 from kava_core import POLICIES
 from kava_core.planning.calibrate import Rates
@@ -22,7 +29,7 @@ from kava_core.problems.prompt import Example, Prompt
 from kava_core.problems.sources import SOURCES
 from kava_core.settings import Imported, Pipeline, load_pipeline
 from kava_core.settings.base import Section
-from stages.cli import COMMANDS, kava
+from stages.cli import COMMANDS, Kava, kava
 from stages.plan import duration
 
 ROOT = Path(__file__).parents[1]
@@ -231,34 +238,182 @@ def test_no_question_is_shown_without_its_answer() -> None:
         assert len(questions) == len(asked), page
 
 
-def named_commands(page: str) -> list[tuple[str, str]]:
-    """Every `kava COMMAND …` of a page, in blocks and in the text: the command and what follows."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S)
-    lines = [line for kind, block in blocks if kind in ("", "bash") for line in block.splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", page)
-    found = [
-        re.match(r"^\s*(?:\$ )?(?:[A-Z_]+=\S+ )*kava ([a-z][a-z-]*)(.*)$", line.partition("#")[0])
-        for line in lines
+PROGRAMS = ("kava", "make", "python", "dvc")
+OPERATORS = re.compile(r"[();<>|&]+")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One that a page shows; whole: in a block, to be typed as it stands, not named in the text."""
+
+    page: str
+    words: tuple[str, ...]
+    whole: bool
+
+
+def commands(page: Path) -> list[Command]:
+    """Every command of our programs on a page, without comments, variables and other programs."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    lines = [
+        (line, True)
+        for kind, block in blocks
+        if kind in ("", "bash")
+        for line in block.replace("\\\n", " ").splitlines()
     ]
-    return [(match[1], match[2]) for match in found if match]
+    lines += [(line, False) for line in re.findall(r"`([^`\n]+)`", text)]
+    begins = re.compile(rf"^\s*(?:\$ )?((?:[A-Z_]+=\S+ )*(?:{'|'.join(PROGRAMS)})(?: .*)?)$")
+    found = []
+    for line, whole in lines:
+        if shown := begins.match(line):
+            lexer = shlex.shlex(shown[1], posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            for operator, words in itertools.groupby(lexer, lambda w: bool(OPERATORS.fullmatch(w))):
+                named = itertools.dropwhile(lambda w: re.match("[A-Z_]+=", w), words)
+                each = tuple(word for word in named if word not in ("…", "..."))
+                if not operator and len(each) > 1 and each[0] in PROGRAMS:
+                    found.append(Command(page.name, each, whole))
+    return found
 
 
-def test_every_command_shown_is_there_with_its_options() -> None:
-    context = click.Context(kava)
+SHOWN = [
+    command
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "examples/kava-extras/README.md"]
+    for command in commands(page)
+]
+
+
+def shown(program: str) -> list[Command]:
+    return [command for command in SHOWN if command.words[0] == program]
+
+
+def parse(command: click.Command, words: list[str], whole: bool) -> str | None:
+    """The name of the subcommand, if there is one; click's UsageError where it would be refused.
+
+    Nothing is run. One that is not `whole` may lack what it needs.
+    """
+    context = click.Context(command)
+    if isinstance(command, click.Group):
+        _, rest, _ = command.make_parser(context).parse_args(list(words))
+        if not rest:
+            return None
+        name, inner, rest = command.resolve_command(context, rest)
+        assert inner is not None
+        parse(inner, rest, whole)
+        return name
+    try:
+        command.make_context(command.name, list(words))
+    except click.MissingParameter:
+        if whole:
+            raise
+    except click.exceptions.Exit as end:
+        assert end.exit_code == 0
+    return None
+
+
+def test_every_command_shown_is_read_by_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     seen = set()
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for name, rest in named_commands(page.read_text(encoding="utf-8")):
-            command, words = kava.get_command(context, name), rest.split()
-            assert command is not None, (page.name, name)
-            while isinstance(command, click.Group) and words:
-                inner = command.get_command(context, words.pop(0))
-                assert inner is not None, (page.name, name, rest)
-                command = inner
-            known = {option for each in command.params for option in each.opts} | {"--help"}
-            named = set(re.findall(r"(?<!\S)--[a-z-]+", rest))
-            assert named <= known, (page.name, name, named - known)
-            seen.add(name)
+    for command in shown("kava"):
+        words = ["evict" if word == "STAGE" else word for word in command.words[1:]]
+        try:
+            seen.add(parse(kava, words, command.whole))
+        except click.UsageError as error:
+            pytest.fail(f"{command}: {error.format_message()}")
     assert seen >= set(COMMANDS) - {"show"}, set(COMMANDS) - seen
+
+
+def test_a_command_that_would_be_refused_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    lines = ["kava distill", "$ A=1 kava plan --flops many", "kava clean x y | cat", "kava storm x"]
+    lines += ["kava init a && kava init a b  # no b", "kava store export A", "kava ask A --nothing"]
+    for line in lines:
+        page.write_text(f"```bash\n{line}\n```\n", encoding="utf-8")
+        with pytest.raises(click.UsageError):
+            for command in commands(page):
+                parse(kava, list(command.words[1:]), command.whole)
+    page.write_text("`kava distill`, `kava ask --nothing`", encoding="utf-8")
+    named, wrong = commands(page)
+    parse(kava, list(named.words[1:]), named.whole)
+    with pytest.raises(click.NoSuchOption):
+        parse(kava, list(wrong.words[1:]), wrong.whole)
+
+
+def test_every_target_of_make_that_is_shown_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.M))
+    assert shown("make")
+    for command in shown("make"):
+        for word in command.words[1:]:
+            variable, given, _ = word.partition("=")
+            assert f"$({variable})" in makefile if given else word in targets, command
+
+
+def test_every_program_shown_is_there_and_reads_its_options() -> None:
+    seen = 0
+    for command in shown("python"):
+        if not command.words[1:] or command.words[1].startswith("-"):
+            continue
+        file, *words = command.words[1:]
+        assert (ROOT / file).is_file(), command
+        if not file.startswith("benchmarks/"):
+            continue
+        seen += 1
+        if words:  # those without options are only looked up
+            main = runpy.run_path(str(ROOT / file)).get("main")
+            assert isinstance(main, click.Command), f"{command}: which options it has is not known"
+            try:
+                parse(main, words, command.whole)
+            except click.UsageError as error:
+                pytest.fail(f"{command}: {error.format_message()}")
+    assert seen > 8
+
+
+def test_every_command_of_dvc_that_is_shown_is_one() -> None:
+    parser = get_main_parser()
+    recipes = {path.stem for path in (ROOT / "stages/recipes").glob("*.yaml")}
+    for command in shown("dvc"):
+        words = list(command.words[1:])
+        try:
+            found = parser.parse_args(words)
+        except (DvcParserError, SystemExit):
+            assert not command.whole, command
+            with pytest.raises(SystemExit) as end:  # a group, named without one of its commands
+                parser.parse_args([*words, "--help"])
+            assert end.value.code == 0, command
+            continue
+        for target in found.targets if words[0] == "repro" else ():
+            path, _, stage = target.replace("/NAME/", "/smoke/").partition(":")
+            if Path(path).name != "dvc.yaml":
+                path, stage = "dvc.yaml", path
+            if Path(path).parent.name in recipes:  # `kava recipe` takes it over, and `sync` writes
+                path = "pipelines/quickstart/dvc.yaml"
+            stages = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))["stages"]
+            assert not stage or stage.partition("@")[0] in stages, command
+
+
+def test_what_takes_a_moment_is_run_as_it_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A project of one's own, the recipes that are shown, `sync`, and every command's help."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> None:
+        done = CliRunner(catch_exceptions=False).invoke(Kava(), words)
+        assert done.exit_code == 0, (words, done.output)
+
+    run("init", "my-project")
+    monkeypatch.chdir(tmp_path / "my-project")
+    names = {c.words[2] for c in shown("kava") if c.words[1] == "recipe" and len(c.words) > 2}
+    names -= {"NAME"}
+    assert len(names) > 3
+    for name in sorted(names):
+        run("recipe", name)
+    run("sync")
+    for name in COMMANDS:
+        run(name, "--help")
 
 
 def test_a_shell_can_complete_the_command() -> None:

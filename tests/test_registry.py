@@ -13,9 +13,18 @@ from pydantic import ValidationError
 
 from kava_core import registry
 from kava_core.errors import KavaError
+from kava_core.eviction import evict
+from kava_core.eviction.check import check_policy
 from kava_core.eviction.policies import REGISTRY
+from kava_core.problems.load import Reading
+from kava_core.problems.prepare import FurtherSet, Sizes, prepare_problems
+from kava_core.problems.readers import Location
+from kava_core.problems.records import TraceForm
+from kava_core.problems.sources import REGISTRY as SOURCES
+from kava_core.problems.sources.synthetic import Synthetic
 from kava_core.settings import Evict, load_pipeline
 from stages.graph import VERSIONS_FILE, check_tracked, dvc_file, project_files
+from tests.eviction import naive
 from tests.settings.test_pipeline import changed, load
 
 Install = Callable[..., Path]
@@ -149,6 +158,7 @@ def test_nothing_is_imported_before_it_is_named(install: Install, tmp_path: Path
     [
         ("import nowhere", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
         ("Last = 1 / 0", "cannot be imported (ZeroDivisionError"),
+        ("raise SystemExit(0)", "of Last.Token 1.2 cannot be imported (SystemExit: 0)"),
         ("", "cannot be imported (AttributeError"),
         ("Last = 3", "expected a frozen dataclass that extends kava_core.eviction.policies.base.P"),
         (POLICY.replace("frozen=True", "frozen=False"), "expected a frozen dataclass"),
@@ -158,6 +168,11 @@ def test_nothing_is_imported_before_it_is_named(install: Install, tmp_path: Path
         (POLICY.replace("step: int", "step: complex"), "a setting of type complex cannot be read"),
         (POLICY.replace("step: int", "step: 'Whole'"), "its fields' types cannot be read"),
         (POLICY + "    depends_on = ('not-here',)", "needs the package not-here"),
+        (POLICY.replace("step: int", "step: 'print.Whole'"), "failed to take its settings (Attrib"),
+        (
+            POLICY + "    def __post_init__(self): self.step / 0",
+            "of Last.Token 1.2 failed to take its settings (ZeroDivisionError: division by zero)",
+        ),
     ],
 )
 def test_a_package_that_is_wrong_is_one_sentence(
@@ -166,6 +181,48 @@ def test_a_package_that_is_wrong_is_one_sentence(
     install(code)
     line = wrong(tmp_path, "last")
     assert line.startswith(": policy last") and said in line, line
+
+
+SCORE = (
+    "        return (batch.token_indices.float() * self.step)[:, None, None].expand(batch.shape)"
+)
+KEEPABLE = "\n    def keepable(self, batch):\n        return "
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            POLICY.replace(SCORE, "        return {}[self.step]"),
+            "failed to score (KeyError: 1). Mend",
+        ),
+        (POLICY.replace(SCORE, "        raise SystemExit"), "failed to score (SystemExit: )"),
+        (POLICY.replace(SCORE, "        pass"), "found <class 'NoneType'>. Mend the policy."),
+        (POLICY + KEEPABLE + "batch.nothing", "failed to say what may be kept (AttributeError: "),
+    ],
+)
+def test_a_policy_that_fails_is_named_with_its_package(
+    install: Install, code: str, said: str
+) -> None:
+    install(code)
+    policy = REGISTRY.find("last")()
+    for evicted in (
+        lambda: evict(naive.make_batch([4]), policy, [2, 2, 2]),
+        lambda: check_policy(policy),
+    ):
+        with pytest.raises(KavaError) as error:
+            evicted()
+        assert str(error.value).startswith("policy last of Last.Token 1.2"), error.value
+        assert said in str(error.value), error.value
+        assert ("failed" in said) == isinstance(error.value.__cause__, Exception | SystemExit)
+
+
+def test_a_lack_of_memory_and_a_fault_of_ours_are_nobody_elses(install: Install) -> None:
+    install(POLICY.replace(SCORE, "        raise MemoryError"))
+    with pytest.raises(MemoryError):
+        evict(naive.make_batch([4]), REGISTRY.find("last")(), [2, 2, 2])
+    with pytest.raises(ZeroDivisionError), REGISTRY.guarded(REGISTRY.find("rkv"), "to score"):
+        1 / 0  # noqa: B018
 
 
 def test_names_that_collide_are_refused_where_they_are_used(
@@ -199,6 +256,104 @@ class Last(GeneratedSource):
     def splits(self, train, validation, test, *, seed, traces="equations"):
         raise NotImplementedError
 """
+
+
+def test_a_source_without_its_forms_is_one_sentence(install: Install, tmp_path: Path) -> None:
+    install(
+        GENERATED.replace("    forms = ('equations',)\n".replace("'", '"'), ""),
+        group="kava.sources",
+    )
+    with pytest.raises(KavaError, match=r"source last of Last\.Token 1\.2: it has no forms\. Mend"):
+        load(tmp_path, changed("prepare.source", "last"))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "raise NotImplementedError('soon')",
+            "failed to draw problems (NotImplementedError: soon)",
+        ),
+        ("return None", "expected ProblemSplits from `splits`, found None"),
+    ],
+)
+def test_a_source_that_draws_nothing_is_named(install: Install, body: str, said: str) -> None:
+    install(GENERATED.replace("raise NotImplementedError", body), group="kava.sources")
+    source = SOURCES.find("last")()
+    further = {"more": FurtherSet(Synthetic(), size=2), "own": FurtherSet(source, size=2)}
+    for each, test_sets in ((source, {}), (Synthetic(), further)):
+        with pytest.raises(KavaError) as error:
+            prepare_problems(each, None, Reading("equations"), Sizes(4, 2, 2), test_sets=test_sets)
+        assert str(error.value).startswith("source last of Last.Token 1.2"), error.value
+        assert said in str(error.value), error.value
+
+
+ROWS = """
+from dataclasses import dataclass
+from kava_core.problems.sources import RowSource
+from kava_core.problems.sources.base import Draft
+
+@dataclass(frozen=True)
+class Last(RowSource):
+    name = "last"
+    forms = ("equations",)
+
+    def read(self, row, traces):
+        return Draft(row.fields["q"], ("<<1+1=2>>",), "2", "sums")
+"""
+
+
+def rows_in(folder: Path) -> Path:
+    """Four rows, the third of which has no text."""
+    path = folder / "rows.jsonl"
+    path.write_text('{"q": "one"}\n{"q": "two"}\n{"q": 7}\n{"q": "four"}\n', encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            ROWS.replace('"q"', '"?"'),
+            "source last of Last.Token 1.2 failed to read rows.jsonl:1 (KeyE",
+        ),
+        (
+            ROWS.replace("return", "nothing ="),
+            "source last of Last.Token 1.2: expected a Draft of rows.jsonl:1, found None. Mend",
+        ),
+        (
+            ROWS,
+            "rows.jsonl:3: expected a text as `question` of source last of Last.Token 1.2, found 7",
+        ),
+        (
+            ROWS.replace('("<<1+1=2>>",)', '"<<1+1=2>>"'),
+            "expected a tuple of texts as `steps` of so",
+        ),
+        (ROWS.replace('"2"', "2"), "expected a text as `answer` of source last of Last.Token 1.2"),
+    ],
+)
+@pytest.mark.parametrize("traces", ["equations", "results"])
+def test_a_source_that_reads_wrongly_is_named_with_the_row(
+    install: Install, tmp_path: Path, traces: TraceForm, code: str, said: str
+) -> None:
+    install(code, group="kava.sources")
+    rows = rows_in(tmp_path)
+    source = SOURCES.find("last")()
+    with pytest.raises(KavaError) as error:
+        prepare_problems(source, Location(str(rows)), Reading(traces), Sizes(None, 1, 1))
+    assert said in str(error.value).replace(f"{tmp_path}/", ""), error.value
+
+
+def test_a_row_of_which_a_source_makes_no_text_can_be_left_out(
+    install: Install, tmp_path: Path
+) -> None:
+    install(ROWS, group="kava.sources")
+    rows = rows_in(tmp_path)
+    reading = Reading("equations", on_bad_record="drop")
+    source = SOURCES.find("last")()
+    splits = prepare_problems(source, Location(str(rows)), reading, Sizes(None, 1, 1))
+    reason = "bad: expected a text as `question` of source last of Last.Token 1.2"
+    assert splits.dropped["train"] == {reason: 1}
 
 
 def test_a_source_that_generates_is_a_test_set_of_some_size(

@@ -27,7 +27,7 @@ import hashlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
-from kava_core.errors import KavaError
+from kava_core.errors import KavaError, is_out_of_memory
 from kava_core.eviction.policies.base import Policy, RotaryPhase
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ class PressPolicy(Policy):
         except KavaError:
             raise
         except Exception as error:  # a stranger's code, asked for what it was not made for
+            if is_out_of_memory(error):
+                raise
             raise KavaError(
                 f"policy {self.name}: {type(press).__name__} cannot score from keys and values "
                 f"alone ({type(error).__name__}: {error}). Choose another scorer or policy."

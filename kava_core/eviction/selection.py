@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kava_core.errors import KavaError
 from kava_core.eviction.batch import CacheBatch
-from kava_core.eviction.policies.base import Policy
+from kava_core.eviction.policies import REGISTRY, Policy
 
 PADDING = torch.iinfo(torch.int64).min
 SELECT_ELEMENTS = 1 << 24  # scores ranked at a time
@@ -18,24 +18,55 @@ SELECT_ELEMENTS = 1 << 24  # scores ranked at a time
 def score_all(policy: Policy, batch: CacheBatch) -> Tensor:
     """Scores of a batch, [T, L', H] float32.
 
-    KavaError for scores of another shape or type, and one naming a record with a score not finite.
+    KavaError, naming the policy, for scores of another shape or type and where another package's
+    cannot score; one naming the record with a score not finite.
     """
-    scores = policy.score(batch)
-    if scores.shape != batch.shape or scores.dtype != torch.float32:
+    with REGISTRY.guarded(type(policy), "to score"):
+        scores = policy.score(batch)
+    if not _is(scores, batch.shape, torch.float32):
         raise KavaError(
-            f"expected scores [T, L', H] = {list(batch.shape)} of float32 from {policy}, found "
-            f"{list(scores.shape)} of {scores.dtype}. Mend the policy."
+            f"{REGISTRY.whose(type(policy))}: expected scores [T, L', H] = {list(batch.shape)} of "
+            f"torch.float32 from {policy}, found {_described(scores)}. Mend the policy."
         )
     broken = (~torch.isfinite(scores)).flatten(1).any(1)
     if broken.any():
         token = int(broken.nonzero()[0])
         record = next(i for i, (_, last) in enumerate(batch.spans) if token < last)
+        blame = (
+            "The teacher's cache of the record is finite: mend the policy, or choose another."
+            if _is_finite(batch, record)
+            else "The teacher cache holds broken numbers: run the generate stage again."
+        )
         raise KavaError(
-            f"record {batch.ids[record]!r}: expected finite scores from {policy}, found NaN or "
-            f"infinity at token {token - batch.offsets[record]} of the trace. The teacher cache "
-            "holds broken numbers: run the generate stage again."
+            f"{REGISTRY.whose(type(policy))}: record {batch.ids[record]!r}: expected finite scores "
+            f"from {policy}, found NaN or infinity at token {token - batch.offsets[record]} of the "
+            f"trace. {blame}"
         )
     return scores
+
+
+def keepable_tokens(policy: Policy, batch: CacheBatch) -> Tensor | None:
+    """[T] bool, what may be kept, at least one token of each record; None: anything.
+
+    KavaError, naming the policy, for anything else and where another package's cannot say.
+    """
+    with REGISTRY.guarded(type(policy), "to say what may be kept"):
+        keepable = policy.keepable(batch)
+    if keepable is None:
+        return None
+    whose = REGISTRY.whose(type(policy))
+    if not _is(keepable, batch.shape[:1], torch.bool):
+        raise KavaError(
+            f"{whose}: expected None or [T] = {list(batch.shape[:1])} of torch.bool from "
+            f"`keepable` of {policy}, found {_described(keepable)}. Mend the policy."
+        )
+    kept = torch.stack([part.any() for part in keepable.split(list(batch.lengths))]).tolist()
+    if not all(kept):
+        raise KavaError(
+            f"{whose}: expected {policy} to let at least one token of every record be kept, found "
+            f"none of record {batch.ids[kept.index(False)]!r}. Mend the policy."
+        )
+    return keepable
 
 
 def select_best(
@@ -79,6 +110,23 @@ def select_best(
         best = best.masked_fill(excess, longest).sort(dim=-1).values
         positions[records, ..., :kept] = best.masked_fill(best == longest, -1).to(torch.int32)
     return positions, counts.to(torch.int32)
+
+
+def _is(found: object, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    return isinstance(found, Tensor) and found.shape == tuple(shape) and found.dtype == dtype
+
+
+def _described(found: object) -> str:
+    if isinstance(found, Tensor):
+        return f"{list(found.shape)} of {found.dtype}"
+    return str(type(found))
+
+
+def _is_finite(batch: CacheBatch, record: int) -> bool:
+    """Whether all is finite that the cache holds of a record in the layers that take part."""
+    first, last = batch.spans[record]
+    held = [x for x in (batch.keys, batch.values, batch.importance) if x is not None]
+    return all(bool(x[first:last, list(batch.layers)].isfinite().all()) for x in held)
 
 
 def _ranking_keys(scores: Tensor, sizes: Tensor, starts: Tensor) -> Tensor:

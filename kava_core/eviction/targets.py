@@ -12,7 +12,7 @@ from kava_core.errors import KavaError
 from kava_core.eviction.batch import CacheBatch
 from kava_core.eviction.layers import Share, check_groups
 from kava_core.eviction.policies.base import Policy, RotaryPhase, Selection, check_phase
-from kava_core.eviction.selection import score_all, select_best
+from kava_core.eviction.selection import keepable_tokens, score_all, select_best
 from kava_core.rotary import rotate
 
 
@@ -74,7 +74,7 @@ def evict(
     ranked, slots = _group_mean(scores, units), list(budgets)
     if select == "record":
         ranked, slots = _record_mean(ranked), _one_budget(budgets)
-    positions, counts = select_best(ranked, batch.lengths, slots, policy.keepable(batch))
+    positions, counts = select_best(ranked, batch.lengths, slots, keepable_tokens(policy, batch))
     positions = positions.expand(-1, len(units), scores.shape[2], -1).contiguous()
     counts = counts[..., None].expand(-1, len(units), scores.shape[2]).contiguous()
     of_layer = positions[:, unit_of] if share != "none" else positions  # [B, layers, H, M]

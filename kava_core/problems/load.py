@@ -13,10 +13,11 @@ from kava_core.problems.bad import BadRecords, OnBadRecord
 from kava_core.problems.readers import Location, read_source
 from kava_core.problems.records import Problem, TraceForm, normalise_question, trace_characters
 from kava_core.problems.rows import BadRow, Row
-from kava_core.problems.sources import RowSource, Source, sources_of
+from kava_core.problems.sources import REGISTRY, RowSource, Source, sources_of
 from kava_core.problems.sources.base import FROM_EQUATIONS, Draft, UnusableRow, equations_as
 from kava_core.problems.splits import ProblemSplits, cut_splits
 from kava_core.problems.tokens import TokenRules
+from kava_core.wording import shown
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ class Reading:
 
     def _draft(self, source: RowSource, row: Row) -> Draft:
         if self.traces not in FROM_EQUATIONS:
-            return source.read(row, self.traces)
-        draft = source.read(row, "equations" if source.forms else self.traces)
+            return _read(source, row, self.traces)
+        draft = _read(source, row, "equations" if source.forms else self.traces)
         return replace(draft, steps=tuple(equations_as(draft.steps, self.traces)))
 
     def _problem(self, source: RowSource, draft: Draft, name: str) -> Problem:
@@ -142,6 +143,34 @@ class Reading:
             source=source.name,
             topic=_composed(" ".join(draft.topic.split())),
         )
+
+
+def _read(source: RowSource, row: Row, traces: TraceForm) -> Draft:
+    """What a source makes of a row: texts, or BadRow; KavaError if its code fails."""
+    kind = type(source)
+    with REGISTRY.guarded(kind, f"to read {row.place}", passing=(UnusableRow, UnicodeEncodeError)):
+        draft: object = source.read(row, traces)
+    if not isinstance(draft, Draft):
+        raise KavaError(
+            f"{REGISTRY.whose(kind)}: expected a Draft of {row.place}, found {shown(draft)}. Mend "
+            "that package."
+        )
+    for name in ("question", "answer", "topic"):
+        if not isinstance(getattr(draft, name), str):
+            raise _wrong(kind, row, "a text", name, draft)
+    steps: object = draft.steps
+    if not isinstance(steps, tuple | list) or not all(isinstance(step, str) for step in steps):
+        raise _wrong(kind, row, "a tuple of texts", "steps", draft)
+    return draft
+
+
+def _wrong(kind: type, row: Row, expected: str, name: str, draft: Draft) -> BadRow:
+    return BadRow(
+        row.place,
+        f"{expected} as `{name}` of {REGISTRY.whose(kind)}",
+        shown(getattr(draft, name)),
+        "Mend the row, or that package.",
+    )
 
 
 def _composed(text: str) -> str:

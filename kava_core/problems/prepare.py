@@ -20,10 +20,11 @@ from kava_core.problems.load import (
     load_test_set,
 )
 from kava_core.problems.readers import Location
-from kava_core.problems.records import Problem
+from kava_core.problems.records import Problem, TraceForm
 from kava_core.problems.rows import BadRow
-from kava_core.problems.sources import GeneratedSource, RowSource, Source
+from kava_core.problems.sources import REGISTRY, GeneratedSource, RowSource, Source
 from kava_core.problems.splits import ProblemSplits, count_leaks
+from kava_core.wording import shown
 
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ def _further(name: str, asked: FurtherSet, reading: Reading, seed: int) -> ReadS
             f"found {source.name}. Set `path` or `size`."
         )
     check_form(source, reading.traces)
-    drawn = source.splits(0, 0, asked.size, seed=seed, traces=reading.traces).test
+    drawn = _draw(source, Sizes(0, 0, asked.size), seed, reading.traces).test
     problems = [replace(p, id=f"{name}-{p.id.rpartition('-')[2]}") for p in drawn]
     return ReadSet(Problems(len(problems), problems, Counter(), []), {})
 
@@ -142,9 +143,19 @@ def _generated(source: GeneratedSource, reading: Reading, sizes: Sizes, seed: in
             f"Expected numbers of train and test problems to generate {source.name}, found none: "
             "there is no end to them. Set `train` and `test`."
         )
-    return source.splits(
-        sizes.train, sizes.validation, sizes.test, seed=seed, traces=reading.traces
-    )
+    return _draw(source, sizes, seed, reading.traces)
+
+
+def _draw(source: GeneratedSource, sizes: Sizes, seed: int, traces: TraceForm) -> ProblemSplits:
+    train, validation, test = sizes.train or 0, sizes.validation, sizes.test or 0
+    with REGISTRY.guarded(type(source), "to draw problems"):
+        drawn: object = source.splits(train, validation, test, seed=seed, traces=traces)
+    if not isinstance(drawn, ProblemSplits):
+        raise KavaError(
+            f"{REGISTRY.whose(type(source))}: expected ProblemSplits from `splits`, found "
+            f"{shown(drawn)}. Mend that package."
+        )
+    return drawn
 
 
 def _joined(splits: ProblemSplits, further: Mapping[str, ReadSet]) -> ProblemSplits:

@@ -78,8 +78,9 @@ def _read(registry: Registry[Any], value: Any) -> Any:
         kind: Any = registry.find(name)
         if (installed := registry.packages(kind)) and "packages" in given:
             _check_packages(f"{what} {name}", given.pop("packages"), installed)
-        settings = _section(kind).model_validate(given)
-        return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
+        with registry.guarded(kind, "to take its settings", passing=(ValueError, AssertionError)):
+            settings = _section(kind).model_validate(given)
+            return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
     except ValidationError as error:
         raise PydanticCustomError(
             CHOICE,

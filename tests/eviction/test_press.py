@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from kava_core.errors import KavaError
 from kava_core.eviction import CacheBatch, Policy, evict
 from kava_core.eviction.check import check_policy
 from kava_core.eviction.policies.base import RotaryPhase
+from kava_core.eviction.policies.key_norm import KeyNorm
 from kava_core.eviction.press import PressPolicy
 from tests.eviction import naive
 
@@ -126,13 +127,13 @@ class Odd(Policy):
 
     name = "odd"
 
-    rule: Callable[[CacheBatch], Tensor]
-    kept: Callable[[CacheBatch], Tensor | None] = lambda _: None
+    rule: Callable[[CacheBatch], Any]
+    kept: Callable[[CacheBatch], Any] = lambda _: None
 
-    def score(self, batch: CacheBatch) -> Tensor:
+    def score(self, batch: CacheBatch) -> Any:
         return self.rule(batch)
 
-    def keepable(self, batch: CacheBatch) -> Tensor | None:
+    def keepable(self, batch: CacheBatch) -> Any:
         return self.kept(batch)
 
 
@@ -145,7 +146,16 @@ def places(batch: CacheBatch) -> Tensor:
     [
         (Odd(lambda batch: places(batch)[..., 0]), "expected scores [T, L', H] = "),
         (Odd(lambda batch: places(batch).double()), "found [24, 3, 2] of torch.float64"),
-        (Odd(lambda batch: places(batch).log()), "expected finite scores"),
+        (Odd(lambda batch: places(batch).numpy()), "found <class 'numpy.ndarray'>. Mend the"),
+        (Odd(lambda _: None), "policy odd: expected scores [T, L', H] = [24, 3, 2]"),
+        (Odd(lambda batch: batch.nothing), "policy odd failed to score (AttributeError: "),
+        (Odd(lambda batch: places(batch).log()), "finite: mend the policy, or choose another"),
+        (Odd(places, lambda _: torch.ones(3, dtype=torch.bool)), "found [3] of torch.bool"),
+        (Odd(places, lambda batch: batch.token_lengths), "found [24] of torch.int64"),
+        (
+            Odd(places, lambda _: [True]),
+            "expected None or [T] = [24] of torch.bool from `keepable`",
+        ),
         (Odd(lambda batch: torch.rand(batch.shape)), "when asked twice"),
         (Odd(lambda batch: places(batch) + len(batch.ids)), "for a record alone as in a batch"),
         (
@@ -158,3 +168,23 @@ def test_a_policy_that_breaks_a_promise_is_found_out(policy: Policy, said: str) 
     with pytest.raises(KavaError) as error:
         check_policy(policy)
     assert said in str(error.value)
+
+
+def test_a_broken_cache_is_blamed_on_the_cache_whosever_the_policy() -> None:
+    batch = naive.make_batch([4, 6])
+    batch.keys[7] = torch.nan
+    for policy in (KeyNorm(), Odd(lambda given: given.keys.float().mean(-1))):
+        with pytest.raises(KavaError) as error:
+            evict(batch, policy, [2] * len(batch.layers))
+        assert f"policy {policy.name}: record {batch.ids[1]!r}: expected finite" in str(error.value)
+        assert "token 3 of the trace" in str(error.value)
+        assert "holds broken numbers: run the generate stage again" in str(error.value)
+
+
+def test_a_lack_of_memory_in_a_scorer_is_a_lack_of_memory() -> None:
+    def lacking(*_: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    batch = naive.make_batch([4])
+    with pytest.raises(torch.OutOfMemoryError):
+        evict(batch, Pressed(lacking), [2] * len(batch.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,25 @@ def test_without_kvpress_its_scorers_are_one_sentence(packages: Path, tmp_path: 
     assert "policy kvpress: kvpress needs the package kvpress, which is not installed" in (
         " ".join(done.stderr.split())
     )
+
+
+@pytest.mark.usefixtures("extras")
+def test_what_kvpress_imports_and_is_not_there_is_named(
+    chats: Chats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = chats.path / "kvpress-0.5.5.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 0.5.5\n")
+    (chats.path / "kvpress.py").write_text("import not_fire\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(chats.path))
+    chats.settings["evict"] = {"policy": "kvpress", "budget": 4}
+    chats.write()
+    page = (ROOT / "docs/eviction.md").read_text(encoding="utf-8")
+    (install,) = re.findall(r"`(pip install .*?kvpress.*?)`", page)
+    with pytest.raises(KavaError) as error:
+        chats.kava("evict")
+    said = "policy kvpress: kvpress cannot be imported here (No module named 'not_fire'). Install "
+    assert said in str(error.value) and f"`{install}`" in str(error.value)
 
 
 def test_where_it_is_not_installed_its_names_are_not_there(tmp_path: Path) -> None:

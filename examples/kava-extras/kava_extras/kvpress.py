@@ -21,8 +21,13 @@ class KVPress(PressPolicy):
         self.press()  # so that a wrong name is told before anything runs
 
     def press(self) -> Press:
-        import kvpress
-
+        try:
+            import kvpress
+        except ImportError as error:
+            raise KavaError(
+                f"kvpress cannot be imported here ({error}). Install what is missing: `pip install "
+                "--no-deps kvpress cachetools fire termcolor`."
+            ) from error
         kind = getattr(kvpress, self.press_name, None)
         if not (isinstance(kind, type) and issubclass(kind, kvpress.ScorerPress)):
             raise KavaError(

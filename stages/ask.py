@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import click
 
 from kava_core.artefacts import disk_errors, make_folders, sync
-from kava_core.console import printable, progress, warn
+from kava_core.console import complain, printable, progress, warn
 from kava_core.errors import KavaError
+from kava_core.wording import shown
 
 BESIDE = "beside"  # the teacher's folder, where --compare names none
 BATCH_SIZE = 32
@@ -67,16 +70,26 @@ def ask(
     that the language-model head reads in the hidden state that became it.
     """
     if sum((question is not None, interactive, source is not None)) != 1:
+        some = question is not None or interactive or source is not None
+        taken = compare not in (None, BESIDE) and not some
         raise KavaError(
-            "expected one of QUESTION, --interactive and --file, found "
-            + ("none." if question is None and not interactive and source is None else "several.")
-            + " Put a question in quotes behind the student."
+            f"expected one of QUESTION, --interactive and --file, found "
+            f"{'several' if some else 'none'}. "
+            + (f"--compare took {shown(compare)} for the teacher's folder. " if taken else "")
+            + "Put a question in quotes behind the student."
         )
     if question is not None and not question.strip():
         raise KavaError("expected a question, found nothing. Put it in quotes behind the student.")
+    if question is not None:
+        _check_text(question)
     if source is None and (out is not None or batch_size is not None):
         name = "--out" if out is not None else "--batch-size"
         raise KavaError(f"{name} is for the questions of --file, and there is none. Leave it out.")
+    if source is not None and out is not None and source.resolve() == out.resolve():
+        raise KavaError(
+            f"--out {out}: expected another file than --file, whose questions would be lost, found "
+            "the same. Name another one."
+        )
     if source is not None and as_json:
         raise KavaError("--json says nothing with --file, which gives JSON lines. Leave it out.")
 
@@ -108,10 +121,32 @@ def ask(
 
     respondents = Respondents.of(student, steps=write_steps, teacher=teacher, base=base)
     respondents.warm_up(question or "How many?")
-    for text in _typed() if question is None else [question]:
+
+    def answer(text: str) -> None:
         (found,) = respondents.answer([Question(text)], batch_size=1, max_new_tokens=max_new_tokens)
         said = json.dumps(found, ensure_ascii=False) if as_json else printable(_readable(found))
         click.echo(said)
+
+    if question is not None:
+        answer(question)
+        return
+    for text in _typed():
+        try:
+            _check_text(text)
+            answer(text)
+        except KavaError as error:  # of this question; the next one may be another matter
+            complain(f"error: {error}", error)
+
+
+def _check_text(question: str) -> None:
+    """KavaError if it is no UTF-8: Python puts half of a character for each byte that is none."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise KavaError(
+            f"expected a question in UTF-8, found other bytes behind {error.start} characters "
+            f"({shown(question)}). Write it in UTF-8."
+        ) from None
 
 
 @contextmanager
@@ -174,6 +209,8 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 def _typed() -> Iterator[str]:
     """Questions until the end of the input, or an empty one; the prompt is for people only."""
+    # Else bytes that are no UTF-8 would end it, where the locale has it so.
+    cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="surrogateescape")
     while True:
         try:
             text = click.prompt("question", default="", show_default=False, err=True)
@@ -195,10 +232,10 @@ def _readable(found: dict[str, Any]) -> str:
         lines.append(f"steps: {found['text'].strip()}")
     if found["thoughts"]:
         lines.append(f"latents decode to: {' '.join(repr(token) for token in found['thoughts'])}")
-    if "teacher" in found:
-        teacher = found["teacher"]
+    for origin in {"teacher", "base"} & found.keys():
+        other = found[origin]
         lines.append(
-            f"teacher: {teacher['answer'] or '(no answer)'}, {teacher['passes']} passes, "
-            f"{teacher['seconds']:.3f} s: {teacher['text'].strip()}"
+            f"{origin}: {other['answer'] or '(no answer)'}, {other['passes']} passes, "
+            f"{other['seconds']:.3f} s: {other['text'].strip()}"
         )
     return "\n".join(lines)

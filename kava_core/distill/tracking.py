@@ -44,7 +44,9 @@ class Tracking:
         KavaError if what is to be told is not installed.
         """
         for package in cadence.report_to:
-            if find_spec(package) is None:
+            found = find_spec(package)
+            # Without an origin it is a folder of that name, as W&B leaves one in the project.
+            if found is None or found.origin is None:
                 raise KavaError(
                     f"cadence.report_to: {package} is not installed. Install it (`pip install "
                     f"{package}`), or leave it out."
@@ -70,7 +72,8 @@ class Onlooker(TrainerCallback):
     """Another's callback, which changes nothing of the run."""
 
     def __init__(self, name: str, make: Callable[[str], TrainerCallback]) -> None:
-        self.name, self.callback = name, self._guarded(make, name)
+        self.name = name
+        self.callback: TrainerCallback | None = self._guarded(make, name)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any

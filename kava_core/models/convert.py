@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kava_core.artefacts import atomic_path, disk_errors
+from kava_core.artefacts import atomic_path, disk_errors, make_folders
 from kava_core.errors import KavaError
 from kava_core.wording import shorten
 
@@ -25,6 +28,11 @@ def convert_weights(path: Path, destination: Path) -> int:
         raise KavaError(f"{path} is no file. Expected one that torch.save wrote.")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:  # torch says how to run the file's code all the same
+        raise KavaError(
+            f"{path} cannot be read as names and tensors: it holds something else than tensors. "
+            "Get the file again, or have it saved as safetensors by those who made it."
+        ) from None
     except Exception as error:  # what a file that is no state dict makes of it
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise KavaError(
@@ -46,8 +54,16 @@ def convert_weights(path: Path, destination: Path) -> int:
             )
     # Tied weights are one tensor under two names, which safetensors does not write.
     apart = {name: tensor.clone().contiguous() for name, tensor in found.items()}
-    with disk_errors(destination), atomic_path(destination) as temporary:
-        save_file(apart, temporary, {"format": "pt"})
+    with disk_errors(destination):
+        make_folders(destination.parent)
+        with atomic_path(destination) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            try:
+                save_file(apart, temporary, {"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(errno.EIO, str(error)) from None
+            temporary.chmod(mode)  # as readable as what others write; safetensors' is the owner's
     return len(found)
 
 

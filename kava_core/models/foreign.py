@@ -8,6 +8,7 @@ and cut back to that of the base model. Low-rank adapters are merged. Weights co
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from kava_core.artefacts import atomic_folder, file_digest, read_json, write_json
+from kava_core.console import warn
 from kava_core.errors import KavaError
 from kava_core.models.inspection import OF_OBJECT
 from kava_core.models.latent import LatentReasoner, LatentReasonerConfig
@@ -27,7 +29,7 @@ from kava_core.models.loading import commit_of, load_model, load_tokenizer, mode
 from kava_core.models.thinking import LARGEST
 from kava_core.problems.prompt import ANSWER_PROMPT, Prompt
 from kava_core.problems.traces import TraceEncoder
-from kava_core.wording import shown
+from kava_core.wording import shorten, shown
 
 Format = Literal["codi", "pccot", "coconut"]
 FILES: dict[Format, tuple[str, ...]] = {
@@ -45,6 +47,11 @@ _PROJECTIONS: dict[str, dict[str, str]] = {
     "pccot": {"prj.0": "up", "prj.2": "down", "prj.3": "norm"},
     "coconut": {},
 }
+# Of adapter_config.json: what would make W + α/r · B A, of all target modules, another sum.
+_REFUSED = (
+    *("use_rslora", "use_dora", "alpha_pattern", "exclude_modules", "layers_to_transform"),
+    "layer_replication",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,9 @@ class Published:
 
     iterations: of PCCoT's, None for latents one after the other; lora_alpha: α of its adapters,
     whose rank r the tensors tell, None where there are none; alone: the file holds all of the
-    decoder; projected: it has to hold a projection, too.
+    decoder; projected: it has to hold a projection, too; w_cot: how much it was taught to write its
+    chain as well; targets: ends of the names of the modules with adapters, and base: the model that
+    these were trained on, both where the files say.
     """
 
     ids: Ids
@@ -72,7 +81,10 @@ class Published:
     prompt: Prompt
     lora_alpha: int | None
     alone: bool
-    projected: bool = False
+    projected: bool
+    w_cot: float
+    targets: tuple[str, ...] | None = None
+    base: str | None = None
 
 
 def import_student(
@@ -96,7 +108,13 @@ def import_student(
     file = _weights_file(form, path)
     decoder, tokenizer = load_model(base), load_tokenizer(base)
     published = _read(form, file, decoder, tokenizer, latents, lora_alpha)
+    if published.base and Path(published.base).name != Path(base).name:
+        warn(
+            f"warning: {path} says that its adapters were trained on {shorten(published.base)}, "
+            f"and --base is {base}. On another model they compute nonsense."
+        )
     tensors = _named_as_ours(_load(file), form)
+    _check_numbers(tensors, file)
     own = _own(tensors, form, decoder, published.ids)
     _fill(decoder, tensors, published, file)
     encoder = TraceEncoder(tokenizer, prompt=published.prompt)
@@ -104,7 +122,7 @@ def import_student(
     about = {
         "name": destination.name,
         "imported": {"format": form, "weights": file_digest(file)},
-        "settings": {"w_cot": 0.0},
+        "settings": {"w_cot": published.w_cot},
         "fingerprints": {"teacher": model_fingerprint(base)},  # what it began as
         "commit": commit_of(base),
         **published.prompt.kept(),
@@ -164,11 +182,14 @@ def _read(
     if form == "codi":
         first = decoder.config.get_text_config().vocab_size  # [PAD], then the two
         prompt = Prompt(question=asked)
-        return Published(Ids(first + 1, first + 2), latents, None, prompt, lora_alpha, True)
+        ids = Ids(first + 1, first + 2)
+        # It is its own teacher: its script weighs the written chain 1 (`ref_loss_factor`).
+        return Published(ids, latents, None, prompt, lora_alpha, True, True, w_cot=1.0)
     if lora_alpha is not None:
         raise KavaError("--lora-alpha means nothing for a Coconut student. Leave it out.")
-    first = len(tokenizer)
-    return Published(Ids(first, first + 1), latents, None, Prompt(answer="###"), None, True)
+    ids, prompt = Ids(len(tokenizer), len(tokenizer) + 1), Prompt(answer="###")
+    # In its last stages no step is written any more.
+    return Published(ids, latents, None, prompt, None, True, False, w_cot=0.0)
 
 
 def _read_pccot(file: Path, asked: str) -> Published:
@@ -186,9 +207,28 @@ def _read_pccot(file: Path, asked: str) -> Published:
                 f"{folder}: expected a number as {name} in config.json, pccot_args.json or "
                 f"adapter_config.json, found {shown(value)}. Copy the student's files again."
             )
-    for name in ("use_rslora", "use_dora"):
-        if adapter.get(name):
+    if adapted and adapter.get("peft_type") != "LORA":
+        raise KavaError(
+            f"{folder}: expected peft_type LORA in adapter_config.json, found "
+            f"{shown(adapter.get('peft_type'))}. Only low-rank adapters are merged here."
+        )
+    for name in _REFUSED:
+        if adapter.get(name) not in (None, False, {}, []):
             raise KavaError(f"{folder}: adapters with {name} cannot be merged here.")
+    targets = adapter.get("target_modules")
+    if adapted and not (
+        isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    ):
+        raise KavaError(
+            f"{folder}: expected a list of names as target_modules in adapter_config.json, found "
+            f"{shown(targets)}."
+        )
+    chain = config.get("loss_alpha", 1.0)
+    if type(chain) not in (int, float) or not 0 <= chain < LARGEST:
+        raise KavaError(
+            f"{folder}: expected a number as loss_alpha in config.json, found {shown(chain)}. Copy "
+            "the student's files again."
+        )
     answer = arguments.get("answer_prompt", ANSWER_PROMPT)
     if not isinstance(answer, str) or not answer.strip():
         raise KavaError(f"{folder}: answer_prompt in pccot_args.json is no text: {shown(answer)}.")
@@ -200,6 +240,9 @@ def _read_pccot(file: Path, asked: str) -> Published:
         numbers.get("lora_alpha"),
         not adapted,
         config.get("use_projection") is True,
+        float(chain),
+        tuple(targets) if targets else None,
+        str(adapter.get("base_model_name_or_path") or ""),
     )
 
 
@@ -230,6 +273,20 @@ def _named_as_ours(tensors: dict[str, Tensor], form: Format) -> dict[str, Tensor
         if not again and not plain.endswith(_BUFFERS):
             found[plain] = tensor
     return found
+
+
+def _check_numbers(tensors: dict[str, Tensor], file: Path) -> None:
+    for name, tensor in tensors.items():
+        found = None
+        if not tensor.is_floating_point():
+            found = str(tensor.dtype).removeprefix("torch.")
+        elif not tensor.float().isfinite().all():
+            found = "NaN or infinity"
+        if found is not None:
+            raise KavaError(
+                f"{file}: expected finite floating-point numbers in {shorten(name)}, found "
+                f"{found}. Copy the student's files again, or get them unquantised."
+            )
 
 
 def _own(
@@ -267,7 +324,7 @@ def _fill(
             f"{file} has low-rank adapters, and does not say their alpha: give --lora-alpha (32 in "
             "CODI's published settings)."
         )
-    if not adapted and published.lora_alpha is not None:
+    if not adapted and published.lora_alpha is not None and published.targets is None:
         raise KavaError(f"{file} has no adapters: --lora-alpha means nothing. Leave it out.")
     pairs = {
         name: (tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B", None))
@@ -279,6 +336,19 @@ def _fill(
         raise KavaError(
             f"{file}: no place for {_named(unknown)} in a {decoder.config.model_type}. Is --base "
             "the model that the student was trained from, and the format right?"
+        )
+    wanted = _to_adapt(modules, adapted, published.targets)
+    if published.targets and not wanted:
+        raise KavaError(
+            f"{file}: a {decoder.config.model_type} has no modules called "
+            f"{_named(list(published.targets))} (target_modules). Is --base the model that the "
+            "student was trained from?"
+        )
+    if wanted != adapted:
+        raise KavaError(
+            f"{file}: expected low-rank adapters of the {len(wanted)} modules that adapter_config"
+            f".json or the other layers say, found {len(adapted)}; of one only: "
+            f"{_named(sorted(wanted ^ adapted))}. Copy the student's files again."
         )
     tied = set(getattr(decoder, "all_tied_weights_keys", None) or ())
     lacking = [name for name in state if name not in tensors and name not in tied]
@@ -292,9 +362,18 @@ def _fill(
     decoder.tie_weights()
 
 
+def _to_adapt(
+    modules: dict[str, nn.Module], adapted: set[str], targets: tuple[str, ...] | None
+) -> set[str]:
+    """The modules that should have adapters: those whose names end as `targets`; where the files do
+    not say these, in all layers those that have some in one."""
+    ends = targets or {re.split(r"\.\d+\.", name)[-1] for name in adapted}
+    return {name for name in modules if any(f".{name}".endswith(f".{end}") for end in ends)}
+
+
 def _put(place: Tensor, tensor: Tensor, name: str, file: Path) -> None:
     wanted = list(place.shape)
-    if name.endswith(_OF_TOKENS):
+    if name.endswith(_OF_TOKENS) and tensor.ndim:
         tensor = tensor[: wanted[0]]  # without the tokens around the latents
     if list(tensor.shape) != wanted:
         raise KavaError(
@@ -309,7 +388,7 @@ def _merge(
 ) -> None:
     """W + α/r · B A, turned where the layer keeps its weight turned (GPT-2's)."""
     weight = cast(Tensor, module.weight)
-    if up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if up is None or down.ndim != 2 or up.ndim != 2 or not 0 < len(down) == up.shape[1]:
         found = None if up is None else list(up.shape)
         raise KavaError(
             f"{file}: the adapters of {name} do not fit together: A is {list(down.shape)}, B is "
@@ -329,10 +408,11 @@ def _student(
     decoder: PreTrainedModel, own: dict[str, Tensor], published: Published, encoder: TraceEncoder
 ) -> LatentReasoner:
     up = own.get("projection.up.weight")
-    if up is None and published.projected:
+    if published.projected and not any(name.startswith("projection.") for name in own):
         raise KavaError(
-            "expected the weights of a projection (`use_projection` in config.json), found none. "
-            "Copy the student's files again."
+            "expected the weights of a projection (`prj`), found none. Copy the student's files "
+            "again; one of CODI's that was trained without (`use_prj`) cannot be imported, since "
+            "no file says so."
         )
     if up is not None and "projection.norm.weight" not in own:
         raise KavaError(
@@ -346,7 +426,7 @@ def _student(
         projection=up is not None,
         per_position=False,
         answer_prompt_ids=encoder.answer_prompt_ids,
-        projection_size=0 if up is None else len(up),
+        projection_size=len(up) if up is not None and up.ndim else 0,
         residual=up is None,
         eos_token_id=encoder.eos,
         tie_word_embeddings=decoder.config.get_text_config().tie_word_embeddings,
@@ -376,4 +456,4 @@ def _embedding_name(decoder: PreTrainedModel) -> str:
 
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(map(shorten, names[:3])) + more

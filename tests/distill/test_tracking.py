@@ -103,6 +103,26 @@ def test_one_that_cannot_begin_ends_the_run_at_once(store: Path, tmp_path: Path)
     assert not list(told.checkpoints.glob("checkpoint-*"))
 
 
+def test_one_that_cannot_be_made_is_one_sentence() -> None:
+    def make(_: str) -> TrainerCallback:
+        raise RuntimeError("not there")
+
+    with pytest.raises(KavaError, match=r"watcher does not take reports \(not there\)"):
+        Onlooker("watcher", make)
+
+
+def test_the_folder_that_a_tracker_leaves_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m stages` looks for packages in the project, where W&B makes `wandb/`."""
+    if (found := find_spec("wandb")) is not None and found.origin is not None:
+        pytest.skip("wandb is installed here")
+    (tmp_path / "wandb/offline-run").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KavaError, match="wandb is not installed"):
+        Tracking.of(Cadence(report_to=("wandb",)), tmp_path / "data/smoke/teacher")
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_what_is_not_installed_is_one_sentence(name: str, tmp_path: Path) -> None:
     if find_spec(name):

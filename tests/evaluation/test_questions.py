@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,8 +70,19 @@ def test_questions_are_a_line_each(tmp_path: Path, ending: str, mark: str) -> No
         (b'{"question": "?", "id": "\\udfff"}', "expected Unicode text, found half of a char"),
         (b'{"question": [1]}', r"expected a text in `question`, found list \[1\]"),
         (b'{"question": "\xff"}', "expected JSON, found .*utf-8"),
+        (b'{"question": "?", "id": [1e400]}', "expected numbers of JSON, found NaN, Infinity or"),
     ],
-    ids=["number", "depth", "half a line", "no object", "surrogate", "given", "no text", "bytes"],
+    ids=[
+        "number",
+        "depth",
+        "half a line",
+        "no object",
+        "surrogate",
+        "given",
+        "no text",
+        "bytes",
+        "infinite",
+    ],
 )
 def test_a_line_without_a_question_is_named(tmp_path: Path, line: bytes, words: str) -> None:
     file = tmp_path / "questions.jsonl"
@@ -121,6 +134,60 @@ def test_questions_that_are_too_long_are_named_before_any_is_asked(
         invoke(folders["student"], "--file", file, "--out", out, *SHORT)
     assert out.read_text() == "of an earlier run"
     assert sorted(tmp_path.iterdir()) == [out, file]
+
+
+def test_bytes_that_are_no_text_are_said(folders: dict[str, Path]) -> None:
+    words = r"expected a question in UTF-8, found other bytes behind 4 characters \('how "
+    with pytest.raises(KavaError, match=words):
+        invoke(folders["student"], "how \udcff many")  # as Python has the bytes of arguments
+    done = CliRunner().invoke(
+        ask,
+        [str(folders["student"]), "--interactive", "--json", *SHORT[:2]],
+        input=b"how \xff many\n" + QUESTIONS[0].encode() + b"\n",
+        catch_exceptions=False,
+    )
+    assert re.search(words, " ".join(done.stderr.split()))
+    assert json.loads(done.stdout)["question"] == QUESTIONS[0]
+
+
+def test_a_question_that_is_too_long_does_not_end_the_others(folders: dict[str, Path]) -> None:
+    typed = "\n".join([QUESTIONS[0], "7 " * 1200, QUESTIONS[1], ""])
+    done = CliRunner().invoke(
+        ask,
+        [str(folders["student"]), "--interactive", "--json", *SHORT[:2]],
+        input=typed,
+        catch_exceptions=False,
+    )
+    assert [json.loads(line)["question"] for line in done.stdout.splitlines()] == QUESTIONS[:2]
+    assert "error: " in done.stderr and done.exit_code == 0
+
+
+def test_a_question_taken_for_the_teachers_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(KavaError, match=r"found none\. --compare took 'how many \?' for the teach"):
+        invoke(tmp_path, "--compare", "how many ?")
+
+
+def test_answers_do_not_replace_their_questions(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "how many ?"}\n')
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(KavaError, match="expected another file than --file"):
+        invoke(tmp_path, "--file", file, "--out", tmp_path / "folder/../questions.jsonl")
+    assert "how many" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [(["--write-steps"], "settings.w_cot"), (["--compare", "."], "fingerprints.teacher")],
+)
+@pytest.mark.parametrize("content", ["{}", '{"settings": 1, "fingerprints": []}'])
+def test_a_student_that_does_not_say_what_it_was_taught_is_refused(
+    folders: dict[str, Path], tmp_path: Path, content: str, options: list[str], name: str
+) -> None:
+    shutil.copytree(folders["student"], tmp_path / "student")
+    (tmp_path / "student/student.json").write_text(content)
+    with pytest.raises(KavaError, match=rf"student\.json: expected {name} in it, found none"):
+        invoke(tmp_path / "student", "how many ?", *options)
 
 
 def test_what_was_answered_before_an_interrupt_stays(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from kava_core.errors import KavaError
+from kava_core.evaluation.questions import Question, Respondents
 from kava_core.models.convert import convert_weights
 from kava_core.models.foreign import import_student
 from kava_core.models.latent import LatentReasoner
@@ -146,7 +148,7 @@ def greedy(model: Any, cache: DynamicCache, ids: Tensor) -> list[int]:
 class PCCoT:
     """A student of whyNLP/PCCoT: an adapted model with a projection in it, saved by PEFT."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, **options: Any) -> None:
         torch.manual_seed(2)
         model = base.extended()
         size = base.size
@@ -154,7 +156,7 @@ class PCCoT:
             nn.Linear(size, size), nn.GELU(), nn.Linear(size, size), nn.LayerNorm(size)
         )
         self.first = base.vocabulary
-        self.peft: Any = base.adapted(model, modules_to_save=["prj"])
+        self.peft: Any = base.adapted(model, modules_to_save=["prj"], **options)
 
     def save(self, folder: Path) -> Path:
         self.peft.save_pretrained(folder, save_embedding_layers=True)
@@ -242,6 +244,37 @@ def test_they_answer_as_by_their_own_loops(base: Base, tmp_path: Path, question:
 
 
 @torch.no_grad()
+def test_adapters_of_several_ranks_are_merged_each_by_its_own(base: Base, tmp_path: Path) -> None:
+    theirs = PCCoT(base, rank_pattern={TARGETS[base.kind][1]: 2})
+    import_student("pccot", theirs.save(tmp_path / "p"), str(base.path), tmp_path / "ours")
+    here, ids, prompt = written_here(tmp_path / "ours", QUESTIONS[0])
+    assert here == theirs.answer(ids, prompt)
+
+
+def test_they_are_said_to_write_steps_if_that_was_taught(base: Base, tmp_path: Path) -> None:
+    path = str(base.path)
+    codi, pccot = Codi(base).save(tmp_path / "c"), PCCoT(base).save(tmp_path / "p")
+    import_student("codi", codi, path, tmp_path / "1", latents=LATENTS, lora_alpha=ALPHA)
+    config = json.loads((pccot / "config.json").read_text())
+    for name, weight in (("2", 0.5), ("3", 0)):
+        (pccot / "config.json").write_text(json.dumps({**config, "loss_alpha": weight}))
+        import_student("pccot", pccot, path, tmp_path / name)
+    file = Coconut(base).save(tmp_path / "checkpoint_15")
+    import_student("coconut", file, path, tmp_path / "4", latents=LATENTS)
+    for name, weight in (("1", 1.0), ("2", 0.5), ("3", 0.0), ("4", 0.0)):
+        about = json.loads((tmp_path / name / "student.json").read_text())
+        assert about["settings"] == {"w_cot": weight}
+        if not weight:
+            with pytest.raises(KavaError, match="never learnt to write its steps"):
+                Respondents.of(tmp_path / name, steps=True, teacher=None)
+    asked = Respondents.of(tmp_path / "1", steps=True, teacher=base.path)
+    (row,) = asked.answer([Question(QUESTIONS[0])], batch_size=1, max_new_tokens=2)
+    assert row["written_steps"] and row["base"]["text"] and "teacher" not in row
+    with pytest.raises(KavaError, match="was made from the base"):
+        Respondents.of(tmp_path / "1", steps=False, teacher=tmp_path / "4")
+
+
+@torch.no_grad()
 def test_what_must_be_said_changes_what_it_answers(base: Base, tmp_path: Path) -> None:
     theirs = Codi(base).eval().save(tmp_path / "theirs")
     answers = set()
@@ -284,16 +317,21 @@ def test_an_imported_student_is_one_of_ours(base: Base, tmp_path: Path) -> None:
 
 
 def changed(folder: Path, change: dict[str, Tensor | None]) -> None:
-    """Other tensors in a student's file; None: without it."""
-    file = folder / "model.safetensors"
+    """Other tensors in a student's file; None: without those whose names hold this one."""
+    (file,) = folder.glob("*model.safetensors")
     state = load_file(file)
     for name, tensor in change.items():
         if tensor is None:
-            (found,) = [full for full in state if full.endswith(name)]
-            del state[found]
+            found = [full for full in state if name in full]
+            assert found
+            for full in found:
+                del state[full]
         else:
             state[name] = tensor
     save_file(state, file)
+
+
+HEAD = "codi.base_model.model.lm_head.weight"
 
 
 @pytest.mark.parametrize(
@@ -303,6 +341,15 @@ def changed(folder: Path, change: dict[str, Tensor | None]) -> None:
         ({"prj.1.weight": torch.zeros(48, 9)}, "expected projection.up.weight of shape [48, 32]"),
         ({"prj.ln.weight": None, "prj.ln.bias": None}, "no layer norm (`prj_no_ln`)"),
         ({"prj.3.bias": None}, "projection is incomplete: projection.down.bias"),
+        ({"prj.1.weight": None}, "projection is incomplete: projection."),
+        (
+            {f"prj.{name}": None for name in ("1.", "3.", "ln.")},
+            "expected the weights of a projection (`prj`), found none",
+        ),
+        ({"prj.1.weight": torch.tensor(1.0)}, "expected projection.up.weight of shape [32, 32]"),
+        ({HEAD: torch.tensor(1.0)}, "expected lm_head.weight of shape ["),
+        ({HEAD: torch.zeros(2, 32, dtype=torch.int8)}, "numbers in lm_head.weight, found int8"),
+        ({"prj.3.bias": torch.tensor([0.0, torch.nan])}, "in prj.3.bias, found NaN or infinity"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
@@ -316,6 +363,68 @@ def test_tensors_that_do_not_fit_are_named(
         )
     assert said in str(error.value)
     assert not (tmp_path / "ours").exists()
+
+
+def test_adapters_that_are_not_all_there_are_named(base: Base, tmp_path: Path) -> None:
+    layer = {"gpt2": ".h.1.", "llama": ".layers.1."}[base.kind]
+    kind = TARGETS[base.kind][-1]
+    for form, gone in (("codi", [layer]), ("pccot", [layer]), ("pccot", [kind]), ("pccot", [""])):
+        folder = tmp_path / f"{form}{gone[0]}"
+        theirs = (Codi(base) if form == "codi" else PCCoT(base)).save(folder)
+        (file,) = folder.glob("*model.safetensors")
+        lost = [n for n in load_file(file) if ".lora_" in n and gone[0] in n]
+        changed(theirs, dict.fromkeys(lost))
+        more = {"latents": 3, "lora_alpha": ALPHA} if form == "codi" else {}
+        with pytest.raises(KavaError, match=r"expected low-rank adapters of the \d+ modules") as e:
+            import_student(form, theirs, str(base.path), tmp_path / "ours", **more)  # type: ignore[arg-type]
+        assert kind in str(e.value) or layer[1:] in str(e.value)
+
+
+def test_adapters_without_a_rank_are_refused(base: Base, tmp_path: Path) -> None:
+    theirs = Codi(base).save(tmp_path / "theirs")
+    state = load_file(theirs / "model.safetensors")
+    down = next(name for name in state if ".lora_A." in name)
+    up = down.replace("lora_A", "lora_B")
+    changed(theirs, {down: state[down][:0], up: state[up][:, :0].contiguous()})
+    with pytest.raises(KavaError, match="do not fit together"):
+        import_student(
+            "codi", theirs, str(base.path), tmp_path / "ours", latents=3, lora_alpha=ALPHA
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "LOHA"}, "expected peft_type LORA in adapter_config.json, found 'LOHA'"),
+        ({"alpha_pattern": {"c_attn": 64}}, "adapters with alpha_pattern cannot be merged"),
+        ({"layers_to_transform": [0]}, "adapters with layers_to_transform cannot be merged"),
+        ({"target_modules": ".*attn"}, "expected a list of names as target_modules"),
+        ({"target_modules": ["w_pack"]}, "has no modules called w_pack"),
+        ({"target_modules": ["c_attn", "q_proj"]}, "expected low-rank adapters of the "),
+    ],
+)
+def test_adapters_that_are_added_in_other_ways_are_refused(
+    base: Base, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    theirs = PCCoT(base).save(tmp_path / "theirs")
+    settings = json.loads((theirs / "adapter_config.json").read_text())
+    (theirs / "adapter_config.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(KavaError) as error:
+        import_student("pccot", theirs, str(base.path), tmp_path / "ours")
+    assert said in str(error.value)
+
+
+def test_adapters_of_another_base_are_said_to_be(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = PCCoT(base).save(tmp_path / "theirs")
+    settings = json.loads((theirs / "adapter_config.json").read_text())
+    for number, name in enumerate((f"openai/{base.path.name}", "meta/other")):
+        settings["base_model_name_or_path"] = name
+        (theirs / "adapter_config.json").write_text(json.dumps(settings))
+        import_student("pccot", theirs, str(base.path), tmp_path / str(number))
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("trained on meta/other, and --base is" in said) == (name == "meta/other")
 
 
 @pytest.mark.parametrize(
@@ -392,8 +501,9 @@ def test_a_pickle_of_anything_but_tensors_is_refused(
     tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(content, tmp_path / "file.bin")
-    with pytest.raises(KavaError, match=r"names and tensors"):
+    with pytest.raises(KavaError, match=r"names and tensors") as error:
         convert_weights(tmp_path / "file.bin", tmp_path / "file.safetensors")
+    assert "weights_only" not in str(error.value)
     assert "run" not in capsys.readouterr().out
     assert not (tmp_path / "file.safetensors").exists()
 
@@ -413,3 +523,24 @@ def test_tensors_that_safetensors_does_not_know_are_named(
     with pytest.raises(KavaError, match=rf"found odd, which is {said}\. Have it saved as"):
         convert_weights(tmp_path / "file.bin", tmp_path / "file.safetensors")
     assert not (tmp_path / "file.safetensors").exists()
+
+
+def test_safetensors_are_as_readable_as_other_files_and_get_a_folder(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "file.bin")
+    made = tmp_path / "new/folder/file.safetensors"
+    assert convert_weights(tmp_path / "file.bin", made) == 1
+    assert load_file(made)["a"].tolist() == [0, 0]
+    (tmp_path / "other").touch()
+    assert made.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(50_000)}, tmp_path / "file.bin")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(KavaError, match="cannot be written"):
+            convert_weights(tmp_path / "file.bin", tmp_path / "file.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir()] == ["file.bin"]

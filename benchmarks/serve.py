@@ -9,13 +9,13 @@ sequence, so the lengths are forced.
 
 One client asks one question after the other; p50 is the median of its seconds. Then, for batches
 (`--max-batch`) of 1, 8 and 32, an open-loop generator on loopback sends requests at times that were
-drawn before (Poisson), whatever the server does, four times as many as the batch has places (at least 8), so that its
-filling and emptying weigh little: ten times faster than the teacher answers, which gives the
-requests/s that either server comes to; and at half the teacher's rate, the same times to
-both, which gives p50 and p99 of the seconds from the time a request was to be sent to the end of
-its answer. Beside them the server's seconds of processor time per request at full load, which other
-programs on the machine change little. Rounds alternate between the two servers; ratios are medians
-over rounds.
+drawn before (Poisson), whatever the server does; four times as many as the batch has places (at
+least 8), so that its filling and emptying weigh little. They come ten times faster than the teacher
+answers, which gives the requests/s that either server comes to; and at half the teacher's rate, the
+same times to both, which gives p50 and p99 of the seconds from the time a request was to be sent to
+the end of its answer. Beside them the server's seconds of processor time per request at full load,
+which other programs on the machine change little. Rounds alternate between the two servers; ratios
+are medians over rounds.
 """
 
 from __future__ import annotations

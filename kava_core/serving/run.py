@@ -61,11 +61,13 @@ def serve(
         say(f"serving {served.name}, {served.about}, at http://{shown}:{port}/v1")
         try:
             server.run(sockets=[place])
-        except (SystemExit, KeyboardInterrupt) as error:
-            if server.force_exit:
-                error.add_note(f"requests that got no answer: {server.lost}")
-            if server.force_exit or not server.should_exit:
+        except (SystemExit, KeyboardInterrupt):
+            if not server.should_exit:
                 raise
+        if server.force_exit:  # whether or not the second SIGINT came out of the event loop
+            interrupted = KeyboardInterrupt()
+            interrupted.add_note(f"requests that got no answer: {server.lost}")
+            raise interrupted
         say("stopped; what was asked before was answered")
 
 
